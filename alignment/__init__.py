@@ -1,0 +1,1 @@
+"""Training what joins the frozen parts, and measuring what comes out."""

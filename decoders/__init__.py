@@ -1,0 +1,1 @@
+"""Writing: diffusion decoders that turn conditions into media, and media into bytes."""

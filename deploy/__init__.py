@@ -1,0 +1,1 @@
+"""Presets, weights and the cluster: which machine runs which part."""

@@ -1,0 +1,1 @@
+"""Reading: media values, and encoders that turn them into features."""

@@ -1,0 +1,1 @@
+"""Thinking: the language model, its signals, its projectors and its generation."""
