@@ -1,0 +1,1 @@
+"""The frozen parts of the embedded model, trained from nothing on Toybox."""

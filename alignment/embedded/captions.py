@@ -1,0 +1,139 @@
+"""The decoders' own text encoders: tokenizers, and a first lesson in reading captions.
+
+The first lesson asks for the attributes of the scene that a caption describes. It costs two
+minutes and no picture, and it means that the denoiser starts from a condition that already
+separates what must look different.
+
+Shape letters in this file:
+    B batch   L caption tokens   D width
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    ClapTextConfig,
+    ClapTextModelWithProjection,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    PreTrainedTokenizerBase,
+    RobertaTokenizer,
+)
+
+from alignment.fitting import FitConfig, fit
+from alignment.toybox import world
+from alignment.toybox.grammar import caption, describe, with_typos
+from alignment.toybox.world import Scene
+
+Kind = Literal["look", "clip", "sound"]
+CAPTION_TOKENS = 24
+WIDTH = 128
+SAMPLERS = {"look": world.sample_look, "clip": world.sample_clip, "sound": world.sample_sound}
+CLASSES: dict[str, tuple[str | int | None, ...]] = {
+    "thing": world.THINGS,
+    "colour": world.COLOURS,
+    "size": world.SIZES,
+    "count": world.COUNTS,
+    "place": (*world.PLACES, None),
+    "ground": world.GROUNDS,
+    "motion": world.MOTIONS,
+    "tempo": world.TEMPOS,
+    "pitch": world.PITCHES,
+    "loudness": world.LOUDNESSES,
+}
+
+
+def spoken(scene: Scene, rng: random.Random) -> str:
+    """Return a caption to train on: the plain one two times in three, else one of the many."""
+    if rng.random() < 0.67:
+        return caption(scene)
+    text = describe(scene, rng)
+    return with_typos(text, rng) if rng.random() < 0.05 else text
+
+
+def train_tokenizer(kind: Kind, vocabulary_size: int = 800) -> PreTrainedTokenizerBase:
+    """Return a CLIP tokenizer (pictures, videos) or a RoBERTa tokenizer (sounds) for captions."""
+    rng = random.Random(f"tokenizer-{kind}")
+    texts = [describe(SAMPLERS[kind](rng), rng) for _ in range(6000)]
+    blank: PreTrainedTokenizerBase = RobertaTokenizer() if kind == "sound" else CLIPTokenizer()
+    tokenizer: PreTrainedTokenizerBase = blank.train_new_from_iterator(texts, vocabulary_size)
+    tokenizer.model_max_length = CAPTION_TOKENS
+    return tokenizer
+
+
+def build(kind: Kind, tokenizer: PreTrainedTokenizerBase) -> CLIPTextModel | ClapTextModelWithProjection:
+    """Return an untrained text encoder of the class that the decoder's pipeline expects."""
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": WIDTH, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "intermediate_size": 4 * WIDTH}  # fmt: skip
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+           "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
+    if kind == "sound":
+        positions = CAPTION_TOKENS + int(ids["pad_token_id"]) + 1
+        config = ClapTextConfig(**sizes, **ids, max_position_embeddings=positions, projection_dim=WIDTH,
+                                hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
+        return ClapTextModelWithProjection(config)
+    return CLIPTextModel(CLIPTextConfig(**sizes, **ids, max_position_embeddings=CAPTION_TOKENS))
+
+
+class CaptionEncoder(nn.Module):
+    """A text encoder with its tokenizer, called the way its diffusers pipeline calls it."""
+
+    def __init__(self, kind: Kind, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
+        super().__init__()
+        self.kind, self.tokenizer, self.model = kind, tokenizer, model
+
+    def forward(self, texts: Sequence[str]) -> Tensor:
+        """Return ``(B, L, D)`` states for pictures and videos, unit ``(B, D)`` vectors for sounds."""
+        batch = self.tokenizer(
+            list(texts), padding="max_length", max_length=CAPTION_TOKENS, truncation=True, return_tensors="pt"
+        )
+        if self.kind == "sound":
+            out = self.model(batch["input_ids"], attention_mask=batch["attention_mask"]).text_embeds
+            return F.normalize(out, dim=-1)
+        states: Tensor = self.model(batch["input_ids"]).last_hidden_state  # (B, L, D)
+        return states
+
+
+class _Attributes(nn.Module):
+    def __init__(self, encoder: CaptionEncoder, names: Sequence[str]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.heads = nn.ModuleDict({name: nn.Linear(WIDTH, len(CLASSES[name])) for name in names})
+
+    def forward(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        states = self.encoder(texts)
+        pooled = states.mean(1) if states.ndim == 3 else 8 * states  # (B, D)
+        return {name: head(pooled) for name, head in self.heads.items()}
+
+
+def train_caption_encoder(
+    kind: Kind, folder: Path, config: FitConfig, batch_size: int = 64
+) -> CaptionEncoder:
+    """Teach a text encoder to tell the attributes of the described scene apart."""
+    tokenizer = train_tokenizer(kind)
+    encoder = CaptionEncoder(kind, tokenizer, build(kind, tokenizer))
+    example = SAMPLERS[kind](random.Random(0))
+    names = [name for name in CLASSES if hasattr(example, name)]
+    model = _Attributes(encoder, names)
+
+    def losses(step: int) -> dict[str, Tensor]:
+        rng = random.Random(f"{kind}-captions-{step}")
+        scenes = [SAMPLERS[kind](rng) for _ in range(batch_size)]
+        logits = model([spoken(scene, rng) for scene in scenes])
+        return {
+            name: F.cross_entropy(
+                logits[name], torch.tensor([CLASSES[name].index(getattr(scene, name)) for scene in scenes])
+            )
+            for name in names
+        }
+
+    fit(f"{kind} captions", model, losses, config, folder)
+    return encoder

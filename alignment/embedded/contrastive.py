@@ -1,0 +1,166 @@
+"""The small ImageBind: pictures, clips and sounds are drawn to what is said of them.
+
+Three contrasts are trained together. The usual one (Girdhar et al. 2023, section 3): among the
+captions of a batch, find one's own. One within each attribute: among the phrases that name its
+values ("something red", "something blue", ...), find the true one; it leaves no attribute unlearnt
+merely because the others already tell a batch apart. And the same for every single patch in which
+something is seen or heard: without it, shapes stayed at chance for as long as we waited, since the
+gradient has to find them through one class token.
+
+Shape letters in this file:
+    B batch   S clips   L patches   E embedding width   V values of an attribute   A active patches
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from alignment.embedded import pools
+from alignment.embedded.captions import CAPTION_TOKENS, CLASSES, SAMPLERS, Kind, spoken
+from alignment.fitting import FitConfig, fit
+from alignment.toybox import world
+from alignment.toybox.grammar import describe, phrase
+from alignment.toybox.world import Scene
+from encoders.imagebind import ImageBind
+from encoders.imagebind_config import ImageBindConfig
+from encoders.imagebind_encoder import ImageBindEncoder
+from encoders.media import Audio, Image, Video
+from encoders.preprocess import PreprocessConfig
+from encoders.text_tokens import TextTokens
+
+JUDGED: Mapping[Kind, tuple[str, ...]] = {
+    "look": ("thing", "colour", "size", "count", "place", "ground"),
+    "clip": ("thing", "colour", "size", "ground", "motion", "tempo"),
+    "sound": ("thing", "pitch", "count", "tempo", "loudness"),
+}
+TOWER: Mapping[Kind, str] = {"look": "vision", "clip": "vision", "sound": "audio"}
+BATCH: Mapping[Kind, int] = {"look": 64, "clip": 16, "sound": 48}
+LOCAL = frozenset({"thing", "colour", "size", "motion", "tempo", "pitch", "loudness"})
+POSITION_SPREAD = 0.15
+CYCLE: tuple[Kind, ...] = ("look", "sound", "look", "clip", "look", "sound", "clip", "sound", "look", "sound")
+
+
+def build_encoder() -> ImageBindEncoder:
+    """Return the untrained encoder of the embedded model, its vocabulary learnt from the grammar."""
+    rng = random.Random("encoder-vocabulary")
+    texts = [describe(SAMPLERS[kind](rng), rng) for _ in range(3000) for kind in JUDGED]
+    tokens = TextTokens.train(texts, vocabulary_size=900, context_length=CAPTION_TOKENS)
+    sizes = ImageBindConfig.toybox(tokens.vocabulary_size)
+    assert sizes.text is not None
+    sizes = replace(sizes, text=replace(sizes.text, context_length=CAPTION_TOKENS))
+    model = ImageBind(sizes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(
+                "pos_embed"
+            ):  # the usual 0.02 is inaudible beside a patch, and places stay at chance
+                parameter.normal_(std=POSITION_SPREAD)
+    return ImageBindEncoder(model, PreprocessConfig.toybox(), tokens)
+
+
+def train_imagebind(cache: Path, folder: Path, config: FitConfig, sizes: pools.PoolSizes) -> ImageBindEncoder:
+    """Train vision, audio and text towers from nothing, one kind of medium per step."""
+    encoder = build_encoder()
+    model, tokenise = encoder.model.train(), encoder.tokens
+    assert tokenise is not None
+    take = _inputs(encoder, cache, sizes)
+    number: dict[Kind, int] = {"look": sizes.looks, "clip": sizes.clips, "sound": sizes.sounds}
+    listed = {kind: pools.scenes(kind, number[kind]) for kind in JUDGED}
+
+    def losses(step: int) -> dict[str, Tensor]:
+        kind = CYCLE[step % len(CYCLE)]
+        rng = random.Random(f"imagebind-{step}")
+        chosen = sorted(rng.sample(range(number[kind]), BATCH[kind]))
+        scenes = [listed[kind][i] for i in chosen]
+        batch = take[kind](chosen)
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens = F.normalize(model.embed_tokens({TOWER[kind]: batch})[TOWER[kind]].float(), dim=-1)
+            tokens = tokens if tokens.ndim == 4 else tokens[:, None]  # (B, S, 1 + L, E)
+            media = F.normalize(tokens[:, :, 0].mean(1), dim=-1)  # (B, E)
+            contrast = _caption_contrast(model, tokenise, media, scenes, rng)
+            active = active_patches(batch, kind)  # (B, S, L)
+            within = _attribute_contrasts(model, tokenise, media, tokens[:, :, 1:], active, scenes, kind, rng)
+        return {f"{kind} captions": contrast, **within}
+
+    fit("imagebind", model, losses, config, folder)
+    model.eval().requires_grad_(False)
+    return encoder
+
+
+def _inputs(
+    encoder: ImageBindEncoder, cache: Path, sizes: pools.PoolSizes
+) -> dict[Kind, Callable[[list[int]], Tensor]]:
+    """Return, for each kind, the function from pool indices to the input of its tower."""
+    looks = pools.look_pixels(cache, sizes.looks)
+    clips = pools.clip_pixels(cache, sizes.clips)
+    banks = sound_banks(encoder, cache, sizes.sounds)
+    return {
+        "look": lambda chosen: encoder.prepare([Image(looks[i]) for i in chosen]),
+        "clip": lambda chosen: encoder.prepare([Video(clips[i], world.VIDEO_FPS) for i in chosen]),
+        "sound": lambda chosen: torch.from_numpy(banks[chosen].astype(np.float32)),
+    }
+
+
+def sound_banks(encoder: ImageBindEncoder, cache: Path, number: int) -> NDArray[np.float16]:
+    """Return the prepared filter banks ``(N, 1, 1, mel bins, frames)`` of the sound pool."""
+    samples = pools.sound_samples(cache, number)
+
+    def prepare(batch: Tensor) -> Tensor:
+        return encoder.prepare([Audio(row.numpy() / np.float32(32767), world.AUDIO_RATE_HZ) for row in batch])
+
+    return pools.encoded(cache / f"banks-{number}.npy", samples, prepare)
+
+
+def _texts(model: ImageBind, tokenise: TextTokens, texts: list[str]) -> Tensor:
+    return model({"text": tokenise(texts)})["text"].float()  # (B, E), scaled by the text tower
+
+
+def _caption_contrast(
+    model: ImageBind, tokenise: TextTokens, media: Tensor, scenes: list[Scene], rng: random.Random
+) -> Tensor:
+    texts = _texts(model, tokenise, [spoken(scene, rng) for scene in scenes])
+    logits = media @ texts.T  # (B, B)
+    own = torch.arange(len(scenes))
+    return 0.5 * (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own))
+
+
+def active_patches(batch: Tensor, kind: Kind) -> Tensor:
+    """Return which patches show or sound something: ``(B, S, L)`` bool, from prepared tower inputs."""
+    side = 16 if kind == "sound" else 8
+    clips = batch if kind != "look" else batch[:, None, :, None]  # (B, S, 3, F, H, W) or (B, S, 1, M, T)
+    planes = clips.flatten(2, -3) if kind != "sound" else clips.flatten(2, 2)  # (B, S, C, H, W)
+    cells = F.unfold(planes.flatten(0, 1), side, stride=side)  # (B * S, C * side**2, L)
+    if kind == "sound":
+        level = cells.mean(1)  # (B * S, L)
+        low, high = level.amin(1, keepdim=True), level.amax(1, keepdim=True)
+        found = level > low + 0.4 * (high - low)
+    else:
+        found = cells.unflatten(1, (planes.shape[2], -1)).std(2).amax(1) > 0.3  # (B * S, L)
+    return found.unflatten(0, clips.shape[:2])
+
+
+def _attribute_contrasts(
+    model: ImageBind, tokenise: TextTokens, media: Tensor, patches: Tensor, active: Tensor, scenes: list[Scene],
+    kind: Kind, rng: random.Random,
+) -> dict[str, Tensor]:  # fmt: skip
+    names = JUDGED[kind]
+    phrases = [phrase(name, v, rng, heard=kind == "sound") for name in names for v in CLASSES[name]]
+    texts = _texts(model, tokenise, phrases).split([len(CLASSES[name]) for name in names])
+    owner = active.nonzero()[:, 0]  # (A,)
+    found = patches[active]  # (A, E)
+    losses = {}
+    for name, values in zip(names, texts, strict=True):
+        truth = torch.tensor([CLASSES[name].index(getattr(scene, name)) for scene in scenes])
+        losses[f"{kind} {name}"] = F.cross_entropy(media @ values.T, truth)  # over (B, V)
+        if name in LOCAL:
+            losses[f"{kind} {name} patches"] = F.cross_entropy(found @ values.T, truth[owner])  # over (A, V)
+    return losses

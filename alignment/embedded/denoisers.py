@@ -1,0 +1,143 @@
+"""The three denoisers of the embedded model, each trained on cached latents under a frozen text encoder.
+
+Pictures: the U-Net of Stable Diffusion. Sounds: the U-Net of AudioLDM, conditioned by one vector.
+Videos: a small transformer over space-time patches; the 3-D U-Net of text-to-video Stable Diffusion
+trains at a twenty-fifth of its speed on two cores (see docs/log.md).
+
+Shape letters in this file:
+    B batch   C latent channels   F frames   h, w latent height and width   L caption tokens   D width
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel, WanTransformer3DModel
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from alignment.embedded import pools
+from alignment.embedded.captions import CAPTION_TOKENS, WIDTH, CaptionEncoder, Kind, spoken
+from alignment.fitting import FitConfig, fit
+from alignment.toybox.world import Scene
+from decoders.video_transformer import position_channels
+
+LATENT_CHANNELS = 16
+CAPTION_DROPOUT = 0.1
+NOISE_SHIFT = 0.8  # the mean of the logit of the noise level: most steps are spent on noisy latents,
+EVEN_SHARE = (
+    0.3  # and these on any level alike, or else a grain stays that the last steps never learnt to remove
+)
+SCHEDULES: Mapping[Kind, Mapping[str, object]] = {
+    kind: {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "prediction_type": prediction,
+           "clip_sample": False, "timestep_spacing": "trailing"}
+    for kind, prediction in (("look", "v_prediction"), ("clip", "sample"), ("sound", "v_prediction"))
+}  # fmt: skip
+_BLOCKS = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "norm_num_groups": 16,
+           "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "layers_per_block": 1,
+           "in_channels": LATENT_CHANNELS, "out_channels": LATENT_CHANNELS,
+           "attention_head_dim": 4}  # fmt: skip
+
+
+def build(kind: Kind) -> nn.Module:
+    """Return the untrained denoiser of a kind of scene."""
+    if kind == "look":
+        return UNet2DConditionModel(
+            sample_size=8, block_out_channels=(80, 160), cross_attention_dim=WIDTH, **_BLOCKS
+        )
+    if kind == "sound":
+        return UNet2DConditionModel(
+            sample_size=16, block_out_channels=(64, 128), cross_attention_dim=(64, 128),
+            class_embed_type="simple_projection", projection_class_embeddings_input_dim=WIDTH,
+            class_embeddings_concat=True, **_BLOCKS,
+        )  # fmt: skip
+    positions = len(position_channels(8, 8, 8))
+    return WanTransformer3DModel(
+        patch_size=(4, 2, 2), in_channels=LATENT_CHANNELS + positions, out_channels=LATENT_CHANNELS,
+        num_attention_heads=4, attention_head_dim=48, ffn_dim=768, num_layers=6, freq_dim=128,
+        text_dim=WIDTH, rope_max_seq_len=64,
+    )  # fmt: skip
+
+
+def predict(kind: Kind, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+    """Run a denoiser on noisy latents ``(B, C, ...)`` at integer timesteps ``(B,)``."""
+    if kind == "look":
+        out: Tensor = denoiser(noisy, timesteps, condition).sample
+    elif kind == "sound":
+        out = denoiser(noisy, timesteps, None, class_labels=condition).sample
+    else:
+        positions = position_channels(*noisy.shape[2:]).to(noisy)  # (P, F, h, w)
+        joined = torch.cat([noisy, positions.expand(len(noisy), -1, -1, -1, -1)], dim=1)
+        out = denoiser(joined, timesteps, condition).sample
+    return out
+
+
+class ConditionedDenoiser(nn.Module):
+    """A denoiser and the frozen text encoder that conditions it."""
+
+    def __init__(self, kind: Kind, captions: CaptionEncoder, denoiser: nn.Module) -> None:
+        super().__init__()
+        self.kind, self.captions, self.denoiser = kind, captions.requires_grad_(False), denoiser
+        self.scheduler = DDPMScheduler(**SCHEDULES[kind])
+
+    @torch.no_grad()
+    def _condition(self, texts: list[str]) -> Tensor:
+        return self.captions(texts)  # type: ignore[no-any-return]
+
+    def loss(self, latents: Tensor, texts: list[str], generator: torch.Generator) -> Tensor:
+        """Velocity loss of one batch of clean latents ``(B, C, ...)``.
+
+        For a denoiser that predicts the clean sample, its squared error is divided by the noise
+        variance, which makes it the same loss (Salimans and Ho 2022, appendix D), floored so that
+        almost clean latents do not dominate.
+        """
+        B = len(latents)
+        level = torch.sigmoid(torch.randn(B, generator=generator) + NOISE_SHIFT)
+        even = torch.rand(B, generator=generator)
+        level = torch.where(torch.rand(B, generator=generator) < EVEN_SHARE, even, level)
+        timesteps = (level * 1000).long().clamp(0, 999)  # (B,)
+        noise = torch.randn(latents.shape, generator=generator)
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        predicted = predict(self.kind, self.denoiser, noisy, timesteps, self._condition(texts))
+        if self.scheduler.config.prediction_type == "v_prediction":
+            target = self.scheduler.get_velocity(latents, noise, timesteps)
+            return (predicted - target).square().mean()
+        variance = (1 - self.scheduler.alphas_cumprod[timesteps]).clamp(min=0.05)  # (B,)
+        return ((predicted - latents).square().flatten(1).mean(1) / variance).mean()
+
+
+def train_denoiser(
+    kind: Kind, captions: CaptionEncoder, latents: NDArray[np.float16], folder: Path, config: FitConfig,
+    batch_size: int = 64,
+) -> ConditionedDenoiser:  # fmt: skip
+    """Train a denoiser; the result holds the averaged weights.
+
+    Args:
+        kind: which denoiser.
+        captions: its text encoder, trained before (see :mod:`alignment.embedded.captions`).
+        latents: scaled latents of the whole pool of this kind, ``(N, C, ...)``.
+        folder: for checkpoints and logs.
+        config: length and rates; it should ask for an average.
+        batch_size: scenes of each step.
+
+    """
+    model = ConditionedDenoiser(kind, captions, build(kind))
+    listed: list[Scene] = pools.scenes(kind, len(latents))
+
+    def losses(step: int) -> dict[str, Tensor]:
+        rng = random.Random(f"{kind}-denoiser-{step}")
+        chosen = sorted(rng.sample(range(len(listed)), batch_size))
+        texts = ["" if rng.random() < CAPTION_DROPOUT else spoken(listed[i], rng) for i in chosen]
+        batch = torch.from_numpy(latents[chosen].astype(np.float32))
+        generator = torch.Generator().manual_seed(step)
+        return {"velocity": model.loss(batch, texts, generator)}
+
+    fit(f"{kind} denoiser", model, losses, config, folder)
+    return model
+
+
+__all__ = ["CAPTION_TOKENS", "ConditionedDenoiser", "build", "predict", "train_denoiser"]

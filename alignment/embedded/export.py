@@ -1,0 +1,65 @@
+"""Writing the trained parts as the folders that the presets name, in half precision.
+
+Every folder is in its library's own layout, so that ``from_pretrained`` of that library works on it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import AudioLDMPipeline, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
+
+from alignment.embedded.captions import Kind
+from alignment.embedded.denoisers import SCHEDULES, ConditionedDenoiser
+from alignment.stages import Aligned
+from decoders.patch_autoencoder import PatchAutoencoderKL
+from decoders.video_transformer import TextToVideoTransformerPipeline
+from decoders.vocoder import GriffinLimVocoder
+
+DEFAULTS: Mapping[Kind, Mapping[str, object]] = {
+    "look": {"steps": 10, "guidance_scale": 2.0, "scheduler": "dpmsolver++"},
+    "clip": {"steps": 10, "guidance_scale": 2.0, "scheduler": "dpmsolver++"},
+    "sound": {"steps": 10, "guidance_scale": 2.0, "scheduler": "dpmsolver++", "duration_s": 2.56},
+}
+
+
+def export_decoder(kind: Kind, model: ConditionedDenoiser, vae: PatchAutoencoderKL, folder: Path) -> None:
+    """Write one decoder as a diffusers pipeline, with its defaults beside it."""
+    scheduler = DDIMScheduler(**SCHEDULES[kind])
+    captions = model.captions
+    pipeline: DiffusionPipeline
+    if kind == "look":
+        pipeline = StableDiffusionPipeline(
+            vae=vae, text_encoder=captions.model, tokenizer=captions.tokenizer, unet=model.denoiser,
+            scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+    elif kind == "sound":
+        pipeline = AudioLDMPipeline(
+            vae=vae, text_encoder=captions.model, tokenizer=captions.tokenizer, unet=model.denoiser,
+            scheduler=scheduler, vocoder=GriffinLimVocoder(),
+        )  # fmt: skip
+    else:
+        pipeline = TextToVideoTransformerPipeline(
+            vae=vae, text_encoder=captions.model, tokenizer=captions.tokenizer, transformer=model.denoiser,
+            scheduler=scheduler, sample_size=8, num_frames=8, fps=8.0,
+        )  # fmt: skip
+    shutil.rmtree(folder, ignore_errors=True)
+    halved = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    for part in halved.values():
+        part.half()
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    for part in halved.values():
+        part.float()
+    (folder / "patchbay.json").write_text(json.dumps(DEFAULTS[kind], indent=2) + "\n")
+
+
+def export_aligned(model: Aligned, weights: Path) -> None:
+    """Write the language model and the output projections."""
+    model.llm.save(weights / "llm", torch.float16)
+    for name, projection in model.projections.items():
+        projection.half().save(weights / "projections" / name)  # type: ignore[operator]
+        projection.float()

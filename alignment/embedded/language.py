@@ -1,0 +1,80 @@
+"""The base language model of the embedded preset: a small Llama, trained on Toybox in words alone.
+
+It never sees a medium or a signal. Where a person would show something, the text says what is
+shown in brackets, so that the base learns to talk about things that it is told; stage 1 later puts
+projected features where the bracket was.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from alignment.fitting import FitConfig, fit
+from alignment.toybox.exercises import DIRECTIONS, Exercise, FreshScenes, make
+from alignment.toybox.grammar import caption
+from alignment.toybox.world import Clip, Look, Scene
+from llm.model import LanguageModel
+from llm.signals import SignalVocabulary
+from llm.template import Dialogue, Message
+from llm.tokenizer import ConversationTokenizer, train_tokenizer
+
+SIGNALS = SignalVocabulary(image=4, video=8, audio=4)
+WIDTH = 192
+BATCH = 32
+
+
+def in_words(exercise: Exercise) -> Dialogue:
+    """Return the exercise with its answer as a dialogue of texts only."""
+    dialogue = [
+        Message(turn.role, [" ".join(filter(None, (_bracketed(part, turn.role) for part in turn.parts)))])
+        for turn in exercise.turns
+    ]
+    spoken = [part for part in exercise.answer if isinstance(part, str)]
+    return [*dialogue, Message("assistant", [", ".join(spoken)])]
+
+
+def build_base() -> LanguageModel:
+    """Return the untrained base with its tokenizer, learnt from the dialogues."""
+    rng = random.Random("llm-vocabulary")
+    texts = []
+    for _ in range(400):
+        for direction in DIRECTIONS:
+            dialogue = in_words(make(direction, rng, FreshScenes(rng)))
+            texts += [part for message in dialogue for part in message.parts if isinstance(part, str)]
+    tokenizer = ConversationTokenizer(train_tokenizer(texts, 1200), SIGNALS)
+    config = LlamaConfig(
+        vocab_size=tokenizer.base_vocabulary, hidden_size=WIDTH, intermediate_size=512, num_hidden_layers=5,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id,
+    )  # fmt: skip
+    return LanguageModel(LlamaForCausalLM(config), tokenizer, {})
+
+
+def train_base(folder: Path, config: FitConfig) -> LanguageModel:
+    """Train the base on every direction, each in its turn of a shuffled round."""
+    model = build_base()
+    model.train_only({"base"})
+
+    def losses(step: int) -> dict[str, Tensor]:
+        rng = random.Random(f"language-{step}")
+        names = rng.choices(tuple(DIRECTIONS), k=BATCH)
+        batch = model.collate([in_words(make(name, rng, FreshScenes(rng))) for name in names])
+        with torch.autocast("cpu", torch.bfloat16):
+            return {"words": model(batch).loss}
+
+    fit("language model", model, losses, config, folder)
+    return model.eval()
+
+
+def _bracketed(part: str | Scene, role: str) -> str:
+    if isinstance(part, str):
+        return part
+    if role == "assistant":
+        return ""
+    kind = "picture" if isinstance(part, Look) else "video" if isinstance(part, Clip) else "sound"
+    return f"[{kind}: {caption(part)}]"

@@ -1,0 +1,134 @@
+"""Renderings of the seen half of Toybox, made once and kept on disk for every training step.
+
+Shape letters in this file:
+    N pool size   F video frames   H, W pixels   T mel frames   M mel bins   L audio samples
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import track
+
+from alignment.toybox.draw import draw_clip, draw_look
+from alignment.toybox.sound import synthesise
+from alignment.toybox.world import (
+    AUDIO_SAMPLES,
+    IMAGE_SIDE_PX,
+    VIDEO_FRAMES,
+    Clip,
+    Look,
+    Scene,
+    Sound,
+    sample_clip,
+    sample_look,
+    sample_sound,
+)
+from decoders.mel import log_mel
+
+SEED = 20_231
+
+
+@dataclass(frozen=True)
+class PoolSizes:
+    """How many scenes of each kind are rendered for training."""
+
+    looks: int = 24_000
+    clips: int = 8_000
+    sounds: int = 10_000
+
+
+def scenes(kind: str, number: int, seed: int = SEED) -> list[Scene]:
+    """Return the seen scenes of a pool, the same for the same seed. ``kind``: look, clip or sound."""
+    sample: Callable[[random.Random], Scene]
+    sample = {"look": sample_look, "clip": sample_clip, "sound": sample_sound}[kind]
+    return [sample(random.Random(f"{seed}-{kind}-{index}")) for index in range(number)]
+
+
+def look_pixels(folder: Path, number: int, seed: int = SEED) -> NDArray[np.uint8]:
+    """Return ``(N, H, W, 3)`` drawings of the look pool, rendering them on the first call."""
+
+    def draw(scene: Scene, rng: random.Random) -> NDArray[np.uint8]:
+        assert isinstance(scene, Look)
+        return draw_look(scene, rng)
+
+    shape = (IMAGE_SIDE_PX, IMAGE_SIDE_PX, 3)
+    return _kept(folder / f"looks-{number}-{seed}.npy", "look", number, seed, shape, np.uint8, draw)
+
+
+def clip_pixels(folder: Path, number: int, seed: int = SEED) -> NDArray[np.uint8]:
+    """Return ``(N, F, H, W, 3)`` frames of the clip pool, rendering them on the first call."""
+
+    def draw(scene: Scene, rng: random.Random) -> NDArray[np.uint8]:
+        assert isinstance(scene, Clip)
+        return draw_clip(scene, rng)
+
+    shape = (VIDEO_FRAMES, IMAGE_SIDE_PX, IMAGE_SIDE_PX, 3)
+    return _kept(folder / f"clips-{number}-{seed}.npy", "clip", number, seed, shape, np.uint8, draw)
+
+
+def sound_samples(folder: Path, number: int, seed: int = SEED) -> NDArray[np.int16]:
+    """Return ``(N, L)`` 16-bit samples of the sound pool, synthesising them on the first call."""
+
+    def play(scene: Scene, rng: random.Random) -> NDArray[np.int16]:
+        assert isinstance(scene, Sound)
+        return np.round(synthesise(scene, rng) * 32767).astype(np.int16)
+
+    path = folder / f"sounds-{number}-{seed}.npy"
+    return _kept(path, "sound", number, seed, (AUDIO_SAMPLES,), np.int16, play)
+
+
+def sound_mels(folder: Path, number: int, seed: int = SEED) -> NDArray[np.float16]:
+    """Return ``(N, T, M)`` log-mels of the sound pool, in half precision."""
+    path = folder / f"mels-{number}-{seed}.npy"
+    if not path.exists():
+        samples = sound_samples(folder, number, seed)
+        mels = []
+        for start in track(range(0, number, 64), description="mel spectrograms"):
+            batch = torch.from_numpy(samples[start : start + 64].astype(np.float32) / 32767)  # (B, L)
+            mels.append(log_mel(batch).numpy().astype(np.float16))  # (B, T, M)
+        _write(path, np.concatenate(mels))
+    return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
+
+
+def encoded(
+    path: Path,
+    rows: NDArray[np.generic],
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    batch_size: int = 64,
+) -> NDArray[np.float16]:
+    """Return ``encode`` of every row, in half precision, computed once and kept at ``path``."""
+    if not path.exists():
+        done = []
+        with torch.inference_mode():
+            for start in track(range(0, len(rows), batch_size), description=path.stem):
+                batch = torch.from_numpy(np.array(rows[start : start + batch_size]))
+                done.append(encode(batch).numpy().astype(np.float16))
+        _write(path, np.concatenate(done))
+    return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
+
+
+def _kept(
+    path: Path, kind: str, number: int, seed: int, shape: tuple[int, ...], dtype: type,
+    render: Callable[[Scene, random.Random], NDArray[np.generic]],
+) -> NDArray[np.generic]:  # fmt: skip
+    if not path.exists():
+        rows = np.empty((number, *shape), dtype)
+        listed: Iterable[tuple[int, Scene]] = enumerate(scenes(kind, number, seed))
+        for index, scene in track(listed, description=f"rendering {kind}s", total=number):
+            rows[index] = render(scene, random.Random(f"{seed}-{kind}-jitter-{index}"))
+        _write(path, rows)
+    return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
+
+
+def _write(path: Path, rows: NDArray[np.generic]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial.npy")
+    np.save(partial, rows)
+    partial.replace(path)

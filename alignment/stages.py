@@ -1,0 +1,144 @@
+"""The three stages that join frozen encoder, language model and frozen decoders.
+
+    1 encoder side   media in, captions out: projectors learn to speak the model's language
+    2 decoder side   captions in, signals out: signal rows and output projections learn to ask
+    3 instruction    every direction: LoRA, projectors, signal rows and output projections together
+
+Method: NExT-GPT (Wu et al. 2023, arXiv 2309.05519), sections 4 and 5. Here only the rows of added
+tokens are trained, never the whole tables, and stage 2 works on captions alone: what the decoders'
+text encoders make of them is the target, and no diffusion model is in memory.
+
+Shape letters in this file:
+    N signal blocks   Q condition tokens   E condition width
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from alignment.fitting import FitConfig, fit
+from decoders.projection import OutputProjection
+from encoders.media import Modality
+from llm.model import LanguageModel, ModelPart
+from llm.template import Dialogue
+
+Dialogues = Callable[[int], Sequence[Dialogue]]
+CaptionTargets = Mapping[Modality, Callable[[Sequence[str]], Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """What one stage trains, and on which directions of Toybox.
+
+    ``directions`` gives each direction its share of the data. ``words`` and ``distance`` weigh the
+    cross-entropy of the reply and the caption distance.
+    """
+
+    name: str
+    parts: frozenset[ModelPart]
+    trains_projections: bool
+    directions: Mapping[str, float]
+    words: float = 1.0
+    distance: float = 1.0
+
+
+_MAKES = {"text-to-image": 1.0, "text-to-video": 1.0, "text-to-audio": 1.0}
+_READS = {"image-to-text": 3.0, "video-to-text": 2.0, "audio-to-text": 2.0}
+STAGES: Mapping[str, Stage] = {
+    "encoder-side": Stage(
+        name="encoder-side",
+        parts=frozenset({"projectors", "signal_rows"}),
+        trains_projections=False,
+        directions=_READS,
+        distance=0.0,
+    ),
+    "decoder-side": Stage(
+        name="decoder-side",
+        parts=frozenset({"signal_rows"}),
+        trains_projections=True,
+        directions=_MAKES,
+    ),
+    "instruction": Stage(
+        name="instruction",
+        parts=frozenset({"lora", "projectors", "signal_rows"}),
+        trains_projections=True,
+        directions={
+            **_READS, **_MAKES, "image-to-audio": 1, "audio-to-image": 1, "image-to-video": 1,
+            "video-to-image": 1, "video-to-audio": 1, "audio-to-video": 1, "text+image-to-image": 2,
+            "text+audio-to-audio": 1.5, "text+video-to-video": 1.5, "image+audio-to-video": 1,
+            "text-to-many": 1.5, "conversation": 2, "decision": 2, "beyond-words": 0.5,
+        },
+    ),
+}  # fmt: skip
+
+
+class Aligned(nn.Module):
+    """The language model with the output projections of its signals: everything that stages train."""
+
+    def __init__(self, llm: LanguageModel, projections: Mapping[Modality, OutputProjection]) -> None:
+        super().__init__()
+        self.llm = llm
+        self.projections = nn.ModuleDict({str(m): projection for m, projection in projections.items()})
+
+    def train_only(self, stage: Stage) -> None:
+        """Let exactly the parts of ``stage`` have gradients."""
+        self.llm.train_only(stage.parts)
+        self.projections.requires_grad_(stage.trains_projections)
+
+    def losses(
+        self, dialogues: Sequence[Dialogue], stage: Stage, targets: CaptionTargets
+    ) -> dict[str, Tensor]:
+        """Return the weighted losses of a batch by name."""
+        batch = self.llm.collate(dialogues)
+        output = self.llm(batch)
+        losses = {"words": stage.words * output.loss}
+        if stage.distance:
+            for modality, states in self.llm.signal_states(output, batch).items():
+                with torch.no_grad():
+                    wanted = targets[modality](states.captions)  # (N, Q, E)
+                made = self.projections[str(modality)](states.hidden, states.embeddings)  # (N, Q, E)
+                losses[f"{modality} distance"] = stage.distance * caption_distance(made, wanted)
+        return losses
+
+
+def caption_distance(made: Tensor, wanted: Tensor) -> Tensor:
+    """Mean Euclidean distance of condition tokens ``(N, Q, E)`` in units of the wanted tokens' length.
+
+    NExT-GPT's loss is the same without the unit; it makes a sound's unit vector count like the long
+    states of the picture decoder.
+    """
+    return (made - wanted).norm(dim=-1).mean() / wanted.norm(dim=-1).mean()
+
+
+def run_stage(
+    stage: Stage,
+    model: Aligned,
+    dialogues: Dialogues,
+    targets: CaptionTargets,
+    folder: Path,
+    config: FitConfig,
+) -> None:
+    """Train one stage.
+
+    Args:
+        stage: what is trained.
+        model: changed in place; at the end it holds averaged weights if ``config`` asks for an average.
+        dialogues: step -> the dialogues of that step.
+        targets: for each modality, captions -> what its decoder's own text encoder makes of them.
+        folder: for checkpoints and logs.
+        config: length and rates.
+
+    """
+    model.train_only(stage)
+
+    def losses(step: int) -> dict[str, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model.losses(dialogues(step), stage, targets)
+
+    fit(stage.name, model, losses, config, folder)
+    model.requires_grad_(False)

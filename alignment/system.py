@@ -1,0 +1,114 @@
+"""A whole preset in one thread, for measuring: the serving objects, with decoders run in batches."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from decoders.audio import AudioDecoder
+from decoders.condition import Condition
+from decoders.image import ImageDecoder
+from decoders.latent_decoder import LatentDecoder
+from decoders.projection import OutputProjection
+from decoders.settings import DecodeSettings
+from decoders.video import VideoDecoder
+from encoders.imagebind_encoder import ImageBindEncoder
+from encoders.media import Medium, Modality
+from llm.generate import GenerationOptions, SignalReady, TextDelta, generate
+from llm.model import LanguageModel
+from llm.signals import Signal
+from llm.template import Dialogue, MediaTokens
+
+LinkName = Literal["signal", "caption"]
+Spoken = str | Signal
+DECODE_BATCH = 32
+DECODERS: Mapping[Modality, type[LatentDecoder]] = {
+    Modality.IMAGE: ImageDecoder,
+    Modality.VIDEO: VideoDecoder,
+    Modality.AUDIO: AudioDecoder,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folders:
+    """Where the parts of a preset lie."""
+
+    encoder: Path
+    language_model: Path
+    projections: Path
+    decoders: Mapping[Modality, Path]
+    links: Mapping[Modality, LinkName]
+
+    @classmethod
+    def of_weights(cls, weights: Path, link: LinkName = "signal") -> Folders:
+        """Return the usual layout below one folder of weights."""
+        return cls(
+            encoder=weights / "encoder",
+            language_model=weights / "llm",
+            projections=weights / "projections",
+            decoders={modality: weights / str(modality) for modality in DECODERS},
+            links=dict.fromkeys(DECODERS, link),
+        )
+
+
+class System:
+    """Encoder, language model, projections and decoders of a preset, loaded."""
+
+    def __init__(self, folders: Folders) -> None:
+        self.links = folders.links
+        self.encoder = ImageBindEncoder.load(folders.encoder)
+        self.llm = LanguageModel.load(folders.language_model)
+        self.llm.merge_adapter()
+        self.decoders = {m: DECODERS[m].load(folder) for m, folder in folders.decoders.items()}
+        self.projections = {
+            m: OutputProjection.load(folders.projections / str(m))
+            for m, link in folders.links.items()
+            if link == "signal"
+        }
+
+    def read(self, medium: Medium) -> MediaTokens:
+        """Encode a medium as the language model reads it."""
+        features = self.encoder.encode(medium)
+        return MediaTokens(features.modality, features.tokens, features.pooled)
+
+    def speak(self, dialogue: Dialogue) -> list[Spoken]:
+        """Return the reply to a dialogue, greedily: texts and signals in order."""
+        parts: list[Spoken] = []
+        text = ""
+        for event in generate(self.llm, dialogue, GenerationOptions(temperature=0.0), threading.Event()):
+            if isinstance(event, TextDelta):
+                text += event.text
+            elif isinstance(event, SignalReady):
+                parts += [text.strip()] if text.strip() else []
+                parts.append(event.signal)
+                text = ""
+        return [*parts, text.strip()] if text.strip() else parts
+
+    def condition(self, signal: Signal) -> Condition:
+        """Turn a signal into its decoder's condition over the link of its modality."""
+        if self.links[signal.modality] == "caption":
+            return self.decoders[signal.modality].encode_caption(signal.caption)
+        with torch.inference_mode():
+            projected = self.projections[signal.modality](signal.hidden[None], signal.embeddings[None])
+        return Condition(projected[0].clone())
+
+    def make(
+        self,
+        modality: Modality,
+        conditions: Sequence[Condition],
+        seed: int,
+        settings: DecodeSettings | None = None,
+    ) -> list[Medium]:
+        """Decode conditions of one modality in batches; medium i has the seed ``seed + i``."""
+        wish = settings or DecodeSettings()
+        media: list[Medium] = []
+        for start in range(0, len(conditions), DECODE_BATCH):
+            part = list(conditions[start : start + DECODE_BATCH])
+            wishes = [wish.with_seed(seed + start + i) for i in range(len(part))]
+            media += [made.medium for made in self.decoders[modality].decode_batch(part, wishes)]
+        return media

@@ -1,0 +1,616 @@
+"""What is asked in Toybox, and the one right answer: an exercise for every direction.
+
+An exercise is a conversation that ends with a person's turn, and the answer that is right. The
+same generator feeds training and evaluation; only the sampler (which scenes) and the seed differ.
+
+A part of a turn is a text or a scene. A scene in a person's turn is a medium they show; a scene
+in the agent's turn is a medium to be made, and the text right before it is its caption.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+from alignment.toybox.grammar import (
+    COLOUR_WORDS,
+    COUNT_WORDS,
+    GROUND_PHRASES,
+    LOUDNESS_WORDS,
+    MOTION_PHRASES,
+    PITCH_WORDS,
+    PLACE_PHRASES,
+    SIZE_WORDS,
+    TEMPO_ADVERBS,
+    THING_WORDS,
+    TIMES_WORDS,
+    TYPICAL_COLOUR,
+    caption,
+    describe,
+    with_typos,
+)
+from alignment.toybox.world import (
+    COLOURS,
+    COUNTS,
+    GROUNDS,
+    LOUDNESSES,
+    MOTIONS,
+    PITCH_OF_SIZE,
+    PITCHES,
+    PLACES,
+    SIZE_OF_PITCH,
+    SIZES,
+    TEMPOS,
+    THINGS,
+    Clip,
+    Look,
+    Scene,
+    Sound,
+    changed,
+    sample_clip,
+    sample_look,
+    sample_sound,
+)
+
+Part = str | Scene
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation: who speaks, and texts and scenes in order."""
+
+    role: Literal["user", "assistant"]
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """A conversation, its right answer, and which attributes of each part of the answer are judged.
+
+    ``judged`` has one entry for each scene of the answer; for an answer in words alone it has one
+    entry for the text when the text states a scene (``stated``), and is empty for small talk.
+    """
+
+    direction: str
+    turns: tuple[Turn, ...]
+    answer: tuple[Part, ...]
+    judged: tuple[tuple[str, ...], ...]
+    stated: Scene | None = None
+
+    @property
+    def scenes(self) -> tuple[Scene, ...]:
+        """The scenes of the answer, in order."""
+        return tuple(part for part in self.answer if not isinstance(part, str))
+
+    @property
+    def held_out(self) -> bool:
+        """True when any scene of the conversation or of its answer is held out of training."""
+        parts = [part for turn in self.turns for part in turn.parts] + list(self.answer)
+        stated = [self.stated] if self.stated is not None else []
+        return any(part.held_out for part in (*parts, *stated) if not isinstance(part, str))
+
+
+class Scenes(Protocol):
+    """Where an exercise takes its scenes from."""
+
+    def look(self, **fixed: str | int) -> Look:
+        """Return a picture with the given attributes."""
+
+    def clip(self, **fixed: str) -> Clip:
+        """Return a video with the given attributes."""
+
+    def sound(self, **fixed: str | int) -> Sound:
+        """Return a sound with the given attributes."""
+
+
+@dataclass(frozen=True)
+class FreshScenes:
+    """Scenes drawn from the whole world, seen or held out."""
+
+    rng: random.Random
+    held_out: bool = False
+
+    def look(self, **fixed: str | int) -> Look:
+        """Return a random picture of this split."""
+        return sample_look(self.rng, held_out=self.held_out, **fixed)
+
+    def clip(self, **fixed: str) -> Clip:
+        """Return a random video of this split."""
+        return sample_clip(self.rng, held_out=self.held_out, **fixed)
+
+    def sound(self, **fixed: str | int) -> Sound:
+        """Return a random sound of this split."""
+        return sample_sound(self.rng, held_out=self.held_out, **fixed)
+
+
+LOOK_JUDGED = ("thing", "colour", "size", "count", "place", "ground")
+CLIP_JUDGED = ("thing", "colour", "size", "ground", "motion", "tempo")
+SOUND_JUDGED = ("thing", "pitch", "count", "tempo", "loudness")
+
+_DRAW = ("draw", "paint", "show me", "make a picture of", "i want a picture of", "give me an image of",
+         "can you draw", "please draw", "create an image of", "a picture of")  # fmt: skip
+_FILM = ("make a video of", "animate", "film", "show me a clip of", "i want a video of",
+         "can you make a video of", "please make a clip of", "create a video of", "a video of")  # fmt: skip
+_PLAY = ("play", "let me hear", "make the sound of", "i want to hear", "can you play", "please play",
+         "create the sound of", "give me the sound of")  # fmt: skip
+_WHAT_IS_SEEN = ("what is this?", "describe this", "what do you see?", "tell me what is shown here",
+                 "what does this show?", "caption this please", "describe what you see")  # fmt: skip
+_WHAT_IS_HEARD = ("what is this sound?", "describe this sound", "what do you hear?", "tell me what this is",
+                  "what can be heard here?", "describe what you hear in words")  # fmt: skip
+
+
+def judged(scene: Scene, without: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Return the attributes of a scene that are judged in full directions."""
+    names = (
+        LOOK_JUDGED if isinstance(scene, Look) else CLIP_JUDGED if isinstance(scene, Clip) else SOUND_JUDGED
+    )
+    absent = ("place",) if isinstance(scene, Look) and scene.count > 1 else ()
+    return tuple(name for name in names if name not in without and name not in absent)
+
+
+def typical_look(thing: str, size: str = "medium", count: int = 1) -> Look:
+    """Return the picture that is drawn when only this much was said."""
+    place = "middle" if count == 1 else None
+    colour = TYPICAL_COLOUR[thing]
+    return Look(thing, colour, size, count, place, "grey" if colour == "white" else "white")
+
+
+def typical_clip(thing: str, size: str = "medium", tempo: str = "slow") -> Clip:
+    """Return the video that is made when only this much was said."""
+    colour = TYPICAL_COLOUR[thing]
+    return Clip(thing, colour, size, "grey" if colour == "white" else "white", "still", tempo)
+
+
+def typical_sound(thing: str, size: str = "medium", count: int = 1, tempo: str = "slow") -> Sound:
+    """Return the sound that is made when only this much was said."""
+    return Sound(thing, PITCH_OF_SIZE[size], count, tempo, "loud")
+
+
+def make(direction: str, rng: random.Random, scenes: Scenes) -> Exercise:
+    """Return one exercise of a direction.
+
+    Raises:
+        ValueError: for a direction that does not exist; the message lists those that do.
+
+    """
+    try:
+        build = DIRECTIONS[direction]
+    except KeyError:
+        raise ValueError(f"direction is {direction!r}; expected one of {', '.join(DIRECTIONS)}.") from None
+    return replace(build(rng, scenes), direction=direction)
+
+
+def _single(
+    asked: tuple[Part, ...], scene: Scene, names: tuple[str, ...], before: tuple[Turn, ...] = ()
+) -> Exercise:
+    return Exercise("", (*before, Turn("user", asked)), (caption(scene), scene), (names,))
+
+
+def _said(request: str, rng: random.Random) -> str:
+    if rng.random() < 0.04:
+        request = with_typos(request, rng)
+    if request.endswith("?"):
+        return request if rng.random() < 0.7 else request[:-1]
+    return request + rng.choice(("", "", "", "", " please", ".", "!", " for me", ", please", " now"))
+
+
+def _omitted(rng: random.Random, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return what a person leaves unsaid: mostly nothing, sometimes several attributes."""
+    if rng.random() < 0.7:
+        return ()
+    return tuple(name for name in names if rng.random() < 0.6)
+
+
+def _unsaid(scene: Scene, omit: tuple[str, ...]) -> Scene | None:
+    """Return the scene with everything unsaid at its typical value, or None if there is none."""
+    values: dict[str, str | int | None] = {}
+    if isinstance(scene, Look):
+        typical: Scene = typical_look(scene.thing)
+    elif isinstance(scene, Clip):
+        typical = typical_clip(scene.thing)
+    else:
+        typical = typical_sound(scene.thing)
+    for name in omit:
+        if name == "place" and isinstance(scene, Look) and scene.count > 1:
+            continue
+        values[name] = getattr(typical, name)
+    if values.get("ground") == "white" and values.get("colour", getattr(scene, "colour", "")) == "white":
+        values["ground"] = "grey"
+    if values.get("ground") == "grey" and values.get("colour", getattr(scene, "colour", "")) != "white":
+        values["ground"] = "white"
+    return changed(scene, **values)
+
+
+def _wanted(
+    rng: random.Random, draw: Callable[[], Scene], names: tuple[str, ...]
+) -> tuple[Scene, tuple[str, ...]]:
+    while True:
+        scene, omit = draw(), _omitted(rng, names)
+        completed = _unsaid(scene, omit)
+        if completed is not None and completed.held_out is scene.held_out:
+            return completed, omit
+
+
+def _wanted_look(rng: random.Random, scenes: Scenes) -> tuple[Scene, str]:
+    scene, omit = _wanted(rng, scenes.look, ("colour", "size", "place", "ground"))
+    return scene, f"{rng.choice(_DRAW)} {describe(scene, rng, omit)}"
+
+
+def _wanted_clip(rng: random.Random, scenes: Scenes) -> tuple[Scene, str]:
+    scene, omit = _wanted(rng, scenes.clip, ("colour", "size", "ground", "motion", "tempo"))
+    return scene, f"{rng.choice(_FILM)} {describe(scene, rng, omit)}"
+
+
+def _wanted_sound(rng: random.Random, scenes: Scenes) -> tuple[Scene, str]:
+    scene, omit = _wanted(rng, scenes.sound, ("pitch", "count", "tempo", "loudness"))
+    return scene, f"{rng.choice(_PLAY)} {describe(scene, rng, omit)}"
+
+
+def _text_to_image(rng: random.Random, scenes: Scenes) -> Exercise:
+    scene, request = _wanted_look(rng, scenes)
+    return _single((_said(request, rng),), scene, judged(scene))
+
+
+def _text_to_video(rng: random.Random, scenes: Scenes) -> Exercise:
+    scene, request = _wanted_clip(rng, scenes)
+    return _single((_said(request, rng),), scene, judged(scene))
+
+
+def _text_to_audio(rng: random.Random, scenes: Scenes) -> Exercise:
+    scene, request = _wanted_sound(rng, scenes)
+    return _single((_said(request, rng),), scene, judged(scene))
+
+
+def _shown(rng: random.Random, text: str, scene: Scene) -> tuple[Part, ...]:
+    return (scene, text) if rng.random() < 0.7 else (text, scene)
+
+
+def _to_text(rng: random.Random, scene: Scene) -> Exercise:
+    words = _WHAT_IS_HEARD if isinstance(scene, Sound) else _WHAT_IS_SEEN
+    asked = _shown(rng, _said(rng.choice(words), rng), scene)
+    return Exercise("", (Turn("user", asked),), (caption(scene),), (judged(scene),), stated=scene)
+
+
+def _image_to_audio(rng: random.Random, scenes: Scenes) -> Exercise:
+    while True:
+        look = scenes.look()
+        sound = typical_sound(look.thing, look.size, look.count)
+        if sound.held_out is look.held_out or look.held_out:
+            break
+    text = rng.choice(("what does this sound like?", "what does this picture sound like?",
+                       "play its sound", "let me hear this", "make the sound of this picture", "how does that sound?"))  # fmt: skip
+    return _single(_shown(rng, _said(text, rng), look), sound, ("thing", "pitch", "count"))
+
+
+def _audio_to_image(rng: random.Random, scenes: Scenes) -> Exercise:
+    while True:
+        sound = scenes.sound()
+        look = typical_look(sound.thing, SIZE_OF_PITCH[sound.pitch], sound.count)
+        if look.held_out is sound.held_out or sound.held_out:
+            break
+    text = rng.choice(("draw what you hear", "what does this look like?", "draw this sound",
+                       "paint what makes this sound", "show me a picture of this sound", "make an image of what you hear"))  # fmt: skip
+    return _single(_shown(rng, _said(text, rng), sound), look, ("thing", "size", "count"))
+
+
+def _image_to_video(rng: random.Random, scenes: Scenes) -> Exercise:
+    look = scenes.look(count=1)
+    clip = Clip(look.thing, look.colour, look.size, look.ground, rng.choice(MOTIONS), rng.choice(TEMPOS))
+    motion, tempo = rng.choice(MOTION_PHRASES[clip.motion]), rng.choice(TEMPO_ADVERBS[clip.tempo])
+    text = rng.choice((f"make a video of this {motion} {tempo}", f"animate this {motion} {tempo}",
+                       f"show it {motion} {tempo} in a video", f"a clip of this picture {motion} {tempo}"))  # fmt: skip
+    return _single(_shown(rng, _said(text, rng), look), clip, judged(clip))
+
+
+def _video_to_image(rng: random.Random, scenes: Scenes) -> Exercise:
+    clip = scenes.clip()
+    look = Look(clip.thing, clip.colour, clip.size, 1, "middle", clip.ground)
+    text = rng.choice(("draw what is in this video", "make a picture of this",
+                       "give me an image of this video", "draw this", "show me a picture of what you see"))  # fmt: skip
+    return _single(_shown(rng, _said(text, rng), clip), look, ("thing", "colour", "size", "ground"))
+
+
+def _video_to_audio(rng: random.Random, scenes: Scenes) -> Exercise:
+    while True:
+        clip = scenes.clip()
+        sound = typical_sound(clip.thing, clip.size, 1, clip.tempo)
+        if sound.held_out is clip.held_out or clip.held_out:
+            break
+    text = rng.choice(("what does this video sound like?", "what does this sound like?",
+                       "play its sound", "add the sound of this video", "let me hear this", "make the sound of this clip"))  # fmt: skip
+    return _single(_shown(rng, _said(text, rng), clip), sound, ("thing", "pitch", "tempo"))
+
+
+def _audio_to_video(rng: random.Random, scenes: Scenes) -> Exercise:
+    while True:
+        sound = scenes.sound()
+        clip = typical_clip(sound.thing, SIZE_OF_PITCH[sound.pitch], sound.tempo)
+        if clip.held_out is sound.held_out or sound.held_out:
+            break
+    text = rng.choice(("make a video of what you hear", "film this sound", "make a video for this sound",
+                       "show me a clip of what makes this sound", "animate what you hear"))  # fmt: skip
+    return _single(_shown(rng, _said(text, rng), sound), clip, ("thing", "size", "tempo"))
+
+
+def _change(scene: Scene, rng: random.Random) -> tuple[Scene, str]:
+    """Return the scene with one named attribute changed, and the words that ask for it."""
+    while True:
+        names = {
+            Look: ("colour", "size", "place", "count", "ground"),
+            Clip: ("colour", "motion", "tempo", "ground"),
+            Sound: ("pitch", "count", "tempo", "loudness"),
+        }[type(scene)]
+        name = rng.choice(names)
+        values: dict[str, str | int | None]
+        if name == "colour":
+            values = {"colour": rng.choice(COLOURS)}
+            word = rng.choice(COLOUR_WORDS[str(values["colour"])])
+            texts = (f"make it {word}", f"now a {word} one", f"change the colour to {word}", f"in {word}",
+                     f"the same one but {word}")  # fmt: skip
+        elif name == "size":
+            values = {"size": rng.choice(SIZES)}
+            word = rng.choice(SIZE_WORDS[str(values["size"])])
+            texts = (f"make it {word}", f"now a {word} one", f"change the size to {word}",
+                     f"the same one but {word}")  # fmt: skip
+        elif name == "place":
+            values = {"place": rng.choice(PLACES)}
+            word = rng.choice(PLACE_PHRASES[str(values["place"])])
+            texts = (f"move it to be {word}", f"put it {word}", f"now {word}", f"the same one but {word}")
+        elif name == "count" and isinstance(scene, Look):
+            count = rng.choice(COUNTS)
+            values = {"count": count, "place": "middle" if count == 1 else None}
+            word = COUNT_WORDS[count][0]
+            texts = (
+                f"make it {word}",
+                f"now {word} of them",
+                f"the same but {word} of them",
+                f"i want {word} of them",
+            )
+        elif name == "count":
+            values = {"count": rng.choice(COUNTS)}
+            word = rng.choice(TIMES_WORDS[int(values["count"] or 1)])
+            texts = (f"make it sound {word}", f"now {word}", f"the same but {word}")
+        elif name == "ground":
+            values = {"ground": rng.choice(GROUNDS)}
+            word = rng.choice(GROUND_PHRASES[str(values["ground"])])
+            texts = (
+                f"put it {word}",
+                f"now {word}",
+                f"the same one but {word}",
+                f"change the background so it is {word}",
+            )
+        elif name == "motion":
+            values = {"motion": rng.choice(MOTIONS)}
+            word = rng.choice(MOTION_PHRASES[str(values["motion"])])
+            texts = (f"now {word}", f"the same one but {word}", f"i want it {word}")
+        elif name == "tempo":
+            values = {"tempo": rng.choice(TEMPOS)}
+            word = "slower" if values["tempo"] == "slow" else "faster"
+            texts = (f"make it {word}", f"now {word}", f"the same but {word}")
+        elif name == "pitch":
+            values = {"pitch": rng.choice(PITCHES)}
+            word = rng.choice(PITCH_WORDS[str(values["pitch"])])
+            texts = (
+                f"make it {word}",
+                f"now a {word} one",
+                f"the same one but {word}",
+                f"change the pitch to {word}",
+            )
+        else:
+            values = {"loudness": rng.choice(LOUDNESSES)}
+            word = rng.choice(LOUDNESS_WORDS[str(values["loudness"])])
+            texts = (f"make it {word}", f"now {word}", f"the same but {word}")
+        if name == "place" and isinstance(scene, Look) and scene.count > 1:
+            continue
+        result = changed(scene, **values)
+        if result is not None and result != scene:
+            return result, rng.choice(texts)
+
+
+def _edit(rng: random.Random, draw: Callable[[], Scene]) -> Exercise:
+    while True:
+        scene = draw()
+        result, text = _change(scene, rng)
+        if result.held_out is scene.held_out or scene.held_out:
+            return _single(_shown(rng, _said(text, rng), scene), result, judged(result))
+
+
+def _beyond_words(rng: random.Random, scenes: Scenes) -> Exercise:
+    """Ask for the very same medium again; its shade, spot and tuning are measured, not named."""
+    scene: Scene = scenes.sound() if rng.random() < 0.4 else scenes.look(count=1)
+    if isinstance(scene, Sound):
+        text = rng.choice(("play exactly this again", "the same sound again, at exactly this pitch",
+                           "let me hear the very same one again"))  # fmt: skip
+        return _single(_shown(rng, _said(text, rng), scene), scene, ("thing", "fundamental"))
+    text = rng.choice(("draw exactly this again", "the same one again, in exactly this shade",
+                       "the very same picture again", "draw it again exactly there"))  # fmt: skip
+    return _single(_shown(rng, _said(text, rng), scene), scene, ("thing", "hue", "centre"))
+
+
+def _image_audio_to_video(rng: random.Random, scenes: Scenes) -> Exercise:
+    look, sound = scenes.look(count=1), scenes.sound()
+    clip = Clip(look.thing, look.colour, look.size, look.ground, "still", sound.tempo)
+    text = _said(rng.choice(("make a video of this picture with the tempo of this sound",
+                             "animate the picture at the tempo of the sound",
+                             "a video of this, as fast or slow as this sound")), rng)  # fmt: skip
+    asked: tuple[Part, ...] = (look, sound, text) if rng.random() < 0.7 else (text, look, sound)
+    return _single(asked, clip, ("thing", "colour", "size", "ground", "tempo"))
+
+
+def _text_to_many(rng: random.Random, scenes: Scenes) -> Exercise:
+    kinds = list(rng.choice((("image", "audio"), ("video", "audio"), ("image", "video", "audio"))))
+    rng.shuffle(kinds)
+    wanted = {"image": _wanted_look, "video": _wanted_clip, "audio": _wanted_sound}
+    requests, made = [], []
+    for kind in kinds:
+        scene, request = wanted[kind](rng, scenes)
+        made.append(scene)
+        requests.append(request)
+    joint = rng.choice((" and ", ", then ", " and then ", ", and "))
+    answer = tuple(part for scene in made for part in (caption(scene), scene))
+    asked = _said(joint.join(requests), rng)
+    return Exercise("", (Turn("user", (asked,)),), answer, tuple(judged(scene) for scene in made))
+
+
+def _about_thing(rng: random.Random, scenes: Scenes) -> Exercise:
+    """Ask for picture, video and sound of one thing at once, naming it once."""
+    while True:
+        thing = rng.choice(THINGS)
+        size = rng.choice(SIZES)
+        made: list[Scene] = [typical_look(thing, size), typical_sound(thing, size)]
+        if not any(scene.held_out for scene in made):
+            break
+    word = f"{rng.choice(SIZE_WORDS[size])} {rng.choice(THING_WORDS[thing])}"
+    text = rng.choice((f"draw a {word} and play its sound", f"show me a {word} and let me hear it",
+                       f"a picture and the sound of a {word}"))  # fmt: skip
+    answer = tuple(part for scene in made for part in (caption(scene), scene))
+    return Exercise("", (Turn("user", (_said(text, rng),)),), answer, tuple(judged(scene) for scene in made))
+
+
+def _conversation(rng: random.Random, scenes: Scenes) -> Exercise:
+    while True:
+        wanted = rng.choice((_wanted_look, _wanted_look, _wanted_clip, _wanted_sound))
+        scene, request = wanted(rng, scenes)
+        turns = [Turn("user", (_said(request, rng),)), Turn("assistant", (caption(scene), scene))]
+        middle, text = _change(scene, rng)
+        turns += [Turn("user", (_said(text, rng),)), Turn("assistant", (caption(middle), middle))]
+        last, text, names = _follow_up(middle, rng)
+        found = [scene.held_out, middle.held_out, last.held_out]
+        if len(set(found)) == 1 or scene.held_out:
+            break
+    if rng.random() < 0.15:
+        turns = [Turn("user", ("hello",)), Turn("assistant", (_GREETING,)), *turns]
+    return Exercise("", (*turns, Turn("user", (_said(text, rng),))), (caption(last), last), (names,))
+
+
+def _follow_up(scene: Scene, rng: random.Random) -> tuple[Scene, str, tuple[str, ...]]:
+    if rng.random() < 0.5:
+        last, text = _change(scene, rng)
+        return last, text, judged(last)
+    if isinstance(scene, Sound):
+        look = typical_look(scene.thing, SIZE_OF_PITCH[scene.pitch], scene.count)
+        return look, rng.choice(("and what does it look like?", "draw it", "show me a picture of it")), (
+            "thing", "size", "count")  # fmt: skip
+    if rng.random() < 0.6:
+        count = scene.count if isinstance(scene, Look) else 1
+        tempo = scene.tempo if isinstance(scene, Clip) else "slow"
+        sound = typical_sound(scene.thing, scene.size, count, tempo)
+        texts = (
+            "and what does it sound like?",
+            "what does it sound like?",
+            "now play its sound",
+            "let me hear it",
+        )
+        return (
+            sound,
+            rng.choice(texts),
+            ("thing", "pitch", *(("count",) if isinstance(scene, Look) else ("tempo",))),
+        )
+    if isinstance(scene, Look):
+        clip = Clip(scene.thing, scene.colour, scene.size, scene.ground, rng.choice(MOTIONS), "slow")
+        motion = rng.choice(MOTION_PHRASES[clip.motion])
+        return (
+            clip,
+            rng.choice((f"now a video of it {motion}", f"animate it {motion}")),
+            judged(clip, ("tempo",)),
+        )
+    look = Look(scene.thing, scene.colour, scene.size, 1, "middle", scene.ground)
+    return (
+        look,
+        rng.choice(("now a picture of it", "draw it as a picture")),
+        ("thing", "colour", "size", "ground"),
+    )
+
+
+_GREETING = "hello! tell me what to draw, film or play"
+_ABILITIES = "i can draw, film and play twelve things: " + ", ".join(THINGS)
+_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("hello", "hi", "hi there", "good morning", "hey"), _GREETING),
+    (("what can you do?", "help", "what do you know?", "which things do you know?",
+      "who are you?"), _ABILITIES),
+    (("thank you", "thanks", "great, thank you", "very nice"), "you are welcome"),
+    (("bye", "goodbye", "see you"), "goodbye"),
+    (("which colours do you know?", "what colours are there?"), "the colours are " + ", ".join(COLOURS)),
+    (("do not draw anything", "no picture please", "just talk to me"), "all right, only words"),
+    (("tell me a joke", "what is the weather?", "how old are you?", "what is two plus two?"),
+     "i only know my toy box. ask me to draw, film or play something in it"),
+)  # fmt: skip
+
+
+def _words_only(rng: random.Random, scenes: Scenes) -> Exercise:
+    kind = rng.randrange(4)
+    if kind == 0:
+        questions, answer = rng.choice(_TALK)
+        return Exercise("", (Turn("user", (_said(rng.choice(questions), rng),)),), (answer,), ())
+    if kind == 1:
+        thing = rng.choice(THINGS)
+        word = rng.choice(THING_WORDS[thing])
+        text = rng.choice((f"what colour is a {word}?", f"which colour does a {word} have?"))
+        return Exercise("", (Turn("user", (text,)),), (f"a {thing} is mostly {TYPICAL_COLOUR[thing]}",), ())
+    scene: Scene = rng.choice((scenes.look, scenes.clip, scenes.sound))()
+    if kind == 2:
+        made = Turn("assistant", (caption(scene), scene))
+        before = (Turn("user", (_REQUEST[type(scene)](rng, scene),)), made)
+        question, answer = _question(scene, rng)
+        return Exercise("", (*before, Turn("user", (question,))), (answer,), ())
+    question, answer = _question(scene, rng)
+    return Exercise("", (Turn("user", _shown(rng, question, scene)),), (answer,), ())
+
+
+_REQUEST: Mapping[type, Callable[[random.Random, Scene], str]] = {
+    Look: lambda rng, scene: f"{rng.choice(_DRAW)} {describe(scene, rng)}",
+    Clip: lambda rng, scene: f"{rng.choice(_FILM)} {describe(scene, rng)}",
+    Sound: lambda rng, scene: f"{rng.choice(_PLAY)} {describe(scene, rng)}",
+}
+
+
+def _question(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    choices: list[tuple[tuple[str, ...], str]] = [
+        (("what thing is it?", "which thing is this?"), scene.thing)
+    ]
+    if not isinstance(scene, Sound):
+        choices.append((("what colour is it?", "which colour does it have?"), scene.colour))
+        choices.append((("how big is it?", "what size is it?"), scene.size))
+    if isinstance(scene, Look):
+        choices.append((("how many are there?", "how many do you see?"), COUNT_WORDS[scene.count][0]))
+    if isinstance(scene, Sound):
+        choices.append(
+            (("how often does it sound?", "how many times does it sound?"), TIMES_WORDS[scene.count][0])
+        )
+        choices.append((("is it loud or quiet?", "how loud is it?"), scene.loudness))
+    if isinstance(scene, Clip):
+        choices.append((("where is it going?", "how does it move?"), MOTION_PHRASES[scene.motion][0]))
+    questions, answer = rng.choice(choices)
+    return rng.choice(questions), answer
+
+
+def _decision(rng: random.Random, scenes: Scenes) -> Exercise:
+    build = rng.choice((_words_only, _words_only, _text_to_image, _text_to_video, _text_to_audio,
+                        _text_to_many, _about_thing, _image_to_audio, _image_to_video, _conversation))  # fmt: skip
+    return build(rng, scenes)
+
+
+DIRECTIONS: Mapping[str, Callable[[random.Random, Scenes], Exercise]] = {
+    "text-to-image": _text_to_image,
+    "text-to-video": _text_to_video,
+    "text-to-audio": _text_to_audio,
+    "image-to-text": lambda rng, scenes: _to_text(rng, scenes.look()),
+    "video-to-text": lambda rng, scenes: _to_text(rng, scenes.clip()),
+    "audio-to-text": lambda rng, scenes: _to_text(rng, scenes.sound()),
+    "image-to-audio": _image_to_audio,
+    "audio-to-image": _audio_to_image,
+    "image-to-video": _image_to_video,
+    "video-to-image": _video_to_image,
+    "video-to-audio": _video_to_audio,
+    "audio-to-video": _audio_to_video,
+    "text+image-to-image": lambda rng, scenes: _edit(rng, scenes.look),
+    "text+audio-to-audio": lambda rng, scenes: _edit(rng, scenes.sound),
+    "text+video-to-video": lambda rng, scenes: _edit(rng, scenes.clip),
+    "image+audio-to-video": _image_audio_to_video,
+    "text-to-many": _text_to_many,
+    "conversation": _conversation,
+    "decision": _decision,
+    "beyond-words": _beyond_words,
+}

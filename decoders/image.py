@@ -1,0 +1,69 @@
+"""The image decoder: the parts of a StableDiffusionPipeline, embeddings in."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel
+
+from decoders.latent_decoder import LatentDecoder, check_multiple, clip_states, from_pixels, to_pixels
+from decoders.settings import DecoderDefaults, DecodeSettings
+from encoders.media import Image, Medium, Modality
+
+
+class ImageDecoder(LatentDecoder):
+    """Conditions ``(tokens, width)`` of text states to an :class:`Image`.
+
+    Equals StableDiffusionPipeline (without its safety checker) for the same seed, scheduler and settings.
+    """
+
+    modality: ClassVar[Modality] = Modality.IMAGE
+    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
+    usual: ClassVar[DecoderDefaults] = DecoderDefaults(steps=25, guidance_scale=7.5)
+
+    def _load_networks(self) -> None:
+        self.unet = self.folder.model("unet", UNet2DConditionModel)
+        self.vae = self.folder.autoencoder()
+        self._factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def _load_text_encoder(self) -> Any:
+        return self.folder.model("text_encoder", CLIPTextModel)
+
+    def _encode_text(self, encoder: Any, inputs: Any) -> Tensor:
+        return clip_states(encoder, inputs)
+
+    def _condition_width(self) -> int:
+        return int(self.unet.config.cross_attention_dim)
+
+    def _size(self, settings: DecodeSettings) -> tuple[int, int]:
+        settings.only("width_px", "height_px")
+        usual = self.unet.config.sample_size
+        rows, columns = (usual, usual) if isinstance(usual, int) else usual
+        width = settings.width_px or self.defaults.width_px or columns * self._factor
+        height = settings.height_px or self.defaults.height_px or rows * self._factor
+        return width, height
+
+    def _latent_shape(self, settings: DecodeSettings) -> tuple[int, ...]:
+        width, height = self._size(settings)
+        rows = check_multiple("height_px", height, self._factor)
+        columns = check_multiple("width_px", width, self._factor)
+        return (self.unet.config.in_channels, rows, columns)
+
+    def _predict(self, latents: Tensor, timestep: Tensor, conditions: Tensor) -> Tensor:
+        predicted: Tensor = self.unet(latents, timestep, conditions, return_dict=False)[0]
+        return predicted
+
+    def _media(self, latents: Tensor, settings: DecodeSettings) -> Sequence[Image]:
+        return [Image(pixels) for pixels in to_pixels(self.vae, latents)]
+
+    def _sizes(self, medium: Image) -> dict[str, Any]:
+        height, width = medium.pixels.shape[:2]
+        return {"width_px": width, "height_px": height}
+
+    def encode_source(self, medium: Medium, settings: DecodeSettings | None = None) -> Tensor:
+        """Return the latents ``(C, h, w)`` of an image, resized to the size that ``settings`` ask for."""
+        self._expect(medium)
+        assert isinstance(medium, Image)
+        width, height = self._size(settings or DecodeSettings())
+        return from_pixels(self.vae, [medium.pixels], width, height)[0].cpu()

@@ -1,0 +1,137 @@
+"""From the hidden states of a signal block to what a decoder is conditioned on.
+
+The layout (names and shapes of all parameters) is that of NExT-GPT's released checkpoint, so that its
+three ``gen_text_hidden_fcs*.0`` modules load unchanged.
+
+Shape letters in this file:
+    B batch   K signal tokens   D LLM width   Q query tokens   W hidden width   O output width
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutputProjectionConfig:
+    """Sizes of an :class:`OutputProjection`. Immutable; checked when it is made."""
+
+    llm_width: int
+    out_width: int
+    num_queries: int
+    hidden_width: int = 512
+    num_encoder_layers: int = 4
+    num_decoder_layers: int = 4
+    num_heads: int = 4
+    ffn_width: int = 2048
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+        if self.hidden_width % self.num_heads:
+            raise ValueError(
+                f"hidden_width ({self.hidden_width}) is not a multiple of num_heads ({self.num_heads}). "
+                f"Pick num_heads from the divisors of hidden_width."
+            )
+
+
+class OutputProjection(nn.Module):
+    """Learned queries read a signal block through a small encoder-decoder transformer.
+
+    Source: TextFcLayer in "transformer" mode, NExT-GPT (arXiv 2309.05519) section 4 and its 2023 code.
+    The queries start as standard normal noise, as there; equal queries would stay equal.
+    """
+
+    def __init__(self, config: OutputProjectionConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, heads, ffn = config.hidden_width, config.num_heads, config.ffn_width
+        encoder_layer = nn.TransformerEncoderLayer(
+            width, heads, ffn, dropout=0.0, norm_first=True, batch_first=True
+        )
+        decoder_layer = nn.TransformerDecoderLayer(
+            width, heads, ffn, dropout=0.0, norm_first=True, batch_first=True
+        )
+        self.fc = nn.Linear(config.llm_width, width)
+        self.tfm = nn.Transformer(
+            width,
+            heads,
+            custom_encoder=nn.TransformerEncoder(
+                encoder_layer, config.num_encoder_layers, nn.LayerNorm(width), enable_nested_tensor=False
+            ),
+            custom_decoder=nn.TransformerDecoder(
+                decoder_layer, config.num_decoder_layers, nn.LayerNorm(width)
+            ),
+            batch_first=True,
+        )
+        self.model = nn.Linear(width, config.out_width)
+        self.query_embs = nn.Parameter(torch.randn(1, config.num_queries, width))
+
+    def forward(self, hidden: Tensor, input_embeddings: Tensor) -> Tensor:
+        """Project signal blocks to conditions.
+
+        Args:
+            hidden: ``(B, K, D)`` final hidden states at the signal tokens.
+            input_embeddings: ``(B, K, D)`` input embeddings of the same tokens.
+
+        Returns:
+            ``(B, Q, O)``. Not normalised; a decoder that wants a unit vector normalises.
+
+        Raises:
+            ValueError: shapes that differ, or a last dimension that is not ``llm_width``.
+
+        """
+        if hidden.ndim != 3 or hidden.shape != input_embeddings.shape:
+            raise ValueError(
+                f"hidden has shape {tuple(hidden.shape)} and input_embeddings "
+                f"{tuple(input_embeddings.shape)}; expected the same (B, K, D) twice."
+            )
+        if hidden.shape[2] != self.config.llm_width:
+            raise ValueError(
+                f"hidden is {hidden.shape[2]} wide; this projection was made for an LLM of width "
+                f"{self.config.llm_width}. Use the projection that belongs to the LLM."
+            )
+        source = self.fc(hidden + input_embeddings)  # (B, K, W)
+        queries = self.query_embs.expand(len(source), -1, -1)  # (B, Q, W)
+        out: Tensor = self.model(self.tfm(source, queries))  # (B, Q, O)
+        return out
+
+    def save(self, folder: Path) -> None:
+        """Write ``config.json`` and ``model.safetensors`` into ``folder``, in this module's dtype."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        save_file(tensors, folder / "model.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path, device: str = "cpu") -> "OutputProjection":
+        """Read what :meth:`save` wrote, as float32, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged, or the weights do not fit the configuration.
+
+        """
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(
+                    f"{folder / name} is missing; an output projection is config.json and "
+                    f"model.safetensors. Copy the complete folder."
+                )
+        try:
+            config = OutputProjectionConfig(**json.loads((folder / "config.json").read_text()))
+            tensors = load_file(folder / "model.safetensors")
+        except (TypeError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{folder} cannot be read ({error}). Copy the folder again.") from None
+        projection = cls(config)
+        try:
+            projection.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"{folder}/model.safetensors does not fit its config.json: {error}") from None
+        return projection.to(device).eval()

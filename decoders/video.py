@@ -1,0 +1,105 @@
+"""The video decoder: the parts of a text-to-video pipeline, embeddings in.
+
+Two kinds of network stand behind one decoder: the 3-D UNet of TextToVideoSDPipeline and the small
+transformer of TextToVideoTransformerPipeline.
+
+Shape letters in this file:
+    B batch   C latent channels   F frames   h, w latent height and width
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from diffusers import UNet3DConditionModel, WanTransformer3DModel
+from torch import Tensor
+from transformers import CLIPTextModel
+
+from decoders.latent_decoder import LatentDecoder, check_multiple, clip_states, from_pixels, to_pixels
+from decoders.settings import DecoderDefaults, DecodeSettings
+from decoders.video_transformer import predict_with_positions
+from encoders.media import Medium, Modality, Video
+
+USUAL_FRAMES = 16
+USUAL_FPS = 8.0
+
+
+class VideoDecoder(LatentDecoder):
+    """Conditions ``(tokens, width)`` of text states to a :class:`Video`.
+
+    Equals the diffusers pipeline of its folder for the same seed, scheduler and settings.
+    """
+
+    modality: ClassVar[Modality] = Modality.VIDEO
+    pipelines: ClassVar[tuple[str, ...]] = ("TextToVideoSDPipeline", "TextToVideoTransformerPipeline")
+    usual: ClassVar[DecoderDefaults] = DecoderDefaults(steps=25, guidance_scale=9.0)
+
+    def _load_networks(self) -> None:
+        self._is_transformer = self.folder.pipeline_class == "TextToVideoTransformerPipeline"
+        if self._is_transformer:
+            self.network = self.folder.model("transformer", WanTransformer3DModel)
+            self._channels = self.network.config.out_channels
+            self._usual_size = self.folder.number("sample_size")
+            self._usual_frames = self.folder.number("num_frames")
+            self._usual_fps = self.folder.number("fps")
+            self._patch = self.network.config.patch_size
+        else:
+            self.network = self.folder.model("unet", UNet3DConditionModel)
+            self._channels = self.network.config.in_channels
+            self._usual_size = self.network.config.sample_size
+            self._usual_frames, self._usual_fps = USUAL_FRAMES, USUAL_FPS
+            self._patch = (1, 1, 1)
+        self.vae = self.folder.autoencoder()
+        self._factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def _load_text_encoder(self) -> Any:
+        return self.folder.model("text_encoder", CLIPTextModel)
+
+    def _encode_text(self, encoder: Any, inputs: Any) -> Tensor:
+        return clip_states(encoder, inputs)
+
+    def _condition_width(self) -> int:
+        config = self.network.config
+        return int(config.text_dim if self._is_transformer else config.cross_attention_dim)
+
+    def _size(self, settings: DecodeSettings) -> tuple[int, int, int]:
+        """Return frames, height and width in pixels."""
+        settings.only("width_px", "height_px", "num_frames")
+        side = self._usual_size * self._factor
+        return (
+            settings.num_frames or self.defaults.num_frames or self._usual_frames,
+            settings.height_px or self.defaults.height_px or side,
+            settings.width_px or self.defaults.width_px or side,
+        )
+
+    def _latent_shape(self, settings: DecodeSettings) -> tuple[int, ...]:
+        frames, height, width = self._size(settings)
+        check_multiple("num_frames", frames, self._patch[0])
+        check_multiple("height_px", height, self._factor * self._patch[1])
+        check_multiple("width_px", width, self._factor * self._patch[2])
+        return (self._channels, frames, height // self._factor, width // self._factor)
+
+    def _predict(self, latents: Tensor, timestep: Tensor, conditions: Tensor) -> Tensor:
+        if self._is_transformer:
+            return predict_with_positions(self.network, latents, timestep, conditions)
+        predicted: Tensor = self.network(latents, timestep, conditions, return_dict=False)[0]
+        return predicted
+
+    def _media(self, latents: Tensor, settings: DecodeSettings) -> Sequence[Video]:
+        frames = latents.shape[2]
+        flat = latents.transpose(1, 2).flatten(0, 1)  # (B * F, C, h, w)
+        pixels = to_pixels(self.vae, flat)  # (B * F, H, W, 3)
+        fps = self.defaults.fps or self._usual_fps
+        return [Video(clip, fps) for clip in pixels.reshape(len(latents), frames, *pixels.shape[1:])]
+
+    def _sizes(self, medium: Video) -> dict[str, Any]:
+        frames, height, width = medium.frames.shape[:3]
+        return {"width_px": width, "height_px": height, "num_frames": frames, "fps": medium.fps}
+
+    def encode_source(self, medium: Medium, settings: DecodeSettings | None = None) -> Tensor:
+        """Return the latents ``(C, F, h, w)`` of a video, with frames picked evenly and resized."""
+        self._expect(medium)
+        assert isinstance(medium, Video)
+        frames, height, width = self._size(settings or DecodeSettings())
+        picked = np.linspace(0, len(medium.frames) - 1, frames).round().astype(int)
+        return from_pixels(self.vae, list(medium.frames[picked]), width, height).transpose(0, 1).cpu()

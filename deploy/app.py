@@ -1,0 +1,80 @@
+"""The Serve application: which deployments there are and how they hang together.
+
+Named by ``deploy/serve.yaml`` as ``deploy.app:build_app``; replica counts, autoscaling and resources
+of each deployment are set there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from ray.serve import Application
+
+from services.deployments import (
+    AgentReplica,
+    DecoderReplica,
+    EncoderReplica,
+    GatewayReplica,
+    LanguageModelReplica,
+    ReplicaArgs,
+    decoder_name,
+)
+from services.presets import load_preset
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class AppArgs(BaseModel):
+    """Arguments from ``deploy/serve.yaml``. An unknown key is an error, not a silent default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    preset: str = "toybox"
+    store: str = Field(
+        default="",
+        description="URL of the artefact store; the folder var/files of this checkout by default",
+    )
+    page_url: str | None = Field(
+        default=None, description="where the chat page finds the API; without it there is no page"
+    )
+    torch_threads: int = Field(default=1, ge=1, description="threads of each model replica")
+    cpus_per_replica: float = Field(default=0.1, ge=0, description="what Ray books for each replica")
+
+    @property
+    def store_url(self) -> str:
+        """URL of the artefact store."""
+        return self.store or (ROOT / "var" / "files").as_uri()
+
+
+def build_app(args: AppArgs) -> Application:
+    """Wire the deployment graph. Called by Serve with the ``args:`` block of the config."""
+    preset = load_preset(args.preset)
+    replica = ReplicaArgs(preset=str(preset.file), store=args.store_url, torch_threads=args.torch_threads)
+    usual: dict[str, Any] = {
+        "num_replicas": 1,
+        "ray_actor_options": {"num_cpus": args.cpus_per_replica},
+        "health_check_period_s": 3,
+        "max_constructor_retry_count": 2,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "graceful_shutdown_timeout_s": 5,
+        "logging_config": {"log_level": "WARNING", "enable_access_log": False},
+    }
+    model: dict[str, Any] = {**usual, "max_ongoing_requests": 1}
+    door: dict[str, Any] = {**usual, "max_ongoing_requests": 256}
+
+    encoder = serve.deployment(name="Encoder", **model)(EncoderReplica).bind(replica)
+    language_model = serve.deployment(name="LanguageModel", **model)(LanguageModelReplica).bind(replica)
+    decoders = {
+        modality: serve.deployment(name=decoder_name(modality), **model)(DecoderReplica).bind(
+            replica, modality
+        )
+        for modality in preset.decoders
+    }
+    agent = serve.deployment(name="Agent", **door)(AgentReplica).bind(
+        replica, encoder, language_model, decoders
+    )
+    gateway = serve.deployment(name="Gateway", **door)(serve.ingress()(GatewayReplica))
+    return gateway.bind(replica, agent, args.page_url)

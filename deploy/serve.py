@@ -1,0 +1,165 @@
+"""The whole service on this machine: a local Ray, the application, and an end that leaves nothing behind.
+
+``patchbay serve`` becomes this program. What can be wrong is looked at before Ray starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import re
+import secrets
+import signal
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import FrameType
+
+from services.doctor import expect_files, expect_free_port
+from services.errors import PresetProblem, ServiceError
+from services.presets import Preset, load_preset
+
+OBJECT_STORE_BYTES = 128 * 2**20
+READY_WITHIN_S = 300.0
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "1",
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve until a signal says stop."""
+    parser = argparse.ArgumentParser(prog="patchbay serve")
+    parser.add_argument("--preset", default="toybox")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    args = parser.parse_args(argv)
+    try:
+        preset = load_preset(args.preset)
+        expect_files(preset)
+        expect_free_port(args.host, args.port)
+        with tempfile.TemporaryDirectory(prefix="patchbay-") as folder:
+            return _serve(preset, args.host, args.port, Path(folder))
+    except ServiceError as error:
+        print(f"patchbay: {error.message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _serve(preset: Preset, host: str, port: int, folder: Path) -> int:
+    began = time.monotonic()
+    print(f"Starting {preset.name}: {preset.description}", flush=True)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    root = str(Path(__file__).resolve().parent.parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    page_folder = folder / "page"
+    page_folder.mkdir()
+    os.environ["GRADIO_TEMP_DIR"] = str(page_folder)
+
+    import ray
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    from deploy.app import AppArgs, build_app
+
+    address = f"http://{_reachable(host)}:{port}"
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    try:
+        ray.init(
+            address="local",
+            num_cpus=2,
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(folder / "ray"),
+        )
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _interrupt)
+        serve.start(
+            http_options=HTTPOptions(host=host, port=port),
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
+        )
+        app = build_app(AppArgs(preset=str(preset.file), store=(folder / "files").as_uri(), page_url=address))
+        serve.run(app, name="patchbay", route_prefix="/")
+        _wait_until_it_answers(address)
+        print(
+            f"\n  Chat page   {address}/\n  API         {address}/v1\n\n"
+            f"Ready after {time.monotonic() - began:.0f} s. Stop with Ctrl-C.",
+            flush=True,
+        )
+        while True:
+            signal.pause()
+    except KeyboardInterrupt:
+        print("Stopping.", flush=True)
+        return 0
+    except RuntimeError as error:
+        raise _why(error) from error
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        if ray.is_initialized():
+            serve.shutdown()
+            ray.shutdown()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _reachable(host: str) -> str:
+    if host in ("0.0.0.0", "::"):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
+
+
+def _wait_until_it_answers(address: str) -> None:
+    """Return when the health check and the page answer."""
+    deadline = time.monotonic() + READY_WITHIN_S
+    lacking = "an answer"
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{address}/health", timeout=10) as answer:
+                health = json.load(answer)
+            with urllib.request.urlopen(f"{address}/", timeout=30) as answer:
+                answer.read()
+            if health["status"] == "ok":
+                return
+            lacking = ", ".join(health["unavailable"])
+        except (urllib.error.URLError, OSError):
+            pass
+        time.sleep(0.2)
+    raise PresetProblem(
+        f"The service did not come up within {READY_WITHIN_S:.0f} s; it lacks {lacking}. "
+        "Run `patchbay doctor` to see what is wrong.",
+        code="not_ready",
+    )
+
+
+def _why(error: RuntimeError) -> PresetProblem:
+    """Find our own sentence in what Serve reports about a deployment that did not start."""
+    found = re.search(r"PresetProblem: (.+)", str(error)) or re.search(
+        r"(The [\w ]+ cannot be loaded: .+)", str(error)
+    )
+    reason = found[1] if found else " ".join(str(error).split())[:600]
+    return PresetProblem(f"The service could not start: {reason}", code="not_started")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

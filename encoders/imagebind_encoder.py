@@ -1,0 +1,263 @@
+"""An ImageBind with its preprocessing and tokenizer, as one thing that reads media and text.
+
+Folder layout:
+    config.json: ``{"model": sizes, "preprocessing": numbers}``
+    model.safetensors: the state dict of :class:`~encoders.imagebind.ImageBind`
+    tokenizer.json: when there is a text tower; or CLIP's vocab.json and merges.txt
+
+Shape letters in this file:
+    N items   S clips per item   L patches per clip   E embedding width
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from encoders.features import Features
+from encoders.imagebind import ImageBind, ImageBindConfig
+from encoders.imagebind_config import TOWER_CONFIGS
+from encoders.media import Audio, Image, Medium, Modality, Video
+from encoders.preprocess import PreprocessConfig, prepare_images, prepare_sounds, prepare_videos
+from encoders.text_tokens import TextTokens
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+TOWER_OF = {Modality.IMAGE: "vision", Modality.VIDEO: "vision", Modality.AUDIO: "audio"}
+
+
+class ImageBindEncoder:
+    """Reads images, videos and sounds into :class:`~encoders.features.Features`; embeds texts.
+
+    The model is an ordinary module and can be trained through :attr:`model` with the tensors of
+    :meth:`prepare` and :attr:`tokens`. Methods here run without gradients.
+    """
+
+    def __init__(self, model: ImageBind, preprocessing: PreprocessConfig, tokens: TextTokens | None) -> None:
+        """Join the parts.
+
+        Raises:
+            ValueError: they do not fit together.
+
+        """
+        _check_fit(model.config, preprocessing, tokens)
+        self.model = model
+        self.preprocessing = preprocessing
+        self.tokens = tokens
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> ImageBindEncoder:
+        """Read an encoder from a folder, frozen and in evaluation mode.
+
+        Args:
+            folder: see the layout at the top of this file.
+            device: where the model runs.
+            dtype: what its weights are converted to, whatever they are stored as.
+
+        Raises:
+            FileNotFoundError: the folder or one of its files, named in the message.
+            ValueError: a file that does not fit: the tensor, its shape and the expected one.
+
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is not a folder; expected one with {CONFIG_FILE}.")
+        values = _read_config(folder / CONFIG_FILE)
+        config = ImageBindConfig.from_json(values["model"])
+        preprocessing = PreprocessConfig.from_json(values["preprocessing"])
+        with torch.device("meta"):
+            model = ImageBind(config)
+        weights = _read_weights(folder / WEIGHTS_FILE, model)
+        model.load_state_dict(weights, strict=True, assign=True)
+        model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        tokens = TextTokens.load(folder, config.text.context_length) if config.text else None
+        return cls(model, preprocessing, tokens)
+
+    def save(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
+        """Write the encoder into a folder, which is made if needed."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {"model": self.model.config.to_json(), "preprocessing": self.preprocessing.to_json()}
+        (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        state = {name: value.to(dtype).contiguous() for name, value in self.model.state_dict().items()}
+        save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        if self.tokens is not None:
+            self.tokens.save(folder)
+
+    @property
+    def width(self) -> int:
+        """Size of one token, and of the pooled embedding."""
+        return self.model.config.out_width
+
+    @property
+    def modalities(self) -> frozenset[Modality]:
+        """What this encoder can read."""
+        readable = {m for m, tower in TOWER_OF.items() if tower in self.model.modality_trunks}
+        return frozenset(readable | ({Modality.TEXT} if self.tokens else set()))
+
+    def prepare(self, media: Sequence[Medium]) -> Tensor:
+        """Turn media of one modality into the input of their tower, on the CPU.
+
+        Returns:
+            ``(N, 3, size, size)`` for images, ``(N, S, 3, frames, size, size)`` for videos and
+            ``(N, S, 1, mel_bins, frames)`` for sounds, float32.
+
+        Raises:
+            ValueError: no media, several modalities, or one that this encoder does not read.
+
+        """
+        self._check_batch(media)
+        images = [m for m in media if isinstance(m, Image)]
+        videos = [m for m in media if isinstance(m, Video)]
+        sounds = [m for m in media if isinstance(m, Audio)]
+        if images:
+            return prepare_images(images, self.preprocessing)
+        if videos:
+            return prepare_videos(videos, self.preprocessing)
+        return prepare_sounds(sounds, self.preprocessing)
+
+    def encode(self, medium: Medium) -> Features:
+        """Encode one medium. Raises like :meth:`encode_batch`."""
+        return self.encode_batch([medium])[0]
+
+    @torch.inference_mode()
+    def encode_batch(self, media: Sequence[Medium]) -> list[Features]:
+        """Encode media of one modality together.
+
+        Returns:
+            One :class:`~encoders.features.Features` per medium, on the CPU: its patch tokens (not the
+            class token), and the unit class embeddings averaged over the clips and made unit again.
+
+        Raises:
+            ValueError: no media, several modalities, or one that this encoder does not read.
+
+        """
+        prepared = self.prepare(media)
+        modality = media[0].modality
+        tower = TOWER_OF[modality]
+        tokens = self.model.embed_tokens({tower: self._on_device(prepared)})[tower].float().cpu()
+        clips = tokens if tokens.ndim == 4 else tokens.unsqueeze(1)  # (N, S, 1 + L, E)
+        pooled = F.normalize(F.normalize(clips[:, :, 0], dim=-1).mean(dim=1), dim=-1)  # (N, E)
+        patches = clips[:, :, 1:].flatten(1, 2)  # (N, S * L, E)
+        grid = self._grid(modality, clips.shape[1])
+        return [Features(modality, t.clone(), p.clone(), grid) for t, p in zip(patches, pooled, strict=True)]
+
+    @torch.inference_mode()
+    def embed_text(self, texts: Sequence[str]) -> Tensor:
+        """Embed texts.
+
+        Returns:
+            ``(len(texts), E)`` float32 on the CPU, rows of L2 norm 1, comparable with ``pooled``.
+
+        Raises:
+            ValueError: this encoder has no text tower.
+
+        """
+        if self.tokens is None:
+            raise ValueError("This encoder has no text tower. Load one whose config.json has a text entry.")
+        if not texts:
+            return torch.zeros(0, self.width)
+        embedded = self.model({"text": self.tokens(texts).to(self._device)})["text"]
+        return F.normalize(embedded.float(), dim=-1).cpu()
+
+    def _check_batch(self, media: Sequence[Medium]) -> None:
+        found = {medium.modality for medium in media}
+        if len(found) != 1:
+            names = ", ".join(sorted(found)) or "nothing"
+            raise ValueError(f"The batch holds {names}; expected media of one modality.")
+        if not found <= self.modalities:
+            raise ValueError(
+                f"This encoder cannot read {', '.join(found)}; it reads {', '.join(sorted(self.modalities))}."
+            )
+
+    def _grid(self, modality: Modality, clips: int) -> tuple[int, ...]:
+        vision, audio = self.model.config.vision, self.model.config.audio
+        if modality is Modality.AUDIO:
+            assert audio is not None
+            return (clips, *audio.grid)
+        assert vision is not None
+        return vision.grid if modality is Modality.IMAGE else (clips, *vision.grid)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _on_device(self, value: Tensor) -> Tensor:
+        return value.to(self._device, next(self.model.parameters()).dtype)
+
+
+def _check_fit(model: ImageBindConfig, numbers: PreprocessConfig, tokens: TextTokens | None) -> None:
+    pairs: list[tuple[str, object, object]] = []
+    if model.vision:
+        pairs += [
+            ("image_size", model.vision.image_size, numbers.image_size),
+            ("frames of a clip", model.vision.num_frames, numbers.video_clip_frames),
+        ]
+    if model.audio:
+        pairs += [
+            ("num_mel_bins", model.audio.num_mel_bins, numbers.num_mel_bins),
+            ("mel frames", model.audio.num_frames, numbers.num_mel_frames),
+        ]
+    if model.text:
+        size = tokens.vocabulary_size if tokens else None
+        pairs += [("vocabulary", model.text.vocabulary_size, size)]
+    for name, ours, theirs in pairs:
+        if ours != theirs:
+            raise ValueError(
+                f"{name} is {ours} in the model and {theirs} in its preprocessing or tokenizer; expected the "
+                f"same. Correct {CONFIG_FILE}, or use the tokenizer of this model."
+            )
+
+
+def _read_config(path: Path) -> dict[str, dict[str, object]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; it holds the sizes of the encoder.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    for name in ("model", "preprocessing"):
+        if not isinstance(values, dict) or not isinstance(values.get(name), dict):
+            raise ValueError(f"{path} has no object {name!r}; expected the entries model and preprocessing.")
+    return {name: values[name] for name in ("model", "preprocessing")}
+
+
+def _read_weights(path: Path, model: ImageBind) -> dict[str, Tensor]:
+    """Read the tensors that ``model`` has. Those of towers that are not configured are left out."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; it holds the weights of the encoder.")
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    absent = tuple(f".{tower}." for tower in TOWER_CONFIGS if tower not in model.modality_trunks)
+    try:
+        with safe_open(path, framework="pt") as file:
+            given = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file, or is cut off: {error}.") from error
+    unknown = [name for name in given if name not in expected and not any(a in name for a in absent)]
+    missing = [name for name in expected if name not in given]
+    if missing or unknown:
+        raise ValueError(
+            f"{path} does not fit {CONFIG_FILE}: it lacks {_some(missing)} and has besides {_some(unknown)}."
+        )
+    for name, shape in expected.items():
+        if given[name] != shape:
+            raise ValueError(
+                f"{path}: tensor {name} has shape {given[name]}; expected {shape}. "
+                f"The file and {CONFIG_FILE} belong to different models."
+            )
+    return {name: value for name, value in load_file(path).items() if name in expected}
+
+
+def _some(names: list[str]) -> str:
+    if not names:
+        return "nothing"
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

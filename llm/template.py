@@ -1,0 +1,182 @@
+"""How a conversation becomes one row of token ids.
+
+    <s>  <|user|> text <Img> media </Img> text <|end|>  <|assistant|> text [IMG0][IMG1].. text </s>  ...
+
+There is one layout, for training and for generation. Media are slots here, filled with projected
+encoder tokens by the model; the ids under them are padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from encoders.media import Modality
+from llm.tokenizer import ROLES, ConversationTokenizer
+
+LossOn = Literal["assistant", "last_assistant", "all"]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class MediaTokens:
+    """A medium as its encoder left it: ``tokens`` ``(n, width)`` and perhaps one global vector.
+
+    Projection happens inside the model. ``pooled`` ``(width,)`` is for projectors that read it alone.
+    """
+
+    modality: Modality
+    tokens: Tensor
+    pooled: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 2 or not len(self.tokens):
+            raise ValueError(
+                f"{self.modality} tokens have shape {tuple(self.tokens.shape)}; expected (n, width), n >= 1."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class SignalPart:
+    """A medium that the assistant makes (in training) or made earlier (in a history)."""
+
+    modality: Modality
+
+
+Part = str | MediaTokens | SignalPart
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Message:
+    """One turn: who speaks, and the parts in order. Only the assistant has signal parts."""
+
+    role: str
+    parts: list[Part]
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(f"role is {self.role!r}; expected one of {', '.join(ROLES)}.")
+        if self.role != "assistant" and any(isinstance(part, SignalPart) for part in self.parts):
+            raise ValueError(f"A {self.role} message holds a SignalPart; only the assistant makes media.")
+
+
+Dialogue = list[Message]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class MediaSlot:
+    """Where a medium goes in a row: positions ``start`` to ``start + length``.
+
+    ``prompt_ids`` is the text of the same message, for projectors that look at a medium with a question.
+    """
+
+    start: int
+    length: int
+    media: MediaTokens
+    prompt_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class SignalSpan:
+    """Where a signal block starts in a row, and the text of the reply since the previous medium."""
+
+    modality: Modality
+    start: int
+    caption: str
+
+
+@dataclass(eq=False, slots=True)
+class Row:
+    """One dialogue as ids. ``trained`` marks the ids that the model should learn to say."""
+
+    ids: list[int] = field(default_factory=list)
+    trained: list[bool] = field(default_factory=list)
+    media: list[MediaSlot] = field(default_factory=list)
+    signals: list[SignalSpan] = field(default_factory=list)
+
+    def add(self, ids: list[int], trained: bool) -> None:
+        """Append ``ids``."""
+        self.ids += ids
+        self.trained += [trained] * len(ids)
+
+
+def encode_dialogue(
+    dialogue: Dialogue,
+    tokenizer: ConversationTokenizer,
+    slot_length: Callable[[MediaTokens], int],
+    *,
+    loss_on: LossOn = "assistant",
+    open_reply: bool = False,
+) -> Row:
+    """Lay out ``dialogue``.
+
+    Args:
+        dialogue: the messages; it may be empty only with ``open_reply``.
+        tokenizer: gives the ids.
+        slot_length: how many positions a medium takes, at least 1.
+        loss_on: whose words are trained: every assistant message, the last one, or everything
+            that is a word (for a base model). A block's later tokens never are: they are forced.
+        open_reply: end with ``<|assistant|>``, ready for generation.
+
+    Raises:
+        ValueError: an empty dialogue.
+
+    """
+    if not dialogue and not open_reply:
+        raise ValueError("The dialogue is empty; expected at least one message.")
+    row = Row()
+    row.add([tokenizer.bos_id], False)
+    last = max((i for i, m in enumerate(dialogue) if m.role == "assistant"), default=-1)
+    for index, message in enumerate(dialogue):
+        speaks = message.role == "assistant" and (loss_on != "last_assistant" or index == last)
+        _add_message(row, message, tokenizer, slot_length, trained=speaks or loss_on == "all")
+    if open_reply:
+        row.add([tokenizer.role_ids["assistant"]], False)
+    return row
+
+
+def _add_message(
+    row: Row,
+    message: Message,
+    tokenizer: ConversationTokenizer,
+    slot_length: Callable[[MediaTokens], int],
+    trained: bool,
+) -> None:
+    parts = _joined(message.parts)
+    texts = [tokenizer.encode_text(part) if isinstance(part, str) else [] for part in parts]
+    prompt_ids = [i for ids in texts for i in ids]
+    row.add([tokenizer.role_ids[message.role]], False)
+    caption: list[int] = []
+    for part, ids in zip(parts, texts, strict=True):
+        if isinstance(part, SignalPart):
+            block = list(tokenizer.signal_ids(part.modality))
+            row.signals.append(
+                SignalSpan(part.modality, len(row.ids), tokenizer.decode_text(caption).strip())
+            )
+            row.add(block[:1], trained)
+            row.add(block[1:], False)
+            caption = []
+        elif isinstance(part, MediaTokens):
+            length = slot_length(part)
+            row.add([tokenizer.media_open_id], False)
+            row.media.append(MediaSlot(len(row.ids), length, part, prompt_ids))
+            row.add([tokenizer.pad_id] * length + [tokenizer.media_close_id], False)
+            caption = []
+        else:
+            row.add(ids, trained)
+            caption += ids
+    end = tokenizer.eos_id if message.role == "assistant" else tokenizer.end_id
+    row.add([end], trained)
+
+
+def _joined(parts: list[Part]) -> list[Part]:
+    """Join neighbouring texts, so that how a text was cut into parts does not change its ids."""
+    joined: list[Part] = []
+    for part in parts:
+        if isinstance(part, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return joined

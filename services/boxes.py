@@ -1,0 +1,141 @@
+"""What the agent needs from the three kinds of boxes, and the values that travel to and from them.
+
+The values hold numpy arrays and ids: small, and readable in a process that never loads torch.
+There are two sets of implementations, :mod:`services.local` in this process and
+:mod:`services.deployments` behind Ray Serve handles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from decoders.settings import DecodeSettings
+from encoders.media import Modality
+from services.artefacts import Artefact
+from services.messages import Role
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """One medium as the encoder sees it: ``tokens`` ``(n, width)``, ``pooled`` ``(width,)``."""
+
+    modality: Modality
+    tokens: Array
+    pooled: Array
+    grid: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SpokenEarlier:
+    """A medium that the assistant made in an earlier turn."""
+
+    modality: Modality
+
+
+PromptPart = str | Encoded | SpokenEarlier
+
+
+@dataclass(frozen=True, eq=False)
+class PromptMessage:
+    """One turn as the language model reads it."""
+
+    role: Role
+    parts: tuple[PromptPart, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechOptions:
+    """How the language model speaks. ``allowed`` are the media it may choose to make."""
+
+    allowed: frozenset[Modality]
+    max_signals: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Words:
+    """Some more text."""
+
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class SpokenSignal:
+    """A medium the model chose to make: its caption and its signal block.
+
+    ``hidden`` are the states at the signal tokens and ``embeddings`` their input embeddings, both
+    ``(k, llm_width)``.
+    """
+
+    modality: Modality
+    caption: str
+    hidden: Array
+    embeddings: Array
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The model has ended its reply."""
+
+    reason: str
+    usage: Mapping[str, int] = field(default_factory=dict)
+
+
+Speech = Words | SpokenSignal | Finished
+
+
+@dataclass(frozen=True)
+class Progress:
+    """``step`` of ``total`` denoising steps are done; about ``eta_s`` seconds are left."""
+
+    step: int
+    total: int
+    eta_s: float | None
+
+
+@dataclass(frozen=True)
+class Made:
+    """A finished medium and how it was made."""
+
+    artefact: Artefact
+    manifest: Mapping[str, Any]
+
+
+class EncodeBox(Protocol):
+    """Reads media."""
+
+    async def encode(self, artefact_id: str, expect: Modality | None) -> Encoded:
+        """Read the artefact and encode it; a :class:`ServiceError` says why not."""
+        ...
+
+
+class GenerateBox(Protocol):
+    """Thinks: continues a conversation with words and signals."""
+
+    def generate(
+        self, prompt: Sequence[PromptMessage], options: SpeechOptions
+    ) -> AsyncGenerator[Speech, None]:
+        """Stream the reply; closing the stream stops the model."""
+        ...
+
+
+class DecodeBox(Protocol):
+    """Makes one kind of media."""
+
+    async def available(self) -> bool:
+        """Whether a signal sent now would be decoded."""
+        ...
+
+    def decode(self, signal: SpokenSignal, settings: DecodeSettings) -> AsyncGenerator[Progress | Made, None]:
+        """Stream progress and, last, the medium; closing the stream stops within one step."""
+        ...

@@ -1,0 +1,312 @@
+"""The chat page: a Gradio page that speaks to the public HTTP interface and to nothing else."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from fastapi import FastAPI
+
+from encoders.media import Modality
+from services.client import Client
+from services.errors import ServiceError
+from services.presets import Preset
+
+Json = dict[str, Any]
+Shown = list[Json]
+
+NAMES = {Modality.IMAGE: "picture", Modality.VIDEO: "video", Modality.AUDIO: "sound"}
+SUFFIXES = {"image": ".png", "video": ".mp4", "audio": ".wav"}
+CSS = """
+#chat img, #chat video { min-width: 224px; image-rendering: auto; border-radius: 8px; }
+#chat audio { min-width: 280px; }
+footer { display: none !important; }
+"""
+
+
+def build_page(preset: Preset, base_url: str, lifespan: Any = None) -> FastAPI:
+    """Return the page as an ASGI application; ``base_url`` is where the API answers."""
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    fonts = ["system-ui", "sans-serif"]
+    mounted: FastAPI = gr.mount_gradio_app(
+        app,
+        _blocks(preset, base_url),
+        path="/",
+        footer_links=[],
+        run_history=False,
+        max_file_size=preset.limits.media.max_mb * 2**20,
+        allowed_paths=[str(path) for path in _example_files(preset)],
+        theme=gr.themes.Soft(font=fonts, font_mono=["ui-monospace", "monospace"]),
+        css=CSS,
+    )
+    return mounted
+
+
+@dataclass
+class Shelf:
+    """The reply while it arrives: what is shown, and what the next turn will say was said."""
+
+    folder: Path
+    shown: Shown
+    parts: dict[int, Json] = field(default_factory=dict)
+    text_index: int = 0
+
+    def take(self, chunk: Json) -> list[tuple[int, str]]:
+        """Take one chunk; return (index, URL) of the media that are to be fetched."""
+        if not chunk["choices"]:
+            return []
+        delta = chunk["choices"][0]["delta"]
+        wanted = []
+        if text := delta.get("content"):
+            part = self.parts.setdefault(self.text_index, {"type": "text", "text": ""})
+            part["text"] = (part["text"] + text).lstrip("\n")
+        for told in delta.get("parts", ()):
+            index = told["index"]
+            part = self.parts.setdefault(index, {"type": told["type"]})
+            part.update(told)
+            self.text_index = max(self.text_index, index + 1)
+            if told["status"] == "done":
+                wanted.append((index, told["url"]))
+        return wanted
+
+    def put(self, index: int, data: bytes) -> None:
+        """Keep the bytes of a medium in a file that the page can show."""
+        part = self.parts[index]
+        path = self.folder / f"{part['file_id']}{SUFFIXES[part['type']]}"
+        path.write_bytes(data)
+        part["path"] = str(path)
+
+    def messages(self) -> Shown:
+        """Return the conversation as the page shows it."""
+        return [*self.shown, *(_bubble(self.parts[index]) for index in sorted(self.parts))]
+
+    def assistant(self) -> Json:
+        """Return the reply as the next request repeats it."""
+        parts: list[Json] = []
+        for index in sorted(self.parts):
+            part = self.parts[index]
+            if part["type"] == "text":
+                parts.append({"type": "text", "text": part["text"]})
+            elif part["status"] == "done":
+                parts.append({name: part[name] for name in ("type", "file_id", "caption")})
+        return {"role": "assistant", "parts": parts}
+
+
+def _bubble(part: Json) -> Json:
+    if part["type"] == "text":
+        return {"role": "assistant", "content": part["text"]}
+    name = NAMES[Modality(part["type"])]
+    if "path" in part:
+        content = {"path": part["path"], "alt_text": part.get("caption", "")}
+        return {"role": "assistant", "content": content}
+    if part["status"] == "failed":
+        title = {"title": f"The {name} could not be made", "status": "done"}
+        return {"role": "assistant", "content": part["error"]["message"], "metadata": title}
+    progress = "waiting for its decoder"
+    if "step" in part:
+        left = "" if part.get("eta_s") is None else f", about {part['eta_s']:.0f} s left"
+        progress = f"step {part['step']} of {part['total']}{left}"
+    title = {"title": f"Making a {name}: {progress}", "status": "pending"}
+    return {"role": "assistant", "content": part.get("caption", ""), "metadata": title}
+
+
+def _blocks(preset: Preset, base_url: str) -> gr.Blocks:
+    folder = Path(tempfile.mkdtemp(prefix="patchbay-page-", dir=os.environ.get("GRADIO_TEMP_DIR")))
+    with gr.Blocks(title="Patchbay", fill_height=True, analytics_enabled=False) as blocks:
+        gr.Markdown(f"## Patchbay · {preset.name}\n{preset.description}")
+        shown = gr.Chatbot(
+            label="Conversation",
+            elem_id="chat",
+            scale=1,
+            height="60vh",
+            feedback_options=None,
+            allow_tags=False,
+            group_consecutive_messages=True,
+            examples=_examples(preset),
+            placeholder="Write, drop, paste or record something; or try one of these:",
+        )
+        said = gr.MultimodalTextbox(
+            elem_id="said",
+            show_label=False,
+            placeholder="Say something; drop or paste pictures, sounds and videos here",
+            sources=["upload", "microphone"],
+            file_types=["image", "audio", "video"],
+            file_count="multiple",
+            stop_btn=False,
+            autofocus=True,
+        )
+        history = gr.State([])
+        pending = gr.State(None)
+        settings = _settings(preset)
+
+        async def take(value: Json | None, messages: Shown) -> tuple[Any, Shown, Json | None]:
+            if not value or not (str(value.get("text") or "").strip() or value.get("files")):
+                return gr.skip(), messages, None
+            user: Shown = [{"role": "user", "content": {"path": path}} for path in _paths(value)]
+            if text := str(value.get("text") or "").strip():
+                user.append({"role": "user", "content": text})
+            busy = gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True)
+            return busy, [*messages, *user], value
+
+        async def take_example(messages: Shown, event: gr.SelectData) -> tuple[Any, Shown, Json | None]:
+            return await take(event.value, messages)
+
+        async def reply(
+            value: Json | None, messages: Shown, earlier: list[Json], *wishes: Any
+        ) -> AsyncGenerator[tuple[Shown, list[Json]], None]:
+            if value is None:
+                yield messages, earlier
+                return
+            async with aclosing(
+                _turn(base_url, folder, value, messages, earlier, settings.body(wishes))
+            ) as states:
+                async for state in states:
+                    yield state
+
+        def ready() -> gr.MultimodalTextbox:
+            return gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
+
+        def stopped(messages: Shown) -> tuple[gr.MultimodalTextbox, Shown]:
+            return ready(), [_stopped(message) for message in messages]
+
+        inputs = [pending, shown, history, *settings.components]
+        running = []
+        for trigger, first, first_inputs in (
+            (said.submit, take, [said, shown]),
+            (shown.example_select, take_example, [shown]),
+        ):
+            taken = trigger(
+                first, first_inputs, [said, shown, pending], queue=False, api_visibility="private"
+            )
+            answered = taken.then(
+                reply, inputs, [shown, history], api_visibility="private", show_progress="hidden"
+            )
+            answered.then(ready, None, [said], queue=False, api_visibility="private")
+            running.append(answered)
+        said.stop(stopped, [shown], [said, shown], cancels=running, queue=False, api_visibility="private")
+        shown.clear(lambda: [], None, [history], queue=False, api_visibility="private")
+    blocks.queue(default_concurrency_limit=16)
+    return blocks
+
+
+async def _turn(
+    base_url: str, folder: Path, value: Json, messages: Shown, earlier: list[Json], body: Json
+) -> AsyncGenerator[tuple[Shown, list[Json]], None]:
+    """Send what was said and show the reply while it comes; yields what is shown and the history."""
+    shelf = Shelf(folder, messages)
+    try:
+        async with Client(base_url) as client:
+            content: list[Json] = [
+                {"type": "file", "file": {"file_id": await client.upload(Path(path))}}
+                for path in _paths(value)
+            ]
+            if text := str(value.get("text") or "").strip():
+                content.append({"type": "text", "text": text})
+            history = [*earlier, {"role": "user", "content": content}]
+            wishes = {**body, "stream_options": {"include_progress": True}}
+            async with aclosing(client.stream(history, **wishes)) as chunks:
+                async for chunk in chunks:
+                    for index, url in shelf.take(chunk):
+                        shelf.put(index, await client.download(url))
+                    yield shelf.messages(), [*history, shelf.assistant()]
+    except ServiceError as error:
+        title = {"title": "There is no answer", "status": "done"}
+        problem = {"role": "assistant", "content": error.message, "metadata": title}
+        yield [*shelf.messages(), problem], earlier
+
+
+@dataclass
+class Settings:
+    """The components of the settings and how their values go into a request."""
+
+    modalities: tuple[Modality, ...]
+    components: list[Any]
+
+    def body(self, values: Sequence[Any]) -> Json:
+        """Return the part of a request that ``values`` ask for; what is empty is left out."""
+        seed, temperature, *rest = values
+        body: Json = {"temperature": temperature}
+        if seed is not None:
+            body["seed"] = int(seed)
+        decoders: Json = {}
+        for place, modality in enumerate(self.modalities):
+            steps, guidance = rest[2 * place : 2 * place + 2]
+            wishes: Json = {}
+            if steps is not None:
+                wishes["num_inference_steps"] = int(steps)
+            if guidance is not None:
+                wishes["guidance_scale"] = float(guidance)
+            if wishes:
+                decoders[modality.value] = wishes
+        return {**body, "decoders": decoders} if decoders else body
+
+
+def _settings(preset: Preset) -> Settings:
+    components: list[Any] = []
+    with gr.Accordion("Settings", open=False):
+        with gr.Row():
+            components.append(
+                gr.Number(None, label="Seed", info="Empty: another reply each time", precision=0, minimum=0)
+            )
+            components.append(
+                gr.Slider(
+                    0, 2, preset.generation.temperature, step=0.1, label="Temperature", info="Of the words"
+                )
+            )
+        for modality, decoder in preset.decoders.items():
+            name = NAMES[modality].capitalize()
+            with gr.Row():
+                components.append(
+                    gr.Number(
+                        None,
+                        label=f"{name}: steps",
+                        info=f"Empty: as usual; at most {decoder.limits.steps}",
+                        precision=0,
+                        minimum=1,
+                        maximum=decoder.limits.steps,
+                    )
+                )
+                components.append(
+                    gr.Number(
+                        None,
+                        label=f"{name}: guidance",
+                        info="Empty: as usual; 0 to 50",
+                        minimum=0,
+                        maximum=50,
+                    )
+                )
+    return Settings(tuple(preset.decoders), components)
+
+
+def _examples(preset: Preset) -> list[Json]:
+    return [
+        {
+            "text": example.text,
+            "display_text": example.text or "What is this?",
+            "files": [str(preset.file.parent / name) for name in example.files],
+        }
+        for example in preset.examples
+    ]
+
+
+def _example_files(preset: Preset) -> list[Path]:
+    return [preset.file.parent / name for example in preset.examples for name in example.files]
+
+
+def _paths(value: Mapping[str, Any]) -> list[str]:
+    """Return the paths of attached files, which Gradio gives in several forms."""
+    files = value.get("files") or []
+    return [file if isinstance(file, str) else file["path"] for file in files]
+
+
+def _stopped(message: Json) -> Json:
+    metadata = message.get("metadata") or {}
+    if metadata.get("status") != "pending":
+        return message
+    return {**message, "metadata": {"title": "Stopped", "status": "done"}}

@@ -1,0 +1,206 @@
+"""The command ``patchbay``: talk to the agent, serve it, measure it, train it, look after it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from services.errors import BadRequest, ServiceError
+from services.presets import load_preset, shipped_presets
+
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; an error of ours becomes one line on standard error and exit code 1."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+    except ServiceError as error:
+        print(f"patchbay: {error.message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="patchbay", description="An any-to-any agent: text, images, video and sound, in and out."
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    chat = commands.add_parser(
+        "chat", help=chat_command.__doc__, description=chat_command.__doc__, allow_abbrev=False
+    )
+    _preset_option(chat)
+    for kind, formats in (
+        ("image", "PNG, JPEG, WebP or GIF"),
+        ("audio", "WAV, FLAC, OGG or MP3"),
+        ("video", "MP4 or WebM"),
+    ):
+        chat.add_argument(
+            f"--{kind}", metavar="F", action="append", default=[], help=f"{formats} file to send; repeatable"
+        )
+    chat.add_argument("--messages", metavar="F.json", help="earlier turns, in the form of chat completions")
+    chat.add_argument(
+        "--out", metavar="DIR", default="runs/chat", help="where media go (default %(default)s)"
+    )
+    chat.add_argument("--seed", type=_seed, help="the same seed makes the same reply")
+    chat.add_argument("--json", action="store_true", help="print one JSON object instead of the reply")
+    chat.add_argument("text", nargs="?", help="what the person says; without it, a conversation")
+    chat.set_defaults(run=chat_command)
+
+    serve = commands.add_parser("serve", help=serve_command.__doc__, description=serve_command.__doc__)
+    _preset_option(serve)
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
+    serve.add_argument("--port", type=_port, default=8000, help="port to listen on (default %(default)s)")
+    serve.set_defaults(run=serve_command)
+
+    evaluate = commands.add_parser("eval", help=eval_command.__doc__, description=eval_command.__doc__)
+    evaluate.add_argument("world", choices=["toybox"], help="what to measure in")
+    _preset_option(evaluate)
+    evaluate.add_argument(
+        "--directions", default="all", help="all, or names with commas (default %(default)s)"
+    )
+    evaluate.add_argument(
+        "--samples", type=_positive, default=200, help="per direction (default %(default)s)"
+    )
+    evaluate.add_argument("--seed", type=_seed, default=0, help="(default %(default)s)")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    evaluate.set_defaults(run=eval_command)
+
+    train = commands.add_parser("train", help=train_command.__doc__, description=train_command.__doc__)
+    train.add_argument("stage", metavar="STAGE", help="a stage, or all")
+    _preset_option(train)
+    train.add_argument("options", nargs=argparse.REMAINDER, help="options of the stage, see STAGE --help")
+    train.set_defaults(run=train_command)
+
+    presets = commands.add_parser(
+        "presets", help=presets_command.__doc__, description=presets_command.__doc__
+    )
+    presets.set_defaults(run=presets_command)
+
+    doctor = commands.add_parser("doctor", help=doctor_command.__doc__, description=doctor_command.__doc__)
+    _preset_option(doctor)
+    doctor.add_argument("--host", default="127.0.0.1", help="address to look at (default %(default)s)")
+    doctor.add_argument("--port", type=_port, default=8000, help="port to look at (default %(default)s)")
+    doctor.set_defaults(run=doctor_command)
+    return parser
+
+
+def _preset_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--preset", metavar="P", default="toybox", help="name or YAML file of a preset (default %(default)s)"
+    )
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 1 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"{port} is not a port; choose one from 1 to 65535")
+    return port
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is too few; at least 1")
+    return number
+
+
+def _seed(text: str) -> int:
+    from decoders.settings import MAX_SEED
+
+    seed = int(text)
+    if not 0 <= seed <= MAX_SEED:
+        raise argparse.ArgumentTypeError(f"{seed} is not a seed; choose one from 0 to {MAX_SEED}")
+    return seed
+
+
+def chat_command(args: argparse.Namespace) -> int:
+    """Say something, with media if you like, and get words and media back."""
+    from services.chat import converse, say_once
+
+    if args.text is None and args.json:
+        raise BadRequest("--json prints one turn. Give the text of that turn.", code="missing_text")
+    return converse(args) if args.text is None else say_once(args)
+
+
+def serve_command(args: argparse.Namespace) -> int:
+    """Serve the agent: HTTP and a chat page."""
+    root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-P", "-m", "deploy.serve"]
+    command += ["--preset", args.preset, "--host", args.host, "--port", str(args.port)]
+    sys.stdout.flush()
+    os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": path})
+
+
+def eval_command(args: argparse.Namespace) -> int:
+    """Measure how often the outputs are right, direction by direction."""
+    from alignment.evaluation import main_toybox, table
+
+    from services.doctor import expect_files
+    from services.session import Session
+
+    preset = load_preset(args.preset)
+    expect_files(preset)
+    directions = None if args.directions == "all" else args.directions.split(",")
+    with Session(preset) as session:
+        result: dict[str, Any] = main_toybox(session.respond, directions, args.samples, args.seed)
+    print(json.dumps(result) if args.json else table(result))
+    return 0
+
+
+def train_command(args: argparse.Namespace) -> int:
+    """Train a part of a preset, or all of it."""
+    from alignment.training import run
+
+    run(args.stage, load_preset(args.preset).weights_folder, args.options)
+    return 0
+
+
+def presets_command(args: argparse.Namespace) -> int:
+    """List the presets that come with the program."""
+    from services.doctor import missing_files
+
+    for name in shipped_presets():
+        preset = load_preset(name)
+        state = "weights are not complete" if missing_files(preset) else "ready"
+        print(f"{name:16} {state:26} {preset.description}")
+    return 0
+
+
+def doctor_command(args: argparse.Namespace) -> int:
+    """Look whether this machine can run a preset, and say what is missing."""
+    from services.doctor import examine
+
+    bad = 0
+    for check in examine(load_preset(args.preset), args.host, args.port):
+        bad += not check.ok
+        print(f"{'ok ' if check.ok else 'BAD'} {check.name:16} {check.detail}", flush=True)
+    if bad:
+        print(f"patchbay: {bad} of the checks failed; the lines marked BAD say why.", file=sys.stderr)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

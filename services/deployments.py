@@ -1,0 +1,342 @@
+"""The boxes as Ray Serve deployments: shells around the objects of one process.
+
+Each replica holds one of the objects of :mod:`services.local`, which bring their own lock, stop flag
+and thread, because Serve frees a replica's slot on cancel while its thread still runs. Media travel
+through the artefact store. What goes wrong travels as a value, so that no traceback fills the logs.
+Only this file and ``deploy/`` know Ray; replicas that need no model never import torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp
+
+from decoders.settings import DecodeSettings
+from encoders.media import Modality
+from services.agent import Agent
+from services.artefacts import ArtefactStore
+from services.boxes import Encoded, Made, Progress, PromptMessage, Speech, SpeechOptions, SpokenSignal
+from services.errors import ServiceError, Unavailable, translate
+from services.events import Event, TurnFailed
+from services.messages import Message, TurnOptions
+from services.presets import load_preset
+
+logger = logging.getLogger(__name__)
+
+APP_NAME = "patchbay"
+STATUS_KEPT_S = 1.0
+
+
+class ReplicaArgs(BaseModel):
+    """What every replica needs to know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    preset: str
+    store: str = Field(description="URL of the artefact store, reachable from every machine")
+    torch_threads: int = Field(default=1, ge=1)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error on its way to another process."""
+
+    error: Mapping[str, Any]
+
+    def raised(self) -> ServiceError:
+        """Return the error as an exception."""
+        return ServiceError.from_wire(dict(self.error))
+
+
+def _failure(error: Exception) -> Failure:
+    known = translate(error)
+    if known.status == 500:
+        logger.error("A request failed.", exc_info=error)
+    return Failure(known.to_wire())
+
+
+class EncoderReplica:
+    """Reads media from the store and encodes them."""
+
+    def __init__(self, args: ReplicaArgs) -> None:
+        _use_threads(args.torch_threads)
+        from services.local import LocalEncoder
+
+        self.box = LocalEncoder(load_preset(args.preset), ArtefactStore(args.store))
+        self.box.load()
+
+    async def encode(self, artefact_id: str, expect: Modality | None) -> Encoded | Failure:
+        """Encode one artefact."""
+        try:
+            return await self.box.encode(artefact_id, expect)
+        except Exception as error:  # noqa: BLE001  (the edge of a process: it must answer)
+            return _failure(error)
+
+
+class LanguageModelReplica:
+    """Speaks: words, and signals for media."""
+
+    def __init__(self, args: ReplicaArgs) -> None:
+        _use_threads(args.torch_threads)
+        from services.local import LocalLanguageModel
+
+        self.box = LocalLanguageModel(load_preset(args.preset))
+        self.box.load()
+        self.box.warm_up()
+
+    async def generate(
+        self, prompt: Sequence[PromptMessage], options: SpeechOptions
+    ) -> AsyncGenerator[Speech | Failure, None]:
+        """Stream a reply."""
+        try:
+            async with aclosing(self.box.generate(prompt, options)) as stream:
+                async for speech in stream:
+                    yield speech
+        except Exception as error:  # noqa: BLE001  (the edge of a process: it must answer)
+            yield _failure(error)
+
+
+class DecoderReplica:
+    """Makes media of one kind and stores them."""
+
+    def __init__(self, args: ReplicaArgs, modality: Modality) -> None:
+        _use_threads(args.torch_threads)
+        from services.local import LocalDecoder
+
+        self.box = LocalDecoder(load_preset(args.preset), modality, ArtefactStore(args.store))
+        self.box.load()
+        self.box.warm_up()
+
+    async def decode(
+        self, signal: SpokenSignal, settings: DecodeSettings
+    ) -> AsyncGenerator[Progress | Made | Failure, None]:
+        """Stream progress and the medium."""
+        try:
+            async with aclosing(self.box.decode(signal, settings)) as stream:
+                async for step in stream:
+                    yield step
+        except Exception as error:  # noqa: BLE001  (the edge of a process: it must answer)
+            yield _failure(error)
+
+
+class AgentReplica:
+    """Makes turns out of the other deployments."""
+
+    def __init__(
+        self,
+        args: ReplicaArgs,
+        encoder: DeploymentHandle[EncoderReplica],
+        language_model: DeploymentHandle[LanguageModelReplica],
+        decoders: Mapping[Modality, DeploymentHandle[DecoderReplica]],
+    ) -> None:
+        preset = load_preset(args.preset)
+        status = ClusterStatus()
+        self.agent = Agent(
+            encode=RemoteEncoder(encoder),
+            generate=RemoteLanguageModel(language_model),
+            decode={
+                modality: RemoteDecoder(handle, modality, status) for modality, handle in decoders.items()
+            },
+            store=ArtefactStore(args.store),
+            inputs=preset.encoder.modalities,
+            generation=preset.generation,
+            limits=preset.limits,
+            cost_limits={modality: decoder.limits for modality, decoder in preset.decoders.items()},
+        )
+
+    async def turn(
+        self, conversation: Sequence[Message], options: TurnOptions
+    ) -> AsyncGenerator[Event, None]:
+        """Stream the events of a turn."""
+        async with aclosing(self.agent.turn(conversation, options)) as events:
+            async for event in events:
+                yield event
+
+    async def outputs(self) -> tuple[Modality, ...]:
+        """Return the media that can be made now."""
+        return await self.agent.outputs()
+
+
+class GatewayReplica:
+    """Answers HTTP, and shows the chat page when it is told its own address."""
+
+    def __init__(
+        self, args: ReplicaArgs, agent: DeploymentHandle[AgentReplica], page_url: str | None
+    ) -> None:
+        self.args = args
+        self.agent = agent
+        self.page_url = page_url
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """Return the ASGI application."""
+        from services.gateway import build_gateway, with_page
+
+        preset = load_preset(self.args.preset)
+        api = build_gateway(preset, RemoteAgent(self.agent), ArtefactStore(self.args.store))
+        if self.page_url is None:
+            return api
+        from services.chat_page import build_page
+
+        return with_page(api, build_page(preset, self.page_url, lifespan=api.router.lifespan_context))
+
+
+class RemoteEncoder:
+    """An encode box behind a handle."""
+
+    def __init__(self, handle: DeploymentHandle[EncoderReplica]) -> None:
+        self.handle = handle
+
+    async def encode(self, artefact_id: str, expect: Modality | None) -> Encoded:
+        """Read the artefact and encode it."""
+        try:
+            encoded = await self.handle.encode.remote(artefact_id, expect)
+        except (RayError, RayServeException) as error:
+            raise _lost("encoder", error) from error
+        if isinstance(encoded, Failure):
+            raise encoded.raised()
+        return encoded
+
+
+class RemoteLanguageModel:
+    """A generate box behind a handle."""
+
+    def __init__(self, handle: DeploymentHandle[LanguageModelReplica]) -> None:
+        self.handle = handle
+
+    async def generate(
+        self, prompt: Sequence[PromptMessage], options: SpeechOptions
+    ) -> AsyncGenerator[Speech, None]:
+        """Stream the reply."""
+        async with aclosing(_stream(self.handle, "generate", "language model", prompt, options)) as stream:
+            async for speech in stream:
+                yield speech
+
+
+class RemoteDecoder:
+    """A decode box behind a handle."""
+
+    def __init__(
+        self, handle: DeploymentHandle[DecoderReplica], modality: Modality, status: ClusterStatus
+    ) -> None:
+        self.handle = handle
+        self.modality = modality
+        self.status = status
+
+    async def available(self) -> bool:
+        """Whether a replica is running."""
+        return await self.status.is_running(decoder_name(self.modality))
+
+    async def decode(
+        self, signal: SpokenSignal, settings: DecodeSettings
+    ) -> AsyncGenerator[Progress | Made, None]:
+        """Stream progress and the medium."""
+        box = f"{self.modality.value} decoder"
+        async with aclosing(_stream(self.handle, "decode", box, signal, settings)) as stream:
+            async for step in stream:
+                yield step
+
+
+class RemoteAgent:
+    """The agent behind a handle, as the gateway needs it."""
+
+    def __init__(self, handle: DeploymentHandle[AgentReplica]) -> None:
+        self.handle = handle
+
+    async def turn(
+        self, conversation: Sequence[Message], options: TurnOptions
+    ) -> AsyncGenerator[Event, None]:
+        """Stream the events of a turn; a lost agent is a failed turn."""
+        try:
+            async with aclosing(_stream(self.handle, "turn", "agent", conversation, options)) as stream:
+                async for event in stream:
+                    yield event
+        except ServiceError as error:
+            yield TurnFailed(error=error.to_wire())
+
+    async def outputs(self) -> tuple[Modality, ...]:
+        """Return the media that can be made now."""
+        try:
+            outputs: tuple[Modality, ...] = await self.handle.outputs.remote()
+        except (RayError, RayServeException) as error:
+            raise _lost("agent", error) from error
+        return outputs
+
+
+class ClusterStatus:
+    """Which deployments are running, asked of the controller at most once a second."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.asked_at = float("-inf")
+        self.running: dict[str, bool] = {}
+
+    async def is_running(self, deployment: str) -> bool:
+        """Whether a deployment has a running replica."""
+        async with self.lock:
+            if time.monotonic() - self.asked_at > STATUS_KEPT_S:
+                self.running = await asyncio.to_thread(self._ask)
+                self.asked_at = time.monotonic()
+        return self.running.get(deployment, False)
+
+    @staticmethod
+    def _ask() -> dict[str, bool]:
+        application = serve.status().applications.get(APP_NAME)
+        if application is None:
+            return {}
+        return {
+            name: deployment.replica_states.get("RUNNING", 0) > 0
+            for name, deployment in application.deployments.items()
+        }
+
+
+def decoder_name(modality: Modality) -> str:
+    """Return the name of the deployment that makes ``modality``."""
+    return f"{modality.value.capitalize()}Decoder"
+
+
+async def _stream(
+    handle: DeploymentHandle[Any], method: str, box: str, *args: Any
+) -> AsyncGenerator[Any, None]:
+    """Iterate over a streaming method; closing this cancels the call on the other side."""
+    response = getattr(handle.options(stream=True), method).remote(*args)
+    ended = False
+    try:
+        async for item in response:
+            if isinstance(item, Failure):
+                raise item.raised()
+            yield item
+        ended = True
+    except (RayError, RayServeException) as error:
+        raise _lost(box, error) from error
+    finally:
+        if not ended:
+            response.cancel()
+
+
+def _lost(box: str, error: Exception) -> Unavailable:
+    logger.warning("The %s was lost: %s", box, type(error).__name__)
+    return Unavailable(
+        f"The {box} stopped while it worked and is being started again. Try again soon.",
+        code=f"{box.split()[-1]}_unavailable",
+        retry_after_s=5,
+    )
+
+
+def _use_threads(count: int) -> None:
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    import torch
+
+    torch.set_num_threads(count)

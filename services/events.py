@@ -1,0 +1,105 @@
+"""What a turn emits, in the order in which it happens.
+
+Every event has a sequence number, counted from 0 within its turn. ``index`` is the place of a part
+in the reply: text parts and media parts count alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from encoders.media import Modality
+from services.artefacts import Artefact
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurnStarted:
+    """The conversation was accepted. ``seed`` makes the turn again."""
+
+    type: ClassVar[str] = "turn.started"
+    sequence: int = 0
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextDelta:
+    """Some more words of the text part ``index``."""
+
+    type: ClassVar[str] = "text.delta"
+    sequence: int = 0
+    index: int
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartStarted:
+    """The model has spoken a medium; its decoder is at work."""
+
+    type: ClassVar[str] = "part.started"
+    sequence: int = 0
+    index: int
+    modality: Modality
+    caption: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartProgress:
+    """A decoder has done ``step`` of ``total`` steps and needs about ``eta_s`` seconds more."""
+
+    type: ClassVar[str] = "part.progress"
+    sequence: int = 0
+    index: int
+    step: int
+    total: int
+    eta_s: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartDone:
+    """A medium is ready."""
+
+    type: ClassVar[str] = "part.done"
+    sequence: int = 0
+    index: int
+    modality: Modality
+    caption: str
+    artefact: Artefact
+    manifest: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartFailed:
+    """A medium could not be made; the rest of the reply goes on."""
+
+    type: ClassVar[str] = "part.failed"
+    sequence: int = 0
+    index: int
+    modality: Modality
+    caption: str
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurnDone:
+    """The reply is complete. Token counts in ``usage``, seconds in ``timings``."""
+
+    type: ClassVar[str] = "turn.done"
+    sequence: int = 0
+    finish_reason: str
+    usage: Mapping[str, int] = field(default_factory=dict)
+    timings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurnFailed:
+    """The turn ended early. ``error`` is :meth:`services.errors.ServiceError.to_wire`."""
+
+    type: ClassVar[str] = "turn.failed"
+    sequence: int = 0
+    error: Mapping[str, Any]
+
+
+Event = TurnStarted | TextDelta | PartStarted | PartProgress | PartDone | PartFailed | TurnDone | TurnFailed

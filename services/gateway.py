@@ -1,0 +1,286 @@
+"""The public HTTP interface. It checks, translates and streams; it holds no model and no state."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
+from http import HTTPStatus
+from typing import Any, Protocol
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from encoders.media import MediaError, Modality
+from services.artefacts import ArtefactStore
+from services.asgi import (
+    ClientGone,
+    EventStream,
+    RequestEnvelope,
+    end,
+    error_response,
+    read_json,
+    sse,
+    until_gone,
+    with_pings,
+)
+from services.chat_completions import Completion
+from services.errors import (
+    Internal,
+    MethodNotAllowed,
+    NotFound,
+    ServiceError,
+    Unprocessable,
+    translate,
+)
+from services.events import Event, TurnFailed, TurnStarted
+from services.files import files_router
+from services.messages import Message, TurnOptions
+from services.presets import Preset
+from services.requests import StreamOptions, read_chat_request, read_messages
+
+logger = logging.getLogger(__name__)
+
+SWEEP_EVERY_S = 600
+PATIENCE_S = 5.0  # how long a stream waits for its first words before it commits to status 200
+
+
+class TurnMaker(Protocol):
+    """The agent, as the gateway needs it."""
+
+    def turn(self, conversation: Sequence[Message], options: TurnOptions) -> AsyncGenerator[Event, None]:
+        """Stream a reply."""
+        ...
+
+    async def outputs(self) -> Sequence[Modality]:
+        """Return the media that can be made now."""
+        ...
+
+
+def build_gateway(preset: Preset, agent: TurnMaker, store: ArtefactStore) -> FastAPI:
+    """Return the API as an ASGI application."""
+    created = int(time.time())
+    limits = preset.limits
+    expires_after_s = int(limits.files_expire_after_h * 3600)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        sweeper = asyncio.create_task(_sweep(store, expires_after_s))
+        yield
+        await end(sweeper)
+
+    app = FastAPI(title="Patchbay", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.include_router(files_router(store, limits.media.budget()))
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        chat = read_chat_request(await read_json(request))
+        if chat.model not in (None, preset.name):
+            raise _no_model(chat.model, preset)
+        options = chat.options()
+        conversation = await asyncio.to_thread(read_messages, chat.messages, store)
+        wishes = chat.stream_options or StreamOptions()
+        completion = Completion(
+            model=preset.name,
+            store=store,
+            base_url=str(request.base_url),
+            expires_after_s=expires_after_s,
+            include_progress=wishes.include_progress,
+            include_usage=wishes.include_usage,
+        )
+        events = agent.turn(conversation, options)
+        if not chat.stream:
+            return _json(await until_gone(request, completion.collect(events)))
+        opening, rest = await until_gone(request, _opened(events))
+        return EventStream(_lines(completion, opening, rest))
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [await _model(preset, agent, created)]}
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str) -> dict[str, Any]:
+        if name != preset.name:
+            raise _no_model(name, preset)
+        return await _model(preset, agent, created)
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        outputs = ["text", *(modality.value for modality in await agent.outputs())]
+        lacking = [modality.value for modality in preset.decoders if modality.value not in outputs]
+        return {
+            "status": "degraded" if lacking else "ok",
+            "preset": preset.name,
+            "output_modalities": outputs,
+            "unavailable": lacking,
+        }
+
+    _answer_errors(app)
+    app.add_middleware(RequestEnvelope, max_body_bytes=limits.max_request_mb * 2**20)
+    return app
+
+
+def with_page(api: FastAPI, page: ASGIApp) -> ASGIApp:
+    """Return one application: the API under /v1 and /health, and ``page`` everywhere else.
+
+    ``page`` gets the lifespan; the API's own runs inside it.
+    """
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        is_api = path == "/health" or path == "/v1" or path.startswith("/v1/")
+        await (api if is_api else page)(scope, receive, send)
+
+    return app
+
+
+async def _opened(
+    events: AsyncGenerator[Event, None],
+) -> tuple[list[Event], AsyncGenerator[Event, None]]:
+    """Read a turn up to its first words, so that what is wrong with a request is its status.
+
+    Returns the events read and a stream of the others. After some seconds it does not wait longer.
+    """
+    opening: list[Event] = []
+    following = asyncio.ensure_future(anext(events))
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                event = await asyncio.shield(following)
+                if isinstance(event, TurnFailed):
+                    raise ServiceError.from_wire(dict(event.error))
+                opening.append(event)
+                following = asyncio.ensure_future(anext(events))
+                if not isinstance(event, TurnStarted):
+                    break
+    except TimeoutError:
+        pass
+    except BaseException:
+        await end(following)
+        await events.aclose()
+        raise
+    return opening, _rest(following, events)
+
+
+async def _rest(
+    following: asyncio.Future[Event], events: AsyncGenerator[Event, None]
+) -> AsyncGenerator[Event, None]:
+    try:
+        with suppress(StopAsyncIteration):
+            yield await following
+            async for event in events:
+                yield event
+    finally:
+        await end(following)
+        await events.aclose()
+
+
+async def _lines(
+    completion: Completion, opening: Sequence[Event], rest: AsyncGenerator[Event, None]
+) -> AsyncGenerator[str, None]:
+    async def all_events() -> AsyncGenerator[Event, None]:
+        async with aclosing(rest):
+            for event in opening:
+                yield event
+            async for event in rest:
+                yield event
+
+    async with aclosing(with_pings(all_events())) as events:
+        try:
+            async for event in events:
+                if event is None:
+                    yield ": ping\n\n"
+                    continue
+                for chunk in await asyncio.to_thread(completion.chunks, event):
+                    yield sse(chunk)
+            yield "data: [DONE]\n\n"
+        except ServiceError as error:
+            yield sse(error.body())
+        except Exception as error:
+            logger.exception("A stream failed.")
+            yield sse(translate(error).body())
+
+
+async def _model(preset: Preset, agent: TurnMaker, created: int) -> dict[str, Any]:
+    inputs = ["text", *(modality.value for modality in preset.encoder.modalities)]
+    outputs = ["text", *(modality.value for modality in await agent.outputs())]
+    return {
+        "id": preset.name,
+        "object": "model",
+        "created": created,
+        "owned_by": "patchbay",
+        "description": preset.description,
+        "input_modalities": inputs,
+        "output_modalities": outputs,
+        "architecture": {"input_modalities": inputs, "output_modalities": outputs},
+    }
+
+
+def _no_model(name: str | None, preset: Preset) -> NotFound:
+    return NotFound(
+        f"There is no model {name!r:.80}; this service runs {preset.name!r}.",
+        code="model_not_found",
+        param="model",
+    )
+
+
+def _answer_errors(app: FastAPI) -> None:
+    @app.exception_handler(ServiceError)
+    async def known(request: Request, error: ServiceError) -> Response:
+        return error_response(error)
+
+    @app.exception_handler(MediaError)
+    @app.exception_handler(ValueError)
+    async def refused(request: Request, error: ValueError) -> Response:
+        return error_response(translate(error))
+
+    @app.exception_handler(ClientGone)
+    async def gone(request: Request, error: ClientGone) -> Response:
+        return Response(status_code=499)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        param = ".".join(str(step) for step in first["loc"])
+        return error_response(Unprocessable(f"{param}: {first['msg']}.", code="invalid_value", param=param))
+
+    @app.exception_handler(HTTPException)
+    async def routed(request: Request, error: HTTPException) -> Response:
+        path = f"{request.method} {request.url.path:.100}"
+        if error.status_code == HTTPStatus.NOT_FOUND:
+            known_error: ServiceError = NotFound(f"There is no {path} here.", code="not_found")
+        elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            known_error = MethodNotAllowed(
+                f"{path} is not allowed; the path knows other methods.", code="method_not_allowed"
+            )
+        else:
+            known_error = Unprocessable(f"{path}: {error.detail}.", code="invalid_request")
+        return error_response(known_error)
+
+    @app.exception_handler(Exception)
+    async def unknown(request: Request, error: Exception) -> Response:
+        logger.exception("%s %s failed.", request.method, request.url.path, exc_info=error)
+        return error_response(
+            Internal(
+                "Something went wrong inside the service. Its log has the details.", code="internal_error"
+            )
+        )
+
+
+async def _sweep(store: ArtefactStore, expires_after_s: float) -> None:
+    while True:
+        try:
+            await asyncio.to_thread(store.sweep, expires_after_s)
+        except OSError:
+            logger.exception("Old files could not be removed.")
+        await asyncio.sleep(SWEEP_EVERY_S)
+
+
+def _json(value: object) -> Response:
+    import json
+
+    return Response(json.dumps(value), media_type="application/json")

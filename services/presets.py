@@ -1,0 +1,212 @@
+"""Presets: one YAML names the encoder, the language model, a decoder per modality, and limits.
+
+A preset is looked up by name among the shipped ones, or given as the path of a YAML file. Folders
+in it are relative to the file itself. Nothing in the program asks which preset it runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from decoders.settings import DecodeSettings
+from encoders.media import MediaBudget, Modality
+from services.errors import BadRequest, PresetProblem
+
+SHIPPED = Path(__file__).resolve().parent.parent / "deploy" / "presets"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EncoderPreset(_Strict):
+    """Which encoder reads media, and what it can read."""
+
+    folder: str = "encoder"
+    modalities: tuple[Modality, ...] = (Modality.IMAGE, Modality.VIDEO, Modality.AUDIO)
+
+
+class LanguageModelPreset(_Strict):
+    """Which language model thinks."""
+
+    folder: str = "llm"
+
+
+class CostLimits(_Strict):
+    """The most that one request may ask of a decoder."""
+
+    steps: int = Field(default=100, ge=1)
+    side_px: int = Field(default=1024, ge=8, description="width and height of a picture or a video")
+    num_frames: int = Field(default=64, ge=1)
+    duration_s: float = Field(default=30.0, gt=0)
+
+    def check(self, settings: DecodeSettings, modality: Modality) -> None:
+        """Raise BadRequest when ``settings`` ask for more."""
+        for name, given, most in (
+            ("num_inference_steps", settings.steps, self.steps),
+            ("size", settings.width_px, self.side_px),
+            ("size", settings.height_px, self.side_px),
+            ("num_frames", settings.num_frames, self.num_frames),
+            ("seconds", settings.duration_s, self.duration_s),
+        ):
+            if given is not None and given > most:
+                raise BadRequest(
+                    f"{name} is {given:g}; for {modality.value} this model allows at most {most:g}. "
+                    "Ask for less.",
+                    code="decoder_limit_exceeded",
+                    param=f"decoders.{modality.value}.{name}",
+                )
+
+
+class DecoderPreset(_Strict):
+    """One decoder: its pipeline, the link that conditions it, and its defaults.
+
+    ``link`` ``signal`` sends the model's hidden states through the output projection; ``caption``
+    sends the words before the medium through the decoder's own text encoder. ``steps`` and
+    ``guidance_scale`` None leave the choice to the pipeline's folder.
+    """
+
+    folder: str
+    link: Literal["signal", "caption"] = "signal"
+    steps: int | None = Field(default=None, ge=1)
+    guidance_scale: float | None = Field(default=None, ge=0)
+    limits: CostLimits = CostLimits()
+
+
+class GenerationDefaults(_Strict):
+    """How the language model speaks when a request does not say."""
+
+    temperature: float = Field(default=0.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_new_tokens: int = Field(default=256, ge=1)
+
+
+class MediaLimits(_Strict):
+    """What one medium may cost to read."""
+
+    max_mb: int = Field(default=64, ge=1)
+    max_pixels: int = Field(default=40_000_000, ge=1)
+    max_seconds: float = Field(default=300.0, gt=0)
+    max_frames: int = Field(default=18_000, ge=1)
+
+    def budget(self) -> MediaBudget:
+        """Return the limits as the readers of media want them."""
+        return MediaBudget(
+            max_bytes=self.max_mb * 2**20,
+            max_pixels=self.max_pixels,
+            max_seconds=self.max_seconds,
+            max_frames=self.max_frames,
+        )
+
+
+class Limits(_Strict):
+    """What one request may cost."""
+
+    max_request_mb: int = Field(default=96, ge=1, description="size of a request body")
+    max_messages: int = Field(default=200, ge=1)
+    max_media: int = Field(default=16, ge=1, description="media in one conversation")
+    max_decoder_calls: int = Field(default=6, ge=1, description="media in one reply")
+    files_expire_after_h: float = Field(default=24.0, gt=0)
+    media: MediaLimits = MediaLimits()
+
+
+class Example(_Strict):
+    """Something to try at one click. ``files`` are relative to the preset's file."""
+
+    text: str = ""
+    files: tuple[str, ...] = ()
+
+
+class Preset(_Strict):
+    """One runnable combination of models."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    description: str
+    weights: str = Field(description="folder of the weights, relative to the preset's file")
+    encoder: EncoderPreset = EncoderPreset()
+    language_model: LanguageModelPreset = LanguageModelPreset()
+    decoders: dict[Modality, DecoderPreset] = {}
+    projections: str = "projections"
+    generation: GenerationDefaults = GenerationDefaults()
+    limits: Limits = Limits()
+    examples: tuple[Example, ...] = ()
+    device: str = "cpu"
+    file: Path = Field(exclude=True)
+
+    @field_validator("decoders")
+    @classmethod
+    def _no_text_decoder(cls, decoders: dict[Modality, DecoderPreset]) -> dict[Modality, DecoderPreset]:
+        if Modality.TEXT in decoders:
+            raise ValueError("text needs no decoder; name image, video or audio")
+        return decoders
+
+    @property
+    def weights_folder(self) -> Path:
+        """Where the weights are."""
+        return (self.file.parent / self.weights).resolve()
+
+    @property
+    def encoder_folder(self) -> Path:
+        """The folder of the encoder."""
+        return self.weights_folder / self.encoder.folder
+
+    @property
+    def language_model_folder(self) -> Path:
+        """The folder of the language model."""
+        return self.weights_folder / self.language_model.folder
+
+    @property
+    def projections_folder(self) -> Path:
+        """The folder of the output projections, one file per modality."""
+        return self.weights_folder / self.projections
+
+    def decoder_folder(self, modality: Modality) -> Path:
+        """Return the folder of one decoder."""
+        return self.weights_folder / self.decoders[modality].folder
+
+
+def shipped_presets() -> list[str]:
+    """Return the names of the presets that come with the program."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def load_preset(name: str) -> Preset:
+    """Return a shipped preset by name, or the one in a YAML file by path."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else SHIPPED / f"{name}.yaml"
+    if path.parent == SHIPPED and path.stem not in shipped_presets():
+        raise PresetProblem(
+            f"There is no preset {name!r}. Known presets: {', '.join(shipped_presets()) or 'none'}. "
+            "Or give the path of a YAML file.",
+            code="unknown_preset",
+        )
+    try:
+        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PresetProblem(
+            f"The preset file {path} cannot be read: {error.strerror}. Give a name that `patchbay presets` "
+            "lists, or the path of a YAML file.",
+            code="unknown_preset",
+        ) from error
+    except yaml.YAMLError as error:
+        raise PresetProblem(
+            f"The preset file {path} is not YAML: {' '.join(str(error).split())}", code="invalid_preset"
+        ) from error
+    if not isinstance(values, dict) or "file" in values:
+        raise PresetProblem(
+            f"The preset file {path} must hold keys like name, description and weights.",
+            code="invalid_preset",
+        )
+    try:
+        return Preset(**values, file=path.resolve())
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(step) for step in item['loc'])}: {item['msg']}" for item in error.errors()
+        )
+        raise PresetProblem(
+            f"The preset file {path} is wrong: {problems}. Compare it with deploy/presets/toybox.yaml.",
+            code="invalid_preset",
+        ) from error

@@ -1,0 +1,344 @@
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from decoders.settings import DecodeSettings
+from encoders.media import Modality
+from services.agent import Agent
+from services.artefacts import ArtefactStore
+from services.boxes import (
+    Encoded,
+    Finished,
+    Made,
+    Progress,
+    PromptMessage,
+    Speech,
+    SpeechOptions,
+    SpokenEarlier,
+    SpokenSignal,
+    Words,
+)
+from services.errors import BadRequest
+from services.events import (
+    Event,
+    PartDone,
+    PartFailed,
+    PartProgress,
+    PartStarted,
+    TextDelta,
+    TurnDone,
+    TurnFailed,
+    TurnStarted,
+)
+from services.messages import MediaPart, Message, Role, SpokenPart, TextPart, TurnOptions
+from services.presets import CostLimits, Limits
+
+IMAGE, VIDEO, AUDIO = Modality.IMAGE, Modality.VIDEO, Modality.AUDIO
+
+
+def signal(modality: Modality, caption: str = "a bell") -> SpokenSignal:
+    zeros = np.zeros((2, 4), dtype=np.float32)
+    return SpokenSignal(modality, caption, zeros, zeros)
+
+
+class FakeEncoder:
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    async def encode(self, artefact_id: str, expect: Modality | None) -> Encoded:
+        self.asked.append(artefact_id)
+        if expect is AUDIO:
+            raise BadRequest("This is not a sound.", code="unsupported_media")
+        tokens = np.zeros((3, 4), dtype=np.float32)
+        return Encoded(expect or IMAGE, tokens, tokens[0], (3,))
+
+
+class FakeSpeaker:
+    """Says what it is given; a callable in the list is called instead of said."""
+
+    def __init__(self, *script: Speech | Exception | Callable[[], Any]) -> None:
+        self.script = script
+        self.prompt: list[PromptMessage] = []
+        self.options: SpeechOptions | None = None
+        self.closed = False
+
+    async def generate(
+        self, prompt: Sequence[PromptMessage], options: SpeechOptions
+    ) -> AsyncGenerator[Speech, None]:
+        self.prompt, self.options = list(prompt), options
+        try:
+            for item in self.script:
+                if isinstance(item, Exception):
+                    raise item
+                if callable(item):
+                    await item()
+                    continue
+                yield item
+                await asyncio.sleep(0)
+        finally:
+            self.closed = True
+
+
+class FakeDecoder:
+    """Takes ``steps`` of ``step_s`` seconds each, and fails at the end if it is told to."""
+
+    def __init__(
+        self, store: ArtefactStore, modality: Modality, steps: int = 2, step_s: float = 0.0,
+        error: Exception | None = None, up: bool = True,
+    ) -> None:  # fmt: skip
+        self.store, self.modality = store, modality
+        self.steps, self.step_s, self.error, self.up = steps, step_s, error, up
+        self.began: list[float] = []
+        self.ended: list[float] = []
+        self.settings: list[DecodeSettings] = []
+        self.steps_taken = 0
+        self.stopped = False
+
+    async def available(self) -> bool:
+        return self.up
+
+    async def decode(
+        self, signal: SpokenSignal, settings: DecodeSettings
+    ) -> AsyncGenerator[Progress | Made, None]:
+        self.began.append(time.monotonic())
+        self.settings.append(settings)
+        try:
+            for step in range(self.steps):
+                await asyncio.sleep(self.step_s)
+                self.steps_taken += 1
+                yield Progress(step + 1, self.steps, None)
+        except (GeneratorExit, asyncio.CancelledError):
+            self.stopped = True
+            raise
+        if self.error is not None:
+            raise self.error
+        made = self.store.put(
+            b"data", media_type="image/png", filename="x.png", modality=self.modality, caption=signal.caption
+        )
+        self.ended.append(time.monotonic())
+        yield Made(made, {"seed": settings.seed})
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ArtefactStore:
+    return ArtefactStore(tmp_path.as_uri())
+
+
+def agent(store: ArtefactStore, speaker: FakeSpeaker, *decoders: FakeDecoder, **rest: Any) -> Agent:
+    return Agent(
+        encode=rest.pop("encoder", FakeEncoder()),
+        generate=speaker,
+        decode={decoder.modality: decoder for decoder in decoders},
+        store=store,
+        **rest,
+    )
+
+
+def said(text: str = "draw a bell") -> list[Message]:
+    return [Message(Role.USER, (TextPart(text),))]
+
+
+async def events_of(agent: Agent, conversation: list[Message] | None = None, **options: Any) -> list[Event]:
+    conversation = said() if conversation is None else conversation
+    return [event async for event in agent.turn(conversation, TurnOptions(**options))]
+
+
+def failure(events: list[Event]) -> dict[str, Any]:
+    assert isinstance(events[-1], TurnFailed), events
+    return dict(events[-1].error)
+
+
+async def test_a_turn_tells_its_parts_in_order_with_running_sequence_numbers(store: ArtefactStore) -> None:
+    speaker = FakeSpeaker(
+        Words("Here "), Words("it is."), signal(IMAGE), Words(" And more."), Finished("stop")
+    )
+    events = await events_of(agent(store, speaker, FakeDecoder(store, IMAGE)))
+    assert [event.sequence for event in events] == list(range(len(events)))
+    assert isinstance(events[0], TurnStarted)
+    assert isinstance(events[-1], TurnDone)
+    texts = [(event.index, event.text) for event in events if isinstance(event, TextDelta)]
+    assert texts == [(0, "Here"), (0, " it is."), (2, "And more.")]
+    started = [event for event in events if isinstance(event, PartStarted)]
+    assert [(event.index, event.modality, event.caption) for event in started] == [(1, IMAGE, "a bell")]
+    progress = [(event.step, event.total) for event in events if isinstance(event, PartProgress)]
+    assert progress == [(1, 2), (2, 2)]
+    done = [event for event in events if isinstance(event, PartDone)]
+    assert [event.index for event in done] == [1]
+    assert store.read(done[0].artefact.id) == b"data"
+
+
+async def test_a_decoder_starts_while_the_text_goes_on(store: ArtefactStore) -> None:
+    decoder = FakeDecoder(store, IMAGE)
+
+    async def until_decoding() -> None:
+        async with asyncio.timeout(2):
+            while not decoder.began:
+                await asyncio.sleep(0.001)
+
+    speaker = FakeSpeaker(signal(IMAGE), until_decoding, Words("later"), Finished("stop"))
+    events = await events_of(agent(store, speaker, decoder))
+    assert isinstance(events[-1], TurnDone)
+
+
+async def test_decoders_work_at_the_same_time_and_are_told_in_the_order_spoken(
+    store: ArtefactStore,
+) -> None:
+    slow = FakeDecoder(store, VIDEO, steps=1, step_s=0.2)
+    fast = FakeDecoder(store, IMAGE, steps=1, step_s=0.05)
+    speaker = FakeSpeaker(signal(VIDEO), signal(IMAGE), Finished("stop"))
+    events = await events_of(agent(store, speaker, slow, fast))
+    assert fast.ended[0] < slow.ended[0]
+    assert fast.began[0] < slow.ended[0]
+    assert [event.modality for event in events if isinstance(event, PartDone)] == [VIDEO, IMAGE]
+
+
+async def test_one_failed_part_loses_neither_text_nor_the_other_parts(store: ArtefactStore) -> None:
+    broken = FakeDecoder(store, IMAGE, error=MemoryError())
+    works = FakeDecoder(store, AUDIO)
+    speaker = FakeSpeaker(Words("Here."), signal(IMAGE), Words("Listen."), signal(AUDIO), Finished("stop"))
+    events = await events_of(agent(store, speaker, broken, works))
+    failed = [event for event in events if isinstance(event, PartFailed)]
+    assert [(event.index, event.code) for event in failed] == [(1, "out_of_memory")]
+    assert [event.index for event in events if isinstance(event, PartDone)] == [3]
+    assert [event.text for event in events if isinstance(event, TextDelta)] == ["Here.", "Listen."]
+    assert isinstance(events[-1], TurnDone)
+
+
+async def test_an_error_nobody_foresaw_is_logged_and_hides_its_details(
+    store: ArtefactStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = FakeDecoder(store, IMAGE, error=RuntimeError("secret path"))
+    events = await events_of(agent(store, FakeSpeaker(signal(IMAGE), Finished("stop")), broken))
+    (failed,) = [event for event in events if isinstance(event, PartFailed)]
+    assert failed.code == "internal_error"
+    assert "secret" not in failed.message
+    assert "secret path" in caplog.text
+
+
+async def test_closing_a_turn_stops_speaker_and_decoders(store: ArtefactStore) -> None:
+    decoder = FakeDecoder(store, IMAGE, steps=1000, step_s=0.01)
+    speaker = FakeSpeaker(signal(IMAGE), lambda: asyncio.sleep(60), Finished("stop"))
+    async with aclosing(agent(store, speaker, decoder).turn(said(), TurnOptions())) as events:
+        async for event in events:
+            if isinstance(event, PartProgress):
+                break
+    assert decoder.stopped
+    assert speaker.closed
+    assert decoder.steps_taken < 10
+
+
+async def test_a_failing_language_model_still_delivers_what_it_has_spoken(store: ArtefactStore) -> None:
+    decoder = FakeDecoder(store, IMAGE, step_s=0.02)
+    speaker = FakeSpeaker(signal(IMAGE), BadRequest("Too long.", code="context_length_exceeded"))
+    events = await events_of(agent(store, speaker, decoder))
+    assert any(isinstance(event, PartDone) for event in events)
+    assert failure(events)["code"] == "context_length_exceeded"
+
+
+async def test_a_decoder_that_is_down_is_not_promised(store: ArtefactStore) -> None:
+    speaker = FakeSpeaker(Words("words"), Finished("stop"))
+    the_agent = agent(store, speaker, FakeDecoder(store, IMAGE), FakeDecoder(store, AUDIO, up=False))
+    await events_of(the_agent)
+    assert speaker.options is not None
+    assert speaker.options.allowed == {IMAGE}
+    assert await the_agent.outputs() == (IMAGE,)
+    failed = failure(await events_of(the_agent, modalities=[AUDIO]))
+    assert (failed["kind"], failed["code"]) == ("Unavailable", "decoder_unavailable")
+
+
+async def test_modalities_of_a_request_are_all_that_is_allowed(store: ArtefactStore) -> None:
+    speaker = FakeSpeaker(Words("words"), Finished("stop"))
+    decoders = FakeDecoder(store, IMAGE), FakeDecoder(store, AUDIO)
+    await events_of(agent(store, speaker, *decoders), modalities=[Modality.TEXT])
+    assert speaker.options is not None
+    assert speaker.options.allowed == frozenset()
+
+
+async def test_a_modality_that_the_preset_lacks_is_refused_by_name(store: ArtefactStore) -> None:
+    the_agent = agent(store, FakeSpeaker(Finished("stop")), FakeDecoder(store, IMAGE))
+    failed = failure(await events_of(the_agent, modalities=[Modality.TEXT, VIDEO]))
+    assert failed["code"] == "unsupported_modality"
+    assert failed["param"] == "modalities"
+    assert "it makes text, image" in failed["message"]
+    failed = failure(await events_of(the_agent, decoders={AUDIO: DecodeSettings(seed=1)}))
+    assert (failed["code"], failed["param"]) == ("unsupported_modality", "decoders.audio")
+
+
+async def test_a_decoder_may_not_be_asked_for_more_than_its_limits(store: ArtefactStore) -> None:
+    limits = {IMAGE: CostLimits(steps=10)}
+    the_agent = agent(store, FakeSpeaker(Finished("stop")), FakeDecoder(store, IMAGE), cost_limits=limits)
+    failed = failure(await events_of(the_agent, decoders={IMAGE: DecodeSettings(steps=11)}))
+    assert failed["code"] == "decoder_limit_exceeded"
+    assert failed["param"] == "decoders.image.num_inference_steps"
+
+
+async def test_media_get_seeds_that_follow_from_the_seed_of_the_turn(store: ArtefactStore) -> None:
+    decoder = FakeDecoder(store, IMAGE)
+    speaker = FakeSpeaker(signal(IMAGE), signal(IMAGE), Finished("stop"))
+    await events_of(agent(store, speaker, decoder), seed=7)
+    assert [settings.seed for settings in decoder.settings] == [7, 8]
+    decoder.settings.clear()
+    await events_of(agent(store, speaker, decoder), seed=7, decoders={IMAGE: DecodeSettings(seed=3)})
+    assert [settings.seed for settings in decoder.settings] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("conversation", "code"),
+    [
+        ([], "invalid_conversation"),
+        (said("  \n"), "empty_message"),
+        ([Message(Role.USER, ())], "empty_message"),
+        ([*said(), Message(Role.ASSISTANT, (TextPart("hi"),))], "invalid_conversation"),
+        (said() * 7, "too_many_messages"),
+        ([Message(Role.USER, (MediaPart("file-0"),) * 4)], "media_limit_exceeded"),
+    ],
+)
+async def test_a_conversation_that_cannot_be_answered_is_refused(
+    store: ArtefactStore, conversation: list[Message], code: str
+) -> None:
+    limits = Limits(max_messages=6, max_media=3)
+    the_agent = agent(store, FakeSpeaker(Finished("stop")), limits=limits)
+    assert failure(await events_of(the_agent, conversation))["code"] == code
+
+
+async def test_a_medium_is_encoded_once_for_each_content(store: ArtefactStore) -> None:
+    encoder = FakeEncoder()
+    twins = [store.put(b"same", media_type="image/png", filename="a.png") for _ in range(2)]
+    the_agent = agent(store, FakeSpeaker(Finished("stop")), encoder=encoder)
+    conversation = [Message(Role.USER, tuple(MediaPart(twin.id, IMAGE) for twin in twins))]
+    for _ in range(2):
+        await events_of(the_agent, conversation)
+    assert encoder.asked == [twins[0].id]
+
+
+async def test_an_error_in_a_medium_says_which_part_it_was(store: ArtefactStore) -> None:
+    stored = store.put(b"x", media_type="audio/wav", filename="a.wav")
+    conversation = [*said(), Message(Role.USER, (TextPart("and"), MediaPart(stored.id, AUDIO)))]
+    failed = failure(await events_of(agent(store, FakeSpeaker()), conversation))
+    assert (failed["code"], failed["param"]) == ("unsupported_media", "messages[1].content[1]")
+
+
+async def test_an_earlier_medium_of_the_assistant_is_shown_as_its_signal(store: ArtefactStore) -> None:
+    speaker = FakeSpeaker(Finished("stop"))
+    conversation = [
+        *said(),
+        Message(Role.ASSISTANT, (TextPart("Here."), SpokenPart(IMAGE, "Here."), SpokenPart(AUDIO, "Ding."))),
+        *said("now a blue one"),
+    ]
+    await events_of(agent(store, speaker), conversation)
+    assert speaker.prompt[1].parts == ("Here.", SpokenEarlier(IMAGE), "Ding.", SpokenEarlier(AUDIO))
+
+
+async def test_a_turn_reports_usage_and_timings(store: ArtefactStore) -> None:
+    speaker = FakeSpeaker(Words("hi"), Finished("length", {"prompt_tokens": 5, "completion_tokens": 1}))
+    *_, done = await events_of(agent(store, speaker))
+    assert isinstance(done, TurnDone)
+    assert done.finish_reason == "length"
+    assert done.usage == {"prompt_tokens": 5, "completion_tokens": 1}
+    assert 0 <= done.timings["first_text_s"] <= done.timings["total_s"]

@@ -1,0 +1,57 @@
+import errno
+import pickle
+
+import pytest
+
+from encoders.media import MediaError
+from services.errors import KINDS, BadRequest, NotFound, ServiceError, TooLarge, Unavailable, translate
+
+
+def test_every_error_becomes_the_four_keys_that_clients_know() -> None:
+    body = BadRequest("No.", code="invalid_value", param="messages[0]").body()
+    assert body == {
+        "error": {
+            "message": "No.",
+            "type": "invalid_request_error",
+            "param": "messages[0]",
+            "code": "invalid_value",
+        }
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS.values())
+def test_an_error_is_the_same_in_another_process(kind: type[ServiceError]) -> None:
+    error = kind("Later.", code="later", param="model", retry_after_s=3)
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is kind
+    assert again.to_wire() == error.to_wire()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "code"),
+    [
+        (NotFound("Gone.", code="file_not_found"), NotFound, "file_not_found"),
+        (MediaError("invalid_media", "Damaged."), BadRequest, "invalid_media"),
+        (MediaError("unsupported_media", "Text."), BadRequest, "unsupported_media"),
+        (MediaError("media_limit_exceeded", "Huge."), TooLarge, "media_limit_exceeded"),
+        (ValueError("steps is 0."), BadRequest, "invalid_value"),
+        (MemoryError(), Unavailable, "out_of_memory"),
+        (OSError(errno.ENOSPC, "No space left on device"), Unavailable, "storage_full"),
+    ],
+)
+def test_known_errors_keep_their_meaning(error: Exception, kind: type, code: str) -> None:
+    known = translate(error)
+    assert type(known) is kind
+    assert known.code == code
+
+
+def test_an_unknown_error_is_a_500_that_gives_nothing_away() -> None:
+    known = translate(RuntimeError("password is 1234"))
+    assert known.status == 500
+    assert "1234" not in known.message
+
+
+def test_the_place_of_an_error_can_be_added_later() -> None:
+    error = TooLarge("Huge.", code="media_limit_exceeded").at("messages[0].content[1]")
+    assert isinstance(error, TooLarge)
+    assert error.param == "messages[0].content[1]"

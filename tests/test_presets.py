@@ -1,0 +1,136 @@
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+
+from services.doctor import examine, expect_files, expect_free_port, missing_files
+from services.errors import PresetProblem
+from services.presets import SHIPPED, load_preset, shipped_presets
+from services.session import Session
+from tests.tiny import tiny_values
+
+
+def written(folder: Path, **changes: Any) -> str:
+    path = folder / "p.yaml"
+    path.write_text(yaml.safe_dump({**tiny_values(), **changes}))
+    return str(path)
+
+
+@pytest.fixture
+def copy(tiny_preset: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny preset that a test may break."""
+    shutil.copytree(tiny_preset.parent, tmp_path / "copy")
+    return tmp_path / "copy" / tiny_preset.name
+
+
+def test_every_shipped_preset_is_well_formed_and_named_like_its_file() -> None:
+    assert "toybox" in shipped_presets()
+    for name in shipped_presets():
+        preset = load_preset(name)
+        assert preset.name == name
+        for example in preset.examples:
+            assert all((SHIPPED / file).is_file() for file in example.files)
+
+
+def test_an_unknown_preset_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(PresetProblem, match=r"no preset 'toybx'. Known presets: .*toybox"):
+        load_preset("toybx")
+
+
+@pytest.mark.parametrize("name", ["../toybox", "/etc/passwd", "", "a/b"])
+def test_a_preset_name_is_not_a_path(name: str) -> None:
+    with pytest.raises(PresetProblem) as caught:
+        load_preset(name)
+    assert caught.value.code == "unknown_preset"
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"encodr": {}}, "encodr: Extra inputs"),
+        ({"weights": None}, "weights: Input should be"),
+        ({"decoders": {"text": {"folder": "x"}}}, "text needs no decoder"),
+        ({"decoders": {"image": {"folder": "x", "link": "magic"}}}, "decoders.image.link"),
+        ({"generation": {"temperature": 9}}, "generation.temperature"),
+    ],
+)
+def test_a_wrong_preset_file_is_refused_with_the_key(
+    tmp_path: Path, changes: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(PresetProblem, match=complaint):
+        load_preset(written(tmp_path, **changes))
+
+
+def test_a_missing_or_broken_preset_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PresetProblem, match="cannot be read: No such file"):
+        load_preset(str(tmp_path / "none.yaml"))
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(PresetProblem, match="is not YAML"):
+        load_preset(str(tmp_path / "bad.yaml"))
+
+
+def test_folders_are_relative_to_the_preset_file(tiny_preset: Path) -> None:
+    preset = load_preset(str(tiny_preset))
+    assert preset.encoder_folder == tiny_preset.parent / "weights" / "encoder"
+    assert missing_files(preset) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "encoder/model.safetensors",
+        "llm/base/tokenizer.json",
+        "llm/base/model.safetensors",
+        "llm/bridge.safetensors",
+        "image/unet/diffusion_pytorch_model.safetensors",
+        "video/model_index.json",
+        "projections/audio/model.safetensors",
+    ],
+)
+def test_a_missing_file_is_named_before_anything_is_loaded(copy: Path, name: str) -> None:
+    missing = copy.parent / "weights" / name
+    missing.unlink()
+    with pytest.raises(PresetProblem, match=r"lacks .*; |lacks .*\. Restore the folder") as caught:
+        expect_files(load_preset(str(copy)))
+    assert Path(name).parent.name in caught.value.message
+    assert caught.value.code == "weights_missing"
+
+
+def test_weights_of_a_wrong_shape_are_named_when_they_are_loaded(copy: Path) -> None:
+    path = copy.parent / "weights" / "llm" / "bridge.safetensors"
+    tensors = load_file(path)
+    tensors["signal_rows.head"] = tensors["signal_rows.head"][:-1].clone()
+    save_file(tensors, path)
+    with pytest.raises(PresetProblem, match=r"language model cannot be loaded: .*signal_rows.head has shape"):
+        Session.open(str(copy))
+
+
+def test_a_projection_for_another_decoder_is_refused(copy: Path) -> None:
+    weights = copy.parent / "weights" / "projections"
+    shutil.rmtree(weights / "image")
+    shutil.copytree(weights / "audio", weights / "image")
+    with Session.open(str(copy)) as session:
+        reply = session.chat([{"role": "user", "content": "draw a bell"}])
+    assert reply.parts[0].text == "here is a bell."
+    assert "its decoder expects (8, 16)" in (reply.parts[1].error or "")
+
+
+def test_doctor_finds_a_whole_preset_well_and_a_broken_one_not(tiny_preset: Path, copy: Path) -> None:
+    checks = {check.name: check.ok for check in examine(load_preset(str(tiny_preset)), port=0)}
+    assert {name for name, ok in checks.items() if not ok} <= {"memory"}
+    assert {"encoder", "language model", "image decoder", "video decoder", "audio decoder"} <= checks.keys()
+    (copy.parent / "weights" / "encoder" / "config.json").unlink()
+    checks = {check.name: check.ok for check in examine(load_preset(str(copy)), port=0)}
+    assert checks["weights"] is False
+
+
+def test_a_port_in_use_is_noticed() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(PresetProblem, match=rf"listen on 127.0.0.1:{port}: Address already in use"):
+            expect_free_port("127.0.0.1", port)
+    expect_free_port("127.0.0.1", port)

@@ -1,0 +1,84 @@
+import math
+import random
+
+import pytest
+import torch
+from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, get_class_obj_and_candidates
+from diffusers.pipelines.pipeline_utils import _fetch_class_library_tuple
+
+from alignment.toybox.sound import synthesise
+from alignment.toybox.world import Sound
+from decoders.mel import log_mel
+from decoders.vocoder import GriffinLimVocoder
+
+
+@pytest.fixture(scope="module")
+def vocoder() -> GriffinLimVocoder:
+    return GriffinLimVocoder()
+
+
+def frames_of(thing: str, loudness: str = "loud") -> torch.Tensor:
+    return log_mel(
+        torch.from_numpy(synthesise(Sound(thing, "middle", 2, "fast", loudness), random.Random(0)))
+    )
+
+
+def test_each_frame_becomes_160_samples(vocoder):
+    assert vocoder(torch.full((2, 40, 64), -5.0)).shape == (2, 6400)
+    assert vocoder(torch.full((40, 64), -5.0)).shape == (6400,)
+
+
+@pytest.mark.parametrize(
+    ("thing", "limit"), [("bell", 0.3), ("drum", 0.15), ("siren", 0.2), ("rain cloud", 0.15)]
+)
+def test_the_mel_of_the_samples_is_the_mel_that_was_asked_for(vocoder, thing, limit):
+    for loudness in ("loud", "quiet"):
+        frames = frames_of(thing, loudness)
+        again = log_mel(vocoder(frames))
+        assert (again - frames).abs().mean() < limit  # nepers
+
+
+def test_a_tone_comes_back_at_its_frequency_and_level(vocoder):
+    tone = 0.4 * torch.sin(2 * math.pi * 1000 * torch.arange(16000) / 16000)
+    samples = vocoder(log_mel(tone))
+    spectrum = torch.fft.rfft(samples).abs()
+    assert abs(int(spectrum.argmax()) - 1000) <= 15
+    assert samples.square().mean().sqrt() == pytest.approx(0.4 / math.sqrt(2), rel=0.15)
+
+
+def test_the_same_frames_always_give_the_same_samples(vocoder):
+    frames = frames_of("frog")
+    assert torch.equal(vocoder(frames), vocoder(frames))
+    torch.testing.assert_close(vocoder(torch.stack([frames_of("bee"), frames]))[1], vocoder(frames))
+
+
+def test_crests_beyond_full_scale_scale_the_whole_sound_down(vocoder):
+    samples = vocoder(frames_of("bee") + 3.0)
+    assert samples.abs().max() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_saved_vocoder_loads_with_its_settings_and_sounds_the_same(vocoder, tmp_path):
+    GriffinLimVocoder(num_iterations=5).save_pretrained(tmp_path)
+    loaded = GriffinLimVocoder.from_pretrained(tmp_path)
+    assert loaded.config.num_iterations == 5
+    frames = frames_of("phone")
+    assert torch.equal(loaded(frames), GriffinLimVocoder(num_iterations=5)(frames))
+
+
+def test_diffusers_finds_class_and_loading_method_from_the_model_index(vocoder):
+    library, name = _fetch_class_library_tuple(vocoder)
+    assert (library, name) == ("decoders.vocoder", "GriffinLimVocoder")
+    found, bases = get_class_obj_and_candidates(library, name, ALL_IMPORTABLE_CLASSES, None, False)
+    assert found is GriffinLimVocoder
+    assert issubclass(found, bases["ModelMixin"])
+
+
+def test_the_settings_that_the_pipeline_reads_fit_the_mel(vocoder):
+    assert vocoder.config.sampling_rate == 16000
+    assert vocoder.config.model_in_dim == 64
+    assert math.prod(vocoder.config.upsample_rates) == 160
+
+
+def test_a_foreign_frame_rate_is_refused():
+    with pytest.raises(ValueError, match="a hop of 256 samples at 22050 Hz"):
+        GriffinLimVocoder(sampling_rate=22050, upsample_rates=(8, 8, 2, 2))

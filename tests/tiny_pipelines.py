@@ -1,0 +1,207 @@
+"""Tiny pipelines with random weights in the folder layouts of the real ones, for the decoder tests."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AudioLDMPipeline,
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    TextToVideoSDPipeline,
+    UNet2DConditionModel,
+    UNet3DConditionModel,
+    WanTransformer3DModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    ClapTextConfig,
+    ClapTextModelWithProjection,
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedTokenizerFast,
+    SpeechT5HifiGan,
+    SpeechT5HifiGanConfig,
+)
+
+from decoders.video_transformer import TextToVideoTransformerPipeline
+
+WIDTH = 16
+TOKENS = 8
+WORDS = ["<s>", "<pad>", "</s>", "<unk>", "a", "big", "small", "red", "blue", "bell", "drum"]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        model_max_length=TOKENS,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+    )
+
+
+def scheduler(**changes: Any) -> DDIMScheduler:
+    settings: dict[str, Any] = {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "prediction_type": "v_prediction",
+        "timestep_spacing": "trailing",
+        "clip_sample": False,
+        "steps_offset": 1,
+    }
+    return DDIMScheduler(**settings | changes)
+
+
+def clip() -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=len(WORDS),
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=TOKENS,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+    )
+    return CLIPTextModel(config).eval()
+
+
+def vae(blocks: int = 2, channels: int = 3) -> AutoencoderKL:
+    return AutoencoderKL(
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(8,) * blocks,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=0.7,
+    ).eval()
+
+
+def image_pipeline() -> StableDiffusionPipeline:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae(),
+        clip(),
+        tokenizer(),
+        unet.eval(),
+        scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def unet_video_pipeline() -> TextToVideoSDPipeline:
+    torch.manual_seed(1)
+    unet = UNet3DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    pipeline = TextToVideoSDPipeline(vae(blocks=4), clip(), tokenizer(), unet.eval(), scheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def transformer_video_pipeline() -> TextToVideoTransformerPipeline:
+    torch.manual_seed(2)
+    transformer = WanTransformer3DModel(
+        patch_size=(4, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=4,
+        text_dim=WIDTH,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+    )
+    pipeline = TextToVideoTransformerPipeline(
+        vae(), clip(), tokenizer(), transformer.eval(), scheduler(), sample_size=8, num_frames=8, fps=8.0
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def audio_pipeline(vocoder: Any = None) -> AudioLDMPipeline:
+    torch.manual_seed(3)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=(8, 16),
+        class_embed_type="simple_projection",
+        projection_class_embeddings_input_dim=WIDTH,
+        class_embeddings_concat=True,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    text = ClapTextConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        projection_dim=WIDTH,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+    )
+    hifi_gan = SpeechT5HifiGanConfig(
+        model_in_dim=8,
+        sampling_rate=16000,
+        upsample_initial_channel=16,
+        upsample_rates=[2, 2],
+        upsample_kernel_sizes=[4, 4],
+        resblock_kernel_sizes=[3, 7],
+        resblock_dilation_sizes=[[1, 3, 5], [1, 3, 5]],
+        normalize_before=False,
+        initializer_range=0.5,
+    )
+    pipeline = AudioLDMPipeline(
+        vae(channels=1),
+        ClapTextModelWithProjection(text).eval(),
+        tokenizer(),
+        unet.eval(),
+        scheduler(),
+        vocoder or SpeechT5HifiGan(hifi_gan).eval(),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def saved(pipeline: Any, folder: Path) -> Path:
+    pipeline.save_pretrained(folder)
+    return folder
