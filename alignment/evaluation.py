@@ -27,6 +27,7 @@ from alignment.toybox.judge_visual import measure_look
 from alignment.toybox.media import judge, render, to_bytes
 from alignment.toybox.world import Scene
 from encoders.media import Audio, Image, Medium, read_media
+from llm.generate import ContextTooLong
 from llm.signals import Signal
 from llm.template import Dialogue, MediaTokens, Message, SignalPart
 
@@ -172,14 +173,17 @@ def _run(system: System, samples: Sequence[Sample], seed: int) -> None:
 
 
 def converse(system: System, sample: Sample) -> list[Spoken]:
-    """Hold the conversation of a sample, with the system's own replies in place of the given ones."""
+    """Hold the conversation of a sample, with the system's own earlier replies."""
     read = {scene: system.read(medium) for scene, medium in sample.media.items()}
     dialogue: Dialogue = []
     spoken: list[Spoken] = []
     for turn in sample.exercise.turns:
         if turn.role == "user":
             dialogue.append(_user(turn, read))
-            spoken = system.speak(dialogue)
+            try:
+                spoken = system.speak(dialogue)
+            except ContextTooLong:  # only a babbling model talks itself out of its context
+                return []
             parts: list[str | MediaTokens | SignalPart] = [
                 SignalPart(part.modality) if isinstance(part, Signal) else part for part in spoken
             ]

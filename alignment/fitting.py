@@ -157,7 +157,9 @@ def fit(
             if time.monotonic() - saved > config.checkpoint_every_s:
                 _save(folder, module, optimizer, average, step + 1, elapsed)
                 saved = time.monotonic()
-    _save(folder, module, optimizer, average, config.num_steps, elapsed_before + time.monotonic() - started)
+    if first_step < config.num_steps:
+        elapsed = elapsed_before + time.monotonic() - started
+        _save(folder, module, optimizer, average, config.num_steps, elapsed)
     if average is not None:
         average.copy_to(module)
 

@@ -27,6 +27,7 @@ from llm.template import Dialogue, MediaTokens
 LinkName = Literal["signal", "caption"]
 Spoken = str | Signal
 DECODE_BATCH = 32
+MAX_NEW_TOKENS = 96
 DECODERS: Mapping[Modality, type[LatentDecoder]] = {
     Modality.IMAGE: ImageDecoder,
     Modality.VIDEO: VideoDecoder,
@@ -80,7 +81,9 @@ class System:
         """Return the reply to a dialogue, greedily: texts and signals in order."""
         parts: list[Spoken] = []
         text = ""
-        for event in generate(self.llm, dialogue, GenerationOptions(temperature=0.0), threading.Event()):
+        for event in generate(
+            self.llm, dialogue, GenerationOptions(max_new_tokens=MAX_NEW_TOKENS), threading.Event()
+        ):
             if isinstance(event, TextDelta):
                 text += event.text
             elif isinstance(event, SignalReady):

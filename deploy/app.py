@@ -57,7 +57,7 @@ def build_app(args: AppArgs) -> Application:
         "num_replicas": 1,
         "ray_actor_options": {"num_cpus": args.cpus_per_replica},
         "health_check_period_s": 3,
-        "max_constructor_retry_count": 2,
+        "max_constructor_retry_count": 1,
         "graceful_shutdown_wait_loop_s": 0.2,
         "graceful_shutdown_timeout_s": 5,
         "logging_config": {"log_level": "WARNING", "enable_access_log": False},

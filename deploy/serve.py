@@ -154,11 +154,15 @@ def _wait_until_it_answers(address: str) -> None:
 
 def _why(error: RuntimeError) -> PresetProblem:
     """Find our own sentence in what Serve reports about a deployment that did not start."""
-    found = re.search(r"PresetProblem: (.+)", str(error)) or re.search(
-        r"(The [\w ]+ cannot be loaded: .+)", str(error)
-    )
-    reason = found[1] if found else " ".join(str(error).split())[:600]
-    return PresetProblem(f"The service could not start: {reason}", code="not_started")
+    from ray import serve
+
+    application = serve.status().applications.get("patchbay")
+    reports = [deployment.message for deployment in application.deployments.values()] if application else []
+    for report in (*reports, str(error)):
+        if found := re.search(r"The [\w ]+ cannot be loaded: .+", report):
+            return PresetProblem(f"The service could not start: {found[0]}", code="not_started")
+    reason = " ".join(" ".join(filter(None, (*reports, str(error)))).split())
+    return PresetProblem(f"The service could not start: {reason[-600:]}", code="not_started")
 
 
 if __name__ == "__main__":

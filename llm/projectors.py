@@ -152,7 +152,7 @@ class ResamplerProjector(nn.Module):
         self.to_key_value = nn.Linear(D, 2 * D, bias=False)
         self.to_out = nn.Linear(D, D, bias=False)
         self.feed_norm = nn.LayerNorm(D)
-        self.feed = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
+        self.feed = nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
 
     def num_slots(self, num_tokens: int) -> int:
         """Return ``num_queries``."""
@@ -186,11 +186,11 @@ def build_projector(config: ProjectorConfig) -> AnyProjector:
     return ResamplerProjector(config)
 
 
-def grid_code(num_tokens: int, grid: tuple[int, ...], width: int) -> Tensor:
+def grid_code(num_tokens: int, grid: tuple[int, ...], width: int, base: float = 10_000.0) -> Tensor:
     """Return sinusoidal codes ``(num_tokens, width)`` of places on a grid, float32 in [-1, 1].
 
     Each axis has its own share of the channels, half sines and half cosines, with wavelengths in
-    geometric progression from 2 pi to 2 pi * 10 000 steps; channels left over are 0.
+    geometric progression from 2 pi to 2 pi * ``base`` steps; channels left over are 0.
     Source of the code: Vaswani et al. 2017, section 3.5.
     """
     index = torch.arange(num_tokens)
@@ -202,7 +202,7 @@ def grid_code(num_tokens: int, grid: tuple[int, ...], width: int) -> Tensor:
     half = width // (2 * len(places))
     if half < 1:
         raise ValueError(f"width is {width}; a grid of {len(places)} axes needs at least {2 * len(places)}.")
-    rates = torch.exp(-math.log(10_000.0) * torch.arange(half) / half)  # (half,)
+    rates = torch.exp(-math.log(base) * torch.arange(half) / half)  # (half,)
     codes = []
     for place in reversed(places):
         angles = place[:, None] * rates  # (num_tokens, half)

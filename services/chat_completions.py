@@ -8,6 +8,7 @@ URL, in the dialects that clients know. The whole reply, in the order spoken, is
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import secrets
 import time
@@ -92,7 +93,8 @@ class Completion:
                         part["text"] += text
                     case PartDone(index=index):
                         parts[index] = self.reference(event)
-                        for name, value in self.medium(event).items():
+                        medium = await asyncio.to_thread(self.medium, event)
+                        for name, value in medium.items():
                             if name == "audio":
                                 media.setdefault("audio", value)
                             else:

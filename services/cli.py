@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from services.errors import BadRequest, ServiceError
+from services.errors import ServiceError, translate
 from services.presets import load_preset, shipped_presets
 
 QUIET = {
@@ -30,8 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         code: int = args.run(args)
-    except ServiceError as error:
-        print(f"patchbay: {error.message}", file=sys.stderr)
+    except (ServiceError, ValueError) as error:
+        print(f"patchbay: {translate(error).message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--seed", type=_seed, help="the same seed makes the same reply")
     chat.add_argument("--json", action="store_true", help="print one JSON object instead of the reply")
     chat.add_argument("text", nargs="?", help="what the person says; without it, a conversation")
-    chat.set_defaults(run=chat_command)
+    chat.set_defaults(run=chat_command, refuse=chat.error)
 
     serve = commands.add_parser("serve", help=serve_command.__doc__, description=serve_command.__doc__)
     _preset_option(serve)
@@ -140,7 +140,7 @@ def chat_command(args: argparse.Namespace) -> int:
     from services.chat import converse, say_once
 
     if args.text is None and args.json:
-        raise BadRequest("--json prints one turn. Give the text of that turn.", code="missing_text")
+        args.refuse("--json prints one turn; give the text of that turn")
     return converse(args) if args.text is None else say_once(args)
 
 
@@ -157,7 +157,6 @@ def serve_command(args: argparse.Namespace) -> int:
 def eval_command(args: argparse.Namespace) -> int:
     """Measure how often the outputs are right, direction by direction."""
     from alignment.evaluation import main_toybox, table
-
     from services.doctor import expect_files
     from services.session import Session
 

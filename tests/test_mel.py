@@ -24,11 +24,10 @@ def test_silence_is_the_logarithm_of_the_clamp():
     torch.testing.assert_close(log_mel(torch.zeros(16000)), torch.full((100, 64), math.log(1e-5)))
 
 
-@pytest.mark.parametrize("hz", [100, 440, 1000, 3000, 7000])
-def test_a_tone_is_loudest_in_the_band_nearest_to_it(hz):
-    frames = log_mel(tone(hz))
-    nearest = abs(band_centres_hz() - hz).argmin()
-    assert (frames[5:-5].argmax(dim=1) == nearest).all()
+@pytest.mark.parametrize("band", [1, 8, 30, 45, 62])
+def test_a_tone_at_the_centre_of_a_band_is_loudest_there(band):
+    frames = log_mel(tone(band_centres_hz()[band]))
+    assert (frames[5:-5].argmax(dim=1) == band).all()
 
 
 def test_the_level_of_a_tone_follows_from_window_and_filterbank():
@@ -37,13 +36,14 @@ def test_the_level_of_a_tone_follows_from_window_and_filterbank():
     weights = mel_filterbank()
     expected = math.log(256 * 0.5) + torch.log(weights[:, 64] + (weights[:, 63] + weights[:, 65]) / 2)
     band = int(expected.argmax())
+    assert abs(band_centres_hz()[band] - 1000) < 25
     level = log_mel(tone(1000.0))[10:-10, band]
     torch.testing.assert_close(level, torch.full_like(level, float(expected[band])), atol=1e-3, rtol=0)
 
 
 def test_halving_the_amplitude_takes_log_two_off_every_loud_band():
     loud, soft = log_mel(tone(500, 0.5)), log_mel(tone(500, 0.25))
-    difference = (loud - soft)[soft > -9]
+    difference = (loud - soft)[soft > -6]
     torch.testing.assert_close(difference, torch.full_like(difference, math.log(2)), atol=1e-3, rtol=0)
 
 

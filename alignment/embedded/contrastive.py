@@ -22,20 +22,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignment.embedded import pools
 from alignment.embedded.captions import CAPTION_TOKENS, CLASSES, SAMPLERS, Kind, spoken
 from alignment.fitting import FitConfig, fit
 from alignment.toybox import world
+from alignment.toybox.draw import draw_look
 from alignment.toybox.grammar import describe, phrase
-from alignment.toybox.world import Scene
+from alignment.toybox.world import Scene, sample_look
 from encoders.imagebind import ImageBind
 from encoders.imagebind_config import ImageBindConfig
 from encoders.imagebind_encoder import ImageBindEncoder
 from encoders.media import Audio, Image, Video
 from encoders.preprocess import PreprocessConfig
 from encoders.text_tokens import TextTokens
+from llm.projectors import grid_code
 
 JUDGED: Mapping[Kind, tuple[str, ...]] = {
     "look": ("thing", "colour", "size", "count", "place", "ground"),
@@ -44,9 +46,10 @@ JUDGED: Mapping[Kind, tuple[str, ...]] = {
 }
 TOWER: Mapping[Kind, str] = {"look": "vision", "clip": "vision", "sound": "audio"}
 BATCH: Mapping[Kind, int] = {"look": 64, "clip": 16, "sound": 48}
-LOCAL = frozenset({"thing", "colour", "size", "motion", "tempo", "pitch", "loudness"})
-POSITION_SPREAD = 0.15
-CYCLE: tuple[Kind, ...] = ("look", "sound", "look", "clip", "look", "sound", "clip", "sound", "look", "sound")
+LOCAL = frozenset({"thing", "motion", "pitch"})  # what a single patch is asked for
+POSITION_SCALE = 0.7
+EASY_STEPS = 700  # so long do big things in the middle of a white ground become rarer
+CYCLE: tuple[Kind, ...] = ("look", "sound", "look", "clip", "look", "sound", "look", "clip", "look", "sound")
 
 
 def build_encoder() -> ImageBindEncoder:
@@ -58,13 +61,24 @@ def build_encoder() -> ImageBindEncoder:
     assert sizes.text is not None
     sizes = replace(sizes, text=replace(sizes.text, context_length=CAPTION_TOKENS))
     model = ImageBind(sizes)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(
-                "pos_embed"
-            ):  # the usual 0.02 is inaudible beside a patch, and places stay at chance
-                parameter.normal_(std=POSITION_SPREAD)
+    assert sizes.vision is not None
+    assert sizes.audio is not None
+    for tower, config in (("vision", sizes.vision), ("audio", sizes.audio)):
+        _lay_positions(
+            model.modality_preprocessors[tower].pos_embedding_helper.get_parameter("pos_embed"), config.grid
+        )
     return ImageBindEncoder(model, PreprocessConfig.toybox(), tokens)
+
+
+@torch.no_grad()
+def _lay_positions(embedding: nn.Parameter, grid: tuple[int, int]) -> None:
+    """Start position embeddings ``(1, 1 + rows * columns, D)`` from sinusoids, so that neighbours are alike.
+
+    From small random ones, places stayed at chance for as long as we waited.
+    """
+    rows, columns = grid
+    embedding.zero_()
+    embedding[0, 1:] = POSITION_SCALE * grid_code(rows * columns, (columns,), embedding.shape[2], base=100.0)
 
 
 def train_imagebind(cache: Path, folder: Path, config: FitConfig, sizes: pools.PoolSizes) -> ImageBindEncoder:
@@ -73,6 +87,12 @@ def train_imagebind(cache: Path, folder: Path, config: FitConfig, sizes: pools.P
     model, tokenise = encoder.model.train(), encoder.tokens
     assert tokenise is not None
     take = _inputs(encoder, cache, sizes)
+
+    def easy_looks(rng: random.Random, number: int) -> tuple[Tensor, list[Scene]]:
+        fixed = {"size": "big", "place": "middle", "ground": "white"}
+        scenes = [sample_look(rng, **fixed) for _ in range(number)]
+        return encoder.prepare([Image(draw_look(scene, rng)) for scene in scenes]), list(scenes)
+
     number: dict[Kind, int] = {"look": sizes.looks, "clip": sizes.clips, "sound": sizes.sounds}
     listed = {kind: pools.scenes(kind, number[kind]) for kind in JUDGED}
 
@@ -82,6 +102,10 @@ def train_imagebind(cache: Path, folder: Path, config: FitConfig, sizes: pools.P
         chosen = sorted(rng.sample(range(number[kind]), BATCH[kind]))
         scenes = [listed[kind][i] for i in chosen]
         batch = take[kind](chosen)
+        if kind == "look" and step < EASY_STEPS:
+            easy = int(len(chosen) * (1 - step / EASY_STEPS))
+            simple, named = easy_looks(rng, easy)
+            batch, scenes = torch.cat([simple, batch[easy:]]), named + scenes[easy:]
         with torch.autocast("cpu", torch.bfloat16):
             tokens = F.normalize(model.embed_tokens({TOWER[kind]: batch})[TOWER[kind]].float(), dim=-1)
             tokens = tokens if tokens.ndim == 4 else tokens[:, None]  # (B, S, 1 + L, E)
@@ -149,9 +173,15 @@ def active_patches(batch: Tensor, kind: Kind) -> Tensor:
 
 
 def _attribute_contrasts(
-    model: ImageBind, tokenise: TextTokens, media: Tensor, patches: Tensor, active: Tensor, scenes: list[Scene],
-    kind: Kind, rng: random.Random,
-) -> dict[str, Tensor]:  # fmt: skip
+    model: ImageBind,
+    tokenise: TextTokens,
+    media: Tensor,
+    patches: Tensor,
+    active: Tensor,
+    scenes: list[Scene],
+    kind: Kind,
+    rng: random.Random,
+) -> dict[str, Tensor]:
     names = JUDGED[kind]
     phrases = [phrase(name, v, rng, heard=kind == "sound") for name in names for v in CLASSES[name]]
     texts = _texts(model, tokenise, phrases).split([len(CLASSES[name]) for name in names])

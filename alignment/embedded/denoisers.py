@@ -34,9 +34,10 @@ EVEN_SHARE = (
 )
 SCHEDULES: Mapping[Kind, Mapping[str, object]] = {
     kind: {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "prediction_type": prediction,
-           "clip_sample": False, "timestep_spacing": "trailing"}
+           "clip_sample": False, "timestep_spacing": "trailing", "steps_offset": 1}
     for kind, prediction in (("look", "v_prediction"), ("clip", "sample"), ("sound", "v_prediction"))
 }  # fmt: skip
+CLASS_GAIN = WIDTH**0.5
 _BLOCKS = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "norm_num_groups": 16,
            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "layers_per_block": 1,
            "in_channels": LATENT_CHANNELS, "out_channels": LATENT_CHANNELS,
@@ -50,15 +51,18 @@ def build(kind: Kind) -> nn.Module:
             sample_size=8, block_out_channels=(80, 160), cross_attention_dim=WIDTH, **_BLOCKS
         )
     if kind == "sound":
-        return UNet2DConditionModel(
-            sample_size=16, block_out_channels=(64, 128), cross_attention_dim=(64, 128),
+        unet = UNet2DConditionModel(
+            sample_size=16, block_out_channels=(48, 96), cross_attention_dim=(48, 96),
             class_embed_type="simple_projection", projection_class_embeddings_input_dim=WIDTH,
             class_embeddings_concat=True, **_BLOCKS,
         )  # fmt: skip
+        with torch.no_grad():  # a unit vector of this width would be a whisper beside the time embedding
+            unet.class_embedding.weight.mul_(CLASS_GAIN)
+        return unet
     positions = len(position_channels(8, 8, 8))
     return WanTransformer3DModel(
         patch_size=(4, 2, 2), in_channels=LATENT_CHANNELS + positions, out_channels=LATENT_CHANNELS,
-        num_attention_heads=4, attention_head_dim=48, ffn_dim=768, num_layers=6, freq_dim=128,
+        num_attention_heads=4, attention_head_dim=40, ffn_dim=640, num_layers=6, freq_dim=128,
         text_dim=WIDTH, rope_max_seq_len=64,
     )  # fmt: skip
 

@@ -16,10 +16,17 @@ from diffusers import AudioLDMPipeline, DDIMScheduler, DiffusionPipeline, Stable
 from alignment.embedded.captions import Kind
 from alignment.embedded.denoisers import SCHEDULES, ConditionedDenoiser
 from alignment.stages import Aligned
+from alignment.system import DECODERS
 from decoders.patch_autoencoder import PatchAutoencoderKL
 from decoders.video_transformer import TextToVideoTransformerPipeline
 from decoders.vocoder import GriffinLimVocoder
+from encoders.media import Modality
 
+MODALITIES: Mapping[Kind, Modality] = {
+    "look": Modality.IMAGE,
+    "clip": Modality.VIDEO,
+    "sound": Modality.AUDIO,
+}
 DEFAULTS: Mapping[Kind, Mapping[str, object]] = {
     "look": {"steps": 10, "guidance_scale": 2.0, "scheduler": "dpmsolver++"},
     "clip": {"steps": 10, "guidance_scale": 2.0, "scheduler": "dpmsolver++"},
@@ -54,6 +61,7 @@ def export_decoder(kind: Kind, model: ConditionedDenoiser, vae: PatchAutoencoder
     pipeline.save_pretrained(folder, safe_serialization=True)
     for part in halved.values():
         part.float()
+    DECODERS[MODALITIES[kind]].load(folder).save_null()
     (folder / "patchbay.json").write_text(json.dumps(DEFAULTS[kind], indent=2) + "\n")
 
 

@@ -1,0 +1,295 @@
+"""``patchbay train``: the embedded model from nothing, one command per step or one for all.
+
+Each step leaves its result under ``runs/<preset>/<step>`` and resumes from its last checkpoint when
+it is run again; a step that is done is not repeated. ``export`` writes what the preset loads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from alignment.embedded import pools
+from alignment.embedded.autoencoders import (
+    encoder_of,
+    train_picture_autoencoder,
+    train_spectrogram_autoencoder,
+)
+from alignment.embedded.captions import CAPTION_TOKENS, WIDTH, CaptionEncoder, Kind, train_caption_encoder
+from alignment.embedded.contrastive import train_imagebind
+from alignment.embedded.denoisers import ConditionedDenoiser, train_denoiser
+from alignment.embedded.dialogues import encode_pools, sample_dialogues
+from alignment.embedded.export import MODALITIES, export_aligned, export_decoder
+from alignment.embedded.language import train_base
+from alignment.fitting import FitConfig, plot_losses
+from alignment.stages import STAGES, Aligned, run_stage
+from decoders.patch_autoencoder import PatchAutoencoderKL
+from decoders.projection import OutputProjection, OutputProjectionConfig
+from encoders.imagebind_encoder import ImageBindEncoder
+from encoders.media import Modality
+from llm.lora import LoraOptions
+from llm.model import LanguageModel
+from llm.projectors import ProjectorConfig
+
+GRIDS: Mapping[Modality, tuple[int, ...]] = {
+    Modality.IMAGE: (8, 8),
+    Modality.VIDEO: (8, 8),
+    Modality.AUDIO: (8, 16),
+}
+QUERIES = 8
+DIALOGUES_PER_STEP = 32
+STAGE_BATCHES = {"encoder-side": 48, "decoder-side": 48, "instruction": DIALOGUES_PER_STEP}
+
+_AUTOENCODER = FitConfig(
+    num_steps=4500,
+    learning_rate=1.5e-3,
+    average_decay=0.995,
+    flat_fraction=0.5,
+    weight_decay=0.0,
+    betas=(0.9, 0.99),
+)
+_CAPTIONS = FitConfig(num_steps=700, learning_rate=1.5e-3)
+_DENOISER = FitConfig(num_steps=4000, learning_rate=1e-3, average_decay=0.999, flat_fraction=0.4)
+RECIPES: Mapping[str, FitConfig] = {
+    "picture-autoencoder": _AUTOENCODER,
+    "spectrogram-autoencoder": replace(_AUTOENCODER, num_steps=3200),
+    "look-captions": _CAPTIONS,
+    "clip-captions": _CAPTIONS,
+    "sound-captions": _CAPTIONS,
+    "look-denoiser": _DENOISER,
+    "clip-denoiser": replace(_DENOISER, learning_rate=1.5e-3),
+    "sound-denoiser": replace(_DENOISER, learning_rate=1.5e-3),
+    "imagebind": FitConfig(
+        num_steps=2600, learning_rate=1e-3, average_decay=0.998, flat_fraction=0.4, weight_decay=0.02
+    ),
+    "language": FitConfig(num_steps=1500, learning_rate=2e-3, average_decay=0.998, flat_fraction=0.4),
+    "encoder-side": FitConfig(num_steps=700, learning_rate=2e-3, average_decay=0.99, flat_fraction=0.4),
+    "decoder-side": FitConfig(num_steps=700, learning_rate=1.5e-3, average_decay=0.99, flat_fraction=0.4),
+    "instruction": FitConfig(num_steps=2000, learning_rate=1e-3, average_decay=0.995, flat_fraction=0.4),
+}
+"""The steps in their order, with lengths and rates that fit two cores."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: where it works, what it writes, and how its steps are shortened."""
+
+    folder: Path
+    weights: Path
+    sizes: pools.PoolSizes
+    num_steps: int | None = None
+    max_minutes: float | None = None
+
+    @property
+    def cache(self) -> Path:
+        """Where rendered and encoded pools are kept."""
+        return self.folder / "pools"
+
+    def config(self, step: str) -> FitConfig:
+        """Return the recipe of a step, as shortened by the options."""
+        recipe = RECIPES[step]
+        steps = self.num_steps if self.num_steps is not None else recipe.num_steps
+        return replace(recipe, num_steps=steps, max_minutes=self.max_minutes)
+
+    def as_it_stands(self) -> Run:
+        """Return this run without further training: every step gives what its checkpoint holds."""
+        return replace(self, num_steps=1, max_minutes=None)
+
+
+def run(stage: str, weights: Path, options: Sequence[str]) -> None:
+    """Run one step, ``export``, or ``all``.
+
+    Args:
+        stage: a key of ``RECIPES``, ``export`` or ``all``.
+        weights: the preset's folder of weights; only ``export`` and ``all`` write there.
+        options: command-line words after the stage.
+
+    Raises:
+        ValueError: for an unknown stage; the message lists the known ones.
+
+    """
+    known = (*RECIPES, "export", "all")
+    if stage not in known:
+        raise ValueError(f"There is no stage {stage!r}; expected one of {', '.join(known)}.")
+    args = _parser(stage).parse_args(list(options))
+    torch.set_num_threads(args.threads)
+    sizes = pools.PoolSizes()
+    if args.small:
+        sizes = pools.PoolSizes(looks=400, clips=200, sounds=200)
+    work = Run(Path(args.runs) / weights.name, weights, sizes, args.steps, args.minutes)
+    for step in RECIPES if stage == "all" else () if stage == "export" else (stage,):
+        began = time.monotonic()
+        _STEPS[step](work)
+        plot = plot_losses(work.folder / step)
+        print(f"{step}: {time.monotonic() - began:.0f} s, losses in {plot}")
+    if stage in ("all", "export"):
+        export(work)
+        print(f"export: wrote {weights}")
+
+
+def _parser(stage: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"patchbay train {stage}", description="Train, resuming where it stopped."
+    )
+    parser.add_argument("--runs", default="runs", help="where checkpoints and logs go (default %(default)s)")
+    parser.add_argument("--steps", type=int, help="train so many steps instead of the recipe's")
+    parser.add_argument(
+        "--minutes", type=float, help="end a step after so long, with its learning rate at zero"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
+    parser.add_argument("--small", action="store_true", help="render small pools only, for a rehearsal")
+    return parser
+
+
+def _picture_autoencoder(work: Run) -> PatchAutoencoderKL:
+    step = "picture-autoencoder"
+    model = train_picture_autoencoder(work.cache, work.folder / step, work.config(step), work.sizes)
+    model.save_pretrained(work.folder / step / "vae")
+    return model
+
+
+def _spectrogram_autoencoder(work: Run) -> PatchAutoencoderKL:
+    step = "spectrogram-autoencoder"
+    model = train_spectrogram_autoencoder(work.cache, work.folder / step, work.config(step), work.sizes)
+    model.save_pretrained(work.folder / step / "vae")
+    return model
+
+
+def _captions(work: Run, kind: Kind) -> CaptionEncoder:
+    step = f"{kind}-captions"
+    return train_caption_encoder(kind, work.folder / step, work.config(step)).eval().requires_grad_(False)
+
+
+def _autoencoder_of(work: Run, kind: Kind) -> PatchAutoencoderKL:
+    step = "spectrogram-autoencoder" if kind == "sound" else "picture-autoencoder"
+    folder = work.folder / step / "vae"
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is missing. First run `patchbay train {step}`.")
+    return PatchAutoencoderKL.from_pretrained(folder)
+
+
+def _denoiser(work: Run, kind: Kind) -> ConditionedDenoiser:
+    vae = _autoencoder_of(work, kind)
+    encode = encoder_of(vae, "mels" if kind == "sound" else "pixels")
+    rows = {
+        "look": lambda: pools.look_pixels(work.cache, work.sizes.looks),
+        "clip": lambda: pools.clip_pixels(work.cache, work.sizes.clips),
+        "sound": lambda: pools.sound_mels(work.cache, work.sizes.sounds),
+    }[kind]()
+    latents = pools.encoded(work.cache / f"latents-{kind}-{len(rows)}.npy", rows, encode, 16)
+    step = f"{kind}-denoiser"
+    return train_denoiser(kind, _captions(work, kind), latents, work.folder / step, work.config(step))
+
+
+def _imagebind(work: Run) -> ImageBindEncoder:
+    step = "imagebind"
+    encoder = train_imagebind(work.cache, work.folder / step, work.config(step), work.sizes)
+    encoder.save(work.folder / step / "encoder", torch.float32)
+    return encoder
+
+
+def _language(work: Run) -> LanguageModel:
+    model = train_base(work.folder / "language", work.config("language"))
+    model.save(work.folder / "language" / "llm")
+    return model
+
+
+def untrained_bridges(base: Path) -> Aligned:
+    """Return the trained base with fresh projectors, signal rows and output projections."""
+    torch.manual_seed(pools.SEED)
+    llm = LanguageModel.load(base)
+    llm.add_projectors(
+        {
+            modality: ProjectorConfig(
+                kind="resampler", encoder_width=128, llm_width=llm.width, num_queries=QUERIES, grid=grid
+            )
+            for modality, grid in GRIDS.items()
+        }
+    )
+    projections = {
+        modality: OutputProjection(
+            OutputProjectionConfig(
+                llm_width=llm.width, out_width=WIDTH, hidden_width=96, ffn_width=256,
+                num_encoder_layers=1, num_decoder_layers=2,
+                num_queries=1 if modality is Modality.AUDIO else CAPTION_TOKENS,
+            )
+        )
+        for modality in MODALITIES.values()
+    }  # fmt: skip
+    return Aligned(llm, projections)
+
+
+def _stage(work: Run, name: str) -> Aligned:
+    base = work.folder / "language" / "llm"
+    if not base.is_dir():
+        raise ValueError(f"{base} is missing. First run `patchbay train language`.")
+    model = untrained_bridges(base)
+    order = list(STAGES)
+    for earlier in order[: order.index(name)]:
+        _restore(model, work.folder / earlier)
+    if name == "instruction":
+        model.llm.add_lora(LoraOptions(rank=16, alpha=16))
+    encoder = work.folder / "imagebind" / "encoder"
+    if not encoder.is_dir():
+        raise ValueError(f"{encoder} is missing. First run `patchbay train imagebind`.")
+    encoded = encode_pools(ImageBindEncoder.load(encoder), work.cache, work.sizes)
+    targets = {modality: _captions(work, kind) for kind, modality in MODALITIES.items()}
+    stage = STAGES[name]
+    run_stage(
+        stage, model, lambda step: sample_dialogues(step, stage.directions, encoded, STAGE_BATCHES[name]),
+        {m: _as_tokens(encoder) for m, encoder in targets.items()}, work.folder / name, work.config(name),
+    )  # fmt: skip
+    return model
+
+
+def _as_tokens(encoder: CaptionEncoder) -> Callable[[Sequence[str]], torch.Tensor]:
+    def embed(captions: Sequence[str]) -> torch.Tensor:
+        states: torch.Tensor = encoder(captions)
+        return states if states.ndim == 3 else states[:, None]  # (N, Q, E)
+
+    return embed
+
+
+def _restore(model: Aligned, folder: Path) -> None:
+    """Load what an earlier stage trained: its averaged parameters."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        raise ValueError(f"{path} is missing. First run `patchbay train {folder.name}`.")
+    state = torch.load(path, weights_only=True)
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in state["average"].items():
+            own[name].copy_(value)
+
+
+def export(work: Run) -> None:
+    """Write every part into the preset's folder of weights, in half precision."""
+    whole = work.as_it_stands()
+    for kind, modality in MODALITIES.items():
+        export_decoder(
+            kind, _denoiser(whole, kind), _autoencoder_of(whole, kind), work.weights / str(modality)
+        )
+    ImageBindEncoder.load(work.folder / "imagebind" / "encoder").save(work.weights / "encoder")
+    export_aligned(_stage(whole, "instruction"), work.weights)
+
+
+_STEPS: Mapping[str, Callable[[Run], object]] = {
+    "picture-autoencoder": _picture_autoencoder,
+    "spectrogram-autoencoder": _spectrogram_autoencoder,
+    "look-captions": lambda work: _captions(work, "look"),
+    "clip-captions": lambda work: _captions(work, "clip"),
+    "sound-captions": lambda work: _captions(work, "sound"),
+    "look-denoiser": lambda work: _denoiser(work, "look"),
+    "clip-denoiser": lambda work: _denoiser(work, "clip"),
+    "sound-denoiser": lambda work: _denoiser(work, "sound"),
+    "imagebind": _imagebind,
+    "language": _language,
+    "encoder-side": lambda work: _stage(work, "encoder-side"),
+    "decoder-side": lambda work: _stage(work, "decoder-side"),
+    "instruction": lambda work: _stage(work, "instruction"),
+}

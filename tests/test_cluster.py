@@ -1,0 +1,203 @@
+"""The whole service with a real Ray, started as a person starts it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import openai
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.cluster
+START_S = 240
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def serving(preset: Path, log: Path) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
+    """Start ``patchbay serve`` and yield its address once it has printed it."""
+    port = free_port()
+    command = [sys.executable, "-m", "services.cli", "serve", "--preset", str(preset), "--port", str(port)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + START_S
+        while "Chat page" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}", process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(60)
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def service(
+    tiny_preset: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
+    with serving(tiny_preset, tmp_path_factory.mktemp("serve") / "log") as running:
+        yield running
+
+
+@pytest.fixture
+def client(service: tuple[str, object]) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(api_key="none", base_url=f"{service[0]}/v1", max_retries=0) as client:
+        yield client
+
+
+def ask(client: openai.OpenAI, text: str, steps: int = 2) -> dict[str, object]:
+    completion = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": text}],
+        seed=1,
+        extra_body={"decoders": {"image": {"num_inference_steps": steps}}},
+    )
+    assert completion.choices[0].message.model_extra is not None
+    return completion.choices[0].message.model_extra
+
+
+def test_three_media_in_one_reply_come_from_three_deployments(client: openai.OpenAI) -> None:
+    parts = ask(client, "draw, play and film a bell")["parts"]
+    assert isinstance(parts, list)
+    assert [part["type"] for part in parts] == ["text", "image", "text", "audio", "text", "video"]
+    assert not any("error" in part for part in parts)
+
+
+def test_the_same_seed_makes_the_same_picture_as_in_one_process(
+    client: openai.OpenAI, tiny_preset: Path
+) -> None:
+    from services.session import Session
+
+    parts = ask(client, "draw a bell")["parts"]
+    assert isinstance(parts, list)
+    with Session.open(str(tiny_preset)) as session:
+        reply = session.chat([{"role": "user", "content": "draw a bell"}], seed=1)
+    assert reply.parts[1].manifest is not None
+    for name in ("seed", "weights", "condition"):
+        assert parts[1]["manifest"][name] == reply.parts[1].manifest[name]
+
+
+def test_media_are_uploaded_to_and_read_by_other_processes(client: openai.OpenAI, tmp_path: Path) -> None:
+    from tests.test_gateway import PNG
+
+    (tmp_path / "a.png").write_bytes(PNG)
+    file = client.files.create(file=tmp_path / "a.png", purpose="vision")
+    completion = client.chat.completions.create(
+        model="tiny",
+        messages=[
+            {
+                "role": "user",
+                "content": [
+                    {"type": "file", "file": {"file_id": file.id}},
+                    {"type": "text", "text": "what is this?"},
+                ],
+            }
+        ],
+    )
+    assert completion.choices[0].message.content
+
+
+def test_errors_come_through_all_processes(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as empty:
+        ask(client, "")
+    assert empty.value.code == "empty_message"
+    with pytest.raises(openai.BadRequestError) as long:
+        ask(client, "draw a bell " * 2000)
+    assert long.value.code == "context_length_exceeded"
+    bad = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,iQ=="}}]
+    with pytest.raises(openai.BadRequestError) as broken:
+        client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": bad}],  # type: ignore[misc, list-item]
+        )
+    assert (broken.value.code, broken.value.param) == ("invalid_media", "messages[0].content[0]")
+
+
+def test_leaving_a_stream_stops_the_decoder_in_its_process(client: openai.OpenAI) -> None:
+    slow = {"decoders": {"image": {"num_inference_steps": 400}}}
+    began = time.monotonic()
+    ask(client, "draw a bell", 400)
+    whole = time.monotonic() - began
+    with client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "draw a bell"}], stream=True, extra_body=slow
+    ) as stream:
+        for chunk in stream:
+            delta = chunk.choices[0].delta.model_extra or {}
+            if any(part["status"] == "started" for part in delta.get("parts", [])):
+                break
+    began = time.monotonic()
+    ask(client, "draw a bell", 1)
+    assert time.monotonic() - began < whole / 2
+
+
+def test_health_and_page_answer_and_unknown_paths_do_not(service: tuple[str, object]) -> None:
+    address = service[0]
+    with urllib.request.urlopen(f"{address}/health") as answer:
+        assert json.load(answer)["status"] == "ok"
+    with urllib.request.urlopen(f"{address}/") as answer:
+        assert b"gradio" in answer.read()
+    with pytest.raises(urllib.error.HTTPError) as missing:
+        urllib.request.urlopen(f"{address}/v1/nothing")
+    assert json.load(missing.value)["error"]["code"] == "not_found"
+
+
+def test_a_signal_ends_everything(tiny_preset: Path, tmp_path: Path) -> None:
+    with serving(tiny_preset, tmp_path / "log") as (_, process):
+        children = [int(pid) for pid in descendants(process.pid)]
+        assert len(children) > 5
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in children):
+        assert time.monotonic() < deadline, [pid for pid in children if Path(f"/proc/{pid}").exists()]
+        time.sleep(0.2)
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_weights_of_a_wrong_shape_are_one_line_and_exit_code_1(tiny_preset: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    copy = shutil.copytree(tiny_preset.parent, tmp_path / "copy")
+    path = copy / "weights" / "llm" / "bridge.safetensors"
+    tensors = load_file(path)
+    tensors["signal_rows.head"] = tensors["signal_rows.head"][:-1].clone()
+    save_file(tensors, path)
+    command = [sys.executable, "-m", "services.cli", "serve", "--port", str(free_port())]
+    done = subprocess.run(
+        [*command, "--preset", str(copy / tiny_preset.name)],
+        cwd=ROOT,
+        env={**os.environ},
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("patchbay: The service could not start: The language model cannot be loaded:")
+    assert "signal_rows.head has shape" in last
+
+
+def descendants(pid: int) -> list[str]:
+    """Return the ids of all processes that ``pid`` has started, and those that they have started."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return found + [grandchild for child in found for grandchild in descendants(int(child))]
