@@ -6,7 +6,6 @@ it is run again; a step that is done is not repeated. ``export`` writes what the
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -75,6 +74,17 @@ RECIPES: Mapping[str, FitConfig] = {
 """The steps in their order, with lengths and rates that fit two cores."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """What the command line may say. None leaves the recipe's length."""
+
+    runs: Path = Path("runs")
+    num_steps: int | None = None
+    max_minutes: float | None = None
+    threads: int = 1
+    small: bool = False
+
+
 @dataclass(frozen=True)
 class Run:
     """One training run: where it works, what it writes, and how its steps are shortened."""
@@ -101,13 +111,13 @@ class Run:
         return replace(self, num_steps=1, max_minutes=None)
 
 
-def run(stage: str, weights: Path, options: Sequence[str]) -> None:
+def run(stage: str, weights: Path, options: TrainOptions) -> None:
     """Run one step, ``export``, or ``all``.
 
     Args:
         stage: a key of ``RECIPES``, ``export`` or ``all``.
         weights: the preset's folder of weights; only ``export`` and ``all`` write there.
-        options: command-line words after the stage.
+        options: where to work, and how long.
 
     Raises:
         ValueError: for an unknown stage; the message lists the known ones.
@@ -116,12 +126,9 @@ def run(stage: str, weights: Path, options: Sequence[str]) -> None:
     known = (*RECIPES, "export", "all")
     if stage not in known:
         raise ValueError(f"There is no stage {stage!r}; expected one of {', '.join(known)}.")
-    args = _parser(stage).parse_args(list(options))
-    torch.set_num_threads(args.threads)
-    sizes = pools.PoolSizes()
-    if args.small:
-        sizes = pools.PoolSizes(looks=400, clips=200, sounds=200)
-    work = Run(Path(args.runs) / weights.name, weights, sizes, args.steps, args.minutes)
+    torch.set_num_threads(options.threads)
+    sizes = pools.PoolSizes(looks=400, clips=200, sounds=200) if options.small else pools.PoolSizes()
+    work = Run(options.runs / weights.name, weights, sizes, options.num_steps, options.max_minutes)
     for step in RECIPES if stage == "all" else () if stage == "export" else (stage,):
         began = time.monotonic()
         _STEPS[step](work)
@@ -130,20 +137,6 @@ def run(stage: str, weights: Path, options: Sequence[str]) -> None:
     if stage in ("all", "export"):
         export(work)
         print(f"export: wrote {weights}")
-
-
-def _parser(stage: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"patchbay train {stage}", description="Train, resuming where it stopped."
-    )
-    parser.add_argument("--runs", default="runs", help="where checkpoints and logs go (default %(default)s)")
-    parser.add_argument("--steps", type=int, help="train so many steps instead of the recipe's")
-    parser.add_argument(
-        "--minutes", type=float, help="end a step after so long, with its learning rate at zero"
-    )
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
-    parser.add_argument("--small", action="store_true", help="render small pools only, for a rehearsal")
-    return parser
 
 
 def _picture_autoencoder(work: Run) -> PatchAutoencoderKL:

@@ -85,12 +85,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--seed", type=_seed, default=0, help="(default %(default)s)")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    evaluate.add_argument(
+        "--link",
+        choices=["signal", "caption"],
+        help="send every decoder this instead of what the preset says",
+    )
+    evaluate.add_argument("--sheets", metavar="DIR", help="write a contact sheet per direction there")
     evaluate.set_defaults(run=eval_command)
 
     train = commands.add_parser("train", help=train_command.__doc__, description=train_command.__doc__)
-    train.add_argument("stage", metavar="STAGE", help="a stage, or all")
+    train.add_argument("stage", metavar="STAGE", help="a step, export, or all; a wrong one lists them")
     _preset_option(train)
-    train.add_argument("options", nargs=argparse.REMAINDER, help="options of the stage, see STAGE --help")
+    train.add_argument("--runs", default="runs", help="where checkpoints and logs go (default %(default)s)")
+    train.add_argument("--steps", type=_positive, help="train so many steps instead of the recipe's")
+    train.add_argument("--minutes", type=float, help="end a step after so long, its learning rate at zero")
+    train.add_argument("--threads", type=_positive, default=1, help="CPU threads (default %(default)s)")
+    train.add_argument("--small", action="store_true", help="render small pools only, for a rehearsal")
     train.set_defaults(run=train_command)
 
     presets = commands.add_parser(
@@ -157,23 +167,37 @@ def serve_command(args: argparse.Namespace) -> int:
 def eval_command(args: argparse.Namespace) -> int:
     """Measure how often the outputs are right, direction by direction."""
     from alignment.evaluation import main_toybox, table
+    from alignment.system import Folders
     from services.doctor import expect_files
-    from services.session import Session
 
     preset = load_preset(args.preset)
     expect_files(preset)
+    folders = Folders(
+        encoder=preset.encoder_folder,
+        language_model=preset.language_model_folder,
+        projections=preset.projections_folder,
+        decoders={modality: preset.decoder_folder(modality) for modality in preset.decoders},
+        links={modality: args.link or decoder.link for modality, decoder in preset.decoders.items()},
+    )
     directions = None if args.directions == "all" else args.directions.split(",")
-    with Session(preset) as session:
-        result: dict[str, Any] = main_toybox(session.respond, directions, args.samples, args.seed)
+    sheets = Path(args.sheets) if args.sheets else None
+    result: dict[str, Any] = main_toybox(folders, directions, args.samples, args.seed, sheets)
     print(json.dumps(result) if args.json else table(result))
     return 0
 
 
 def train_command(args: argparse.Namespace) -> int:
     """Train a part of a preset, or all of it."""
-    from alignment.training import run
+    from alignment.training import TrainOptions, run
 
-    run(args.stage, load_preset(args.preset).weights_folder, args.options)
+    options = TrainOptions(
+        runs=Path(args.runs),
+        num_steps=args.steps,
+        max_minutes=args.minutes,
+        threads=args.threads,
+        small=args.small,
+    )
+    run(args.stage, load_preset(args.preset).weights_folder, options)
     return 0
 
 

@@ -63,7 +63,11 @@ class Session:
         self.folder = tempfile.TemporaryDirectory(prefix="patchbay-")
         self.store = ArtefactStore(Path(self.folder.name).as_uri())
         self.runner = asyncio.Runner()
-        self.agent: Agent = local_agent(preset, self.store)
+        try:
+            self.agent: Agent = local_agent(preset, self.store)
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def open(cls, preset: str | Preset = "toybox") -> Session:

@@ -1,0 +1,97 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from alignment.fitting import FitConfig, fit, plot_losses
+
+CONFIG = FitConfig(num_steps=12, learning_rate=0.05, warmup_steps=2, average_decay=0.9, log_every_steps=1)
+
+
+def linear() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(3, 2)
+
+
+def losses_of(model: nn.Linear, stop_at: int | None = None):  # type: ignore[no-untyped-def]
+    def losses(step: int) -> dict[str, Tensor]:
+        if step == stop_at:
+            raise KeyboardInterrupt
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(8, 3, generator=generator)
+        return {"squared": (model(x) - x[:, :2]).square().mean()}
+
+    return losses
+
+
+def test_a_run_that_was_killed_ends_like_one_that_was_not(tmp_path: Path) -> None:
+    whole, broken = linear(), linear()
+    fit("whole", whole, losses_of(whole), CONFIG, tmp_path / "whole")
+
+    often = FitConfig(**{**_values(CONFIG), "checkpoint_every_s": 0.0})
+    with pytest.raises(KeyboardInterrupt):
+        fit("broken", broken, losses_of(broken, stop_at=7), often, tmp_path / "broken")
+    resumed = linear()
+    fit("resumed", resumed, losses_of(resumed), often, tmp_path / "broken")
+
+    torch.testing.assert_close(resumed.weight, whole.weight)
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    model = linear()
+    fit("first", model, losses_of(model), CONFIG, tmp_path)
+    again = linear()
+    fit(
+        "again",
+        again,
+        losses_of(again, stop_at=0),
+        FitConfig(**{**_values(CONFIG), "num_steps": 1}),
+        tmp_path,
+    )
+
+    torch.testing.assert_close(again.weight, model.weight)
+
+
+def test_frozen_parameters_stay(tmp_path: Path) -> None:
+    model = linear()
+    model.bias.requires_grad_(False)
+    before = model.bias.clone()
+    fit("frozen", model, losses_of(model), CONFIG, tmp_path)
+
+    assert torch.equal(model.bias, before)
+
+
+def test_the_rate_warms_up_stays_and_falls_to_zero() -> None:
+    config = FitConfig(num_steps=100, learning_rate=1.0, warmup_steps=10, flat_fraction=0.5)
+    rates = [config.rate_at(step, 0.0) for step in (0, 9, 40, 75, 99)]
+    assert rates == pytest.approx([0.1, 1.0, 1.0, 0.5, 0.02])
+
+
+def test_the_clock_ends_a_run_as_the_steps_would() -> None:
+    config = FitConfig(num_steps=100, learning_rate=1.0, warmup_steps=1, flat_fraction=0.0, max_minutes=1.0)
+    assert config.rate_at(1, 30.0) == pytest.approx(0.5)
+    assert config.rate_at(1, 60.0) == 0.0
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_says_what_to_do(tmp_path: Path) -> None:
+    model = linear()
+    with pytest.raises(FloatingPointError, match="Lower learning_rate"):
+        fit("bad", model, lambda step: {"bad": model.weight.sum() * float("inf")}, CONFIG, tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    model = linear()
+    fit("first", model, losses_of(model), CONFIG, tmp_path)
+    with pytest.raises(ValueError, match="another configuration"):
+        fit("other", nn.Linear(4, 2), losses_of(model), CONFIG, tmp_path)
+
+
+def test_losses_are_plotted(tmp_path: Path) -> None:
+    model = linear()
+    fit("plotted", model, losses_of(model), CONFIG, tmp_path)
+    assert plot_losses(tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
+def _values(config: FitConfig) -> dict[str, object]:
+    return {name: getattr(config, name) for name in FitConfig.__slots__}
