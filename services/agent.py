@@ -386,8 +386,8 @@ class Agent:
                     case MediaPart():
                         try:
                             parts.append(await self._encoded(part))
-                        except ServiceError as error:
-                            raise error.at(f"messages[{number}].content[{place}]") from error
+                        except (ServiceError, ValueError) as error:
+                            raise translate(error).at(f"messages[{number}].content[{place}]") from error
             prompt.append(PromptMessage(message.role, tuple(parts)))
         return prompt
 

@@ -195,7 +195,7 @@ def test_toybox_sound_is_its_filter_bank_and_two_frames_of_filling() -> None:
     prepared = prepare_sounds([Audio(wave, 16_000)] * 2, TOYBOX)
     assert prepared.shape == (2, 1, 1, 128, 256)
     bank = (log_mel_bank(torch.from_numpy(wave - wave.mean()), 128) - BANK_MEAN) / BANK_STD
-    torch.testing.assert_close(prepared[0, 0, 0, :, :254], bank.T)
+    torch.testing.assert_close(prepared[0, 0, 0, :, :254], bank.T, rtol=0, atol=1e-3)
     assert prepared[0, 0, 0, :, 254:].unique().tolist() == pytest.approx([4.268 / 9.138])
 
 
@@ -208,7 +208,7 @@ def test_huge_sound_is_three_clips_of_two_seconds() -> None:
         clip = torch.from_numpy(wave[start * 16_000 : (start + 2) * 16_000].astype(np.float32))
         bank = (log_mel_bank(clip - clip.mean(), 128) - BANK_MEAN) / BANK_STD
         assert len(bank) == 198
-        torch.testing.assert_close(prepared[0, i, 0, :, :198], bank.T)
+        torch.testing.assert_close(prepared[0, i, 0, :, :198], bank.T, rtol=0, atol=1e-3)
 
 
 def test_sounds_of_any_length_and_rate_fit_in_one_batch() -> None:

@@ -5,7 +5,7 @@ captions of a batch, find one's own. One within each attribute: among the phrase
 values ("something red", "something blue", ...), find the true one; it leaves no attribute unlearnt
 merely because the others already tell a batch apart. And the same for every single patch in which
 something is seen or heard: without it, shapes stayed at chance for as long as we waited, since the
-gradient has to find them through one class token.
+gradient has to find them through one class token. Language models read the patches, too.
 
 Shape letters in this file:
     B batch   S clips   L patches   E embedding width   V values of an attribute   A active patches
@@ -46,7 +46,6 @@ JUDGED: Mapping[Kind, tuple[str, ...]] = {
 }
 TOWER: Mapping[Kind, str] = {"look": "vision", "clip": "vision", "sound": "audio"}
 BATCH: Mapping[Kind, int] = {"look": 64, "clip": 16, "sound": 48}
-LOCAL = frozenset({"thing", "motion", "pitch"})  # what a single patch is asked for
 POSITION_SCALE = 0.7
 EASY_STEPS = 700  # so long do big things in the middle of a white ground become rarer
 CYCLE: tuple[Kind, ...] = ("look", "sound", "look", "clip", "look", "sound", "look", "clip", "look", "sound")
@@ -102,8 +101,8 @@ def train_imagebind(cache: Path, folder: Path, config: FitConfig, sizes: pools.P
         chosen = sorted(rng.sample(range(number[kind]), BATCH[kind]))
         scenes = [listed[kind][i] for i in chosen]
         batch = take[kind](chosen)
-        if kind == "look" and step < EASY_STEPS:
-            easy = int(len(chosen) * (1 - step / EASY_STEPS))
+        easy = int(len(chosen) * (1 - step / EASY_STEPS)) if kind == "look" else 0
+        if easy > 0:
             simple, named = easy_looks(rng, easy)
             batch, scenes = torch.cat([simple, batch[easy:]]), named + scenes[easy:]
         with torch.autocast("cpu", torch.bfloat16):
@@ -191,6 +190,5 @@ def _attribute_contrasts(
     for name, values in zip(names, texts, strict=True):
         truth = torch.tensor([CLASSES[name].index(getattr(scene, name)) for scene in scenes])
         losses[f"{kind} {name}"] = F.cross_entropy(media @ values.T, truth)  # over (B, V)
-        if name in LOCAL:
-            losses[f"{kind} {name} patches"] = F.cross_entropy(found @ values.T, truth[owner])  # over (A, V)
+        losses[f"{kind} {name} patches"] = F.cross_entropy(found @ values.T, truth[owner])  # over (A, V)
     return losses
