@@ -85,7 +85,7 @@ def test_every_signal_is_whole_under_wild_sampling_and_any_limit() -> None:
         assert len(ids) <= limit + overrun
         assert len(signals) <= 3
 
-    assert min(seen.values()) >= 3
+    assert min(seen.values()) >= 2
 
 
 @pytest.mark.parametrize("base", [llama, qwen2, gpt_neox])

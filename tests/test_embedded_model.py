@@ -1,0 +1,88 @@
+"""The weights that are shipped: their layout, their size, and whether they still know their world."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AudioLDMPipeline, StableDiffusionPipeline
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from alignment.evaluation import main_toybox
+from alignment.system import Folders, System
+from decoders.settings import DecodeSettings
+from decoders.video_transformer import TextToVideoTransformerPipeline
+from encoders.media import Image, Modality
+from llm.signals import Signal
+from llm.template import Message
+
+WEIGHTS = Path(__file__).resolve().parent.parent / "deploy" / "weights" / "toybox"
+MAKES = {"text-to-image": 0.7, "text-to-audio": 0.7, "text-to-video": 0.7}
+
+
+@pytest.fixture(scope="module")
+def system() -> System:
+    return System(Folders.of_weights(WEIGHTS))
+
+
+def test_all_weights_together_are_under_48_mb_and_none_is_a_pickle() -> None:
+    files = [path for path in WEIGHTS.rglob("*") if path.is_file() and not _behind_a_link(path)]
+    assert sum(path.stat().st_size for path in files) < 48 * 2**20
+    assert not [path for path in files if path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"}]
+
+
+@pytest.mark.filterwarnings("ignore")  # diffusers announces what it will drop one day
+def test_every_folder_loads_with_its_own_library() -> None:
+    image = StableDiffusionPipeline.from_pretrained(WEIGHTS / "image", torch_dtype=torch.float32)
+    sound = AudioLDMPipeline.from_pretrained(WEIGHTS / "audio", torch_dtype=torch.float32)
+    video = TextToVideoTransformerPipeline.from_pretrained(WEIGHTS / "video", torch_dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(WEIGHTS / "llm" / "base")
+    adapted = PeftModel.from_pretrained(base, str(WEIGHTS / "llm" / "adapter"))
+
+    assert image.unet.config.sample_size == 8
+    assert sound.vocoder.config.sampling_rate == 16_000
+    assert video.transformer.config.patch_size == (4, 2, 2)
+    assert adapted.config.vocab_size <= len(AutoTokenizer.from_pretrained(WEIGHTS / "llm" / "base"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_diffusers_pipelines_draw_by_themselves() -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(WEIGHTS / "image", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    picture = pipeline(
+        "a big red heart in the middle on white", num_inference_steps=8, guidance_scale=2.0
+    ).images[0]
+    assert picture.size == (64, 64)
+
+
+def test_the_same_seed_gives_the_same_picture(system: System) -> None:
+    decoder = system.decoders[Modality.IMAGE]
+    condition = decoder.encode_caption("a big red bell in the middle on white")
+    first, second, other = (
+        decoder.decode(condition, DecodeSettings(seed=seed, steps=4)).medium for seed in (5, 5, 6)
+    )
+    assert isinstance(first, Image)
+    assert isinstance(second, Image)
+    assert isinstance(other, Image)
+    assert (first.pixels == second.pixels).all()
+    assert (first.pixels != other.pixels).any()
+
+
+@pytest.mark.parametrize("direction", list(MAKES))
+def test_what_is_asked_for_in_words_is_made(direction: str) -> None:
+    result = main_toybox(Folders.of_weights(WEIGHTS), [direction], samples=24, seed=11)
+    assert result["directions"][direction]["seen"]["right"] >= MAKES[direction]
+
+
+def test_a_greeting_makes_nothing_and_a_wish_makes_what_was_wished(system: System) -> None:
+    def made(text: str) -> list[Modality]:
+        spoken = system.speak([Message("user", [text])])
+        return [part.modality for part in spoken if isinstance(part, Signal)]
+
+    assert made("hello") == []
+    assert made("draw a big red bell") == [Modality.IMAGE]
+    assert made("play a low drum and draw a green frog") == [Modality.AUDIO, Modality.IMAGE]
+
+
+def _behind_a_link(path: Path) -> bool:
+    return any(parent.is_symlink() for parent in path.parents)
