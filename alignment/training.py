@@ -6,6 +6,7 @@ it is run again; a step that is done is not repeated. ``export`` writes what the
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -267,6 +268,9 @@ def export(work: Run) -> None:
         export_decoder(
             kind, _denoiser(whole, kind), _autoencoder_of(whole, kind), work.weights / str(modality)
         )
+    shared = work.weights / str(Modality.VIDEO) / "vae"  # the very same autoencoder: once on disk is enough
+    shutil.rmtree(shared)
+    shared.symlink_to(Path("..") / str(Modality.IMAGE) / "vae")
     ImageBindEncoder.load(work.folder / "imagebind" / "encoder").save(work.weights / "encoder")
     export_aligned(_stage(whole, "instruction"), work.weights)
 

@@ -90,27 +90,6 @@ class Session:
         conversation = read_messages(messages, self.store)
         return self.runner.run(self._collect(conversation, TurnOptions(**options), on_event))
 
-    def respond(self, messages: Sequence[Mapping[str, Any]], seed: int = 0) -> list[dict[str, Any]]:
-        """Answer as plain parts, the form in which the evaluation asks.
-
-        A part is ``{"type": "text", "text": ...}`` or ``{"type": "image", "data": bytes, "caption": ...,
-        "manifest": ...}``; parts that failed are left out.
-        """
-        parts: list[dict[str, Any]] = []
-        for part in self.chat(messages, seed=seed).parts:
-            if part.text is not None:
-                parts.append({"type": "text", "text": part.text})
-            elif part.data is not None:
-                parts.append(
-                    {
-                        "type": part.type.value,
-                        "data": part.data,
-                        "caption": part.caption,
-                        "manifest": part.manifest,
-                    }
-                )
-        return parts
-
     async def _collect(
         self,
         conversation: Sequence[Message],

@@ -1,0 +1,106 @@
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from alignment.embedded.dialogues import MODALITY
+from alignment.evaluation import Sample, Tally, table, verdicts
+from alignment.toybox.exercises import DIRECTIONS, Exercise, FreshScenes, make
+from alignment.toybox.grammar import caption
+from alignment.toybox.media import judge, render, to_bytes
+from alignment.toybox.world import Scene
+from encoders.media import Modality
+from llm.signals import Signal
+
+
+def signal(modality: Modality, text: str = "") -> Signal:
+    return Signal(modality, text, torch.zeros(1, 2), torch.zeros(1, 2))
+
+
+def perfect(exercise: Exercise, rng: random.Random, shown: Sequence[Scene] | None = None) -> Sample:
+    """What a flawless system would make of an exercise; ``shown`` puts other scenes into its media."""
+    scenes = exercise.scenes if shown is None else shown
+    jitter = f"jitter-{rng.random()}"
+    inputs = {
+        scene: render(scene, random.Random(jitter))
+        for turn in exercise.turns
+        for scene in turn.parts
+        if not isinstance(scene, str)
+    }
+    return Sample(
+        exercise,
+        inputs,
+        spoken=[p if isinstance(p, str) else signal(MODALITY[type(p)]) for p in exercise.answer],
+        made=[to_bytes(render(scene, random.Random(jitter))) for scene in scenes],
+    )
+
+
+@pytest.mark.parametrize("direction", list(DIRECTIONS))
+def test_a_flawless_answer_is_right(direction: str) -> None:
+    rng = random.Random(direction)
+    done = [perfect(make(direction, rng, FreshScenes(rng)), rng) for _ in range(4)]
+    wrong = [(sample.exercise, verdicts(sample)) for sample in done if not all(verdicts(sample).values())]
+    assert not wrong
+
+
+@pytest.mark.parametrize("direction", ["text-to-image", "text-to-audio", "text-to-video", "audio-to-image"])
+def test_the_answer_to_another_request_is_wrong(direction: str) -> None:
+    rng = random.Random(direction)
+    exercises = [make(direction, rng, FreshScenes(rng)) for _ in range(8)]
+    shuffled = [
+        perfect(mine, rng, shown=other.scenes)
+        for mine, other in zip(exercises, exercises[1:] + exercises[:1], strict=True)
+    ]
+    assert sum(all(verdicts(sample).values()) for sample in shuffled) <= 1
+
+
+def test_a_medium_of_the_wrong_kind_makes_everything_wrong() -> None:
+    rng = random.Random(1)
+    sample = perfect(make("text-to-image", rng, FreshScenes(rng)), rng)
+    sample.spoken[-1] = signal(Modality.AUDIO)
+    assert not any(verdicts(sample).values())
+
+
+def test_words_are_read_for_what_they_state() -> None:
+    rng = random.Random(2)
+    exercise = make("image-to-text", rng, FreshScenes(rng))
+    assert exercise.stated is not None
+    right = Sample(exercise, {}, spoken=[caption(exercise.stated)])
+    wrong = Sample(exercise, {}, spoken=["something else entirely"])
+    assert all(verdicts(right).values())
+    assert not all(verdicts(wrong).values())
+
+
+def test_the_decision_is_right_only_for_exactly_what_was_asked() -> None:
+    rng = random.Random(3)
+    exercise = next(
+        e for e in iter(lambda: make("decision", rng, FreshScenes(rng)), None) if len(e.scenes) == 2
+    )
+    sample = perfect(exercise, rng)
+    assert all(verdicts(sample).values())
+    sample.spoken = [part for part in sample.spoken if isinstance(part, str)]
+    assert verdicts(sample)["exactly"] is False
+
+
+def test_files_are_judged_not_tensors() -> None:
+    rng = random.Random(4)
+    scene = FreshScenes(rng).sound()
+    assert judge(to_bytes(render(scene, rng)))["thing"] == scene.thing
+
+
+def test_a_sample_counts_as_right_only_when_every_attribute_is() -> None:
+    tally = Tally()
+    tally.add({"thing": True, "colour": True})
+    tally.add({"thing": True, "colour": False})
+    assert tally.summary() == {"n": 2, "right": 0.5, "attributes": {"thing": 1.0, "colour": 0.5}}
+
+
+def test_the_table_has_a_line_per_direction() -> None:
+    row = {"n": 2, "right": 0.5, "attributes": {"thing": 1.0}}
+    result = {
+        "seconds": 1.0,
+        "seed": 0,
+        "directions": {"text-to-image": {"seen": row, "held_out": row, "ceiling": 0.75}},
+    }
+    assert "| text-to-image | 50.0% of 2 | 50.0% of 2 | 75.0% | thing 100.0% |" in table(result)
