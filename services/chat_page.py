@@ -15,7 +15,7 @@ from fastapi import FastAPI
 
 from encoders.media import Modality
 from services.client import Client
-from services.errors import ServiceError
+from services.errors import BadRequest, ServiceError
 from services.presets import Preset
 
 Json = dict[str, Any]
@@ -163,9 +163,12 @@ def _blocks(preset: Preset, base_url: str) -> gr.Blocks:
             if value is None:
                 yield messages, earlier
                 return
-            async with aclosing(
-                _turn(base_url, folder, value, messages, earlier, settings.body(wishes))
-            ) as states:
+            try:
+                body = settings.body(wishes)
+            except BadRequest as error:
+                yield [*messages, _problem(error)], earlier
+                return
+            async with aclosing(_turn(base_url, folder, value, messages, earlier, body)) as states:
                 async for state in states:
                     yield state
 
@@ -216,9 +219,12 @@ async def _turn(
                         shelf.put(index, await client.download(url))
                     yield shelf.messages(), [*history, shelf.assistant()]
     except ServiceError as error:
-        title = {"title": "There is no answer", "status": "done"}
-        problem = {"role": "assistant", "content": error.message, "metadata": title}
-        yield [*shelf.messages(), problem], earlier
+        yield [*shelf.messages(), _problem(error)], earlier
+
+
+def _problem(error: ServiceError) -> Json:
+    title = {"title": "There is no answer", "status": "done"}
+    return {"role": "assistant", "content": error.message, "metadata": title}
 
 
 @dataclass
@@ -232,28 +238,38 @@ class Settings:
         """Return the part of a request that ``values`` ask for; what is empty is left out."""
         seed, temperature, *rest = values
         body: Json = {"temperature": temperature}
-        if seed is not None:
-            body["seed"] = int(seed)
+        if (number := _number(seed, "Seed", int)) is not None:
+            body["seed"] = number
         decoders: Json = {}
         for place, modality in enumerate(self.modalities):
+            name = NAMES[modality].capitalize()
             steps, guidance = rest[2 * place : 2 * place + 2]
-            wishes: Json = {}
-            if steps is not None:
-                wishes["num_inference_steps"] = int(steps)
-            if guidance is not None:
-                wishes["guidance_scale"] = float(guidance)
-            if wishes:
+            wishes = {
+                "num_inference_steps": _number(steps, f"{name}: steps", int),
+                "guidance_scale": _number(guidance, f"{name}: guidance", float),
+            }
+            if wishes := {key: value for key, value in wishes.items() if value is not None}:
                 decoders[modality.value] = wishes
         return {**body, "decoders": decoders} if decoders else body
+
+
+def _number(text: str | None, name: str, kind: type[int] | type[float]) -> float | None:
+    if not text or not text.strip():
+        return None
+    try:
+        return kind(text)
+    except ValueError as error:
+        wanted = "a whole number" if kind is int else "a number"
+        raise BadRequest(
+            f"{name} is {text!r}; expected {wanted}, or nothing.", code="invalid_value"
+        ) from error
 
 
 def _settings(preset: Preset) -> Settings:
     components: list[Any] = []
     with gr.Accordion("Settings", open=False):
         with gr.Row():
-            components.append(
-                gr.Number(None, label="Seed", info="Empty: another reply each time", precision=0, minimum=0)
-            )
+            components.append(gr.Textbox(label="Seed", placeholder="another reply each time", max_lines=1))
             components.append(
                 gr.Slider(
                     0, 2, preset.generation.temperature, step=0.1, label="Temperature", info="Of the words"
@@ -262,24 +278,10 @@ def _settings(preset: Preset) -> Settings:
         for modality, decoder in preset.decoders.items():
             name = NAMES[modality].capitalize()
             with gr.Row():
+                steps = f"as usual; at most {decoder.limits.steps}"
+                components.append(gr.Textbox(label=f"{name}: steps", placeholder=steps, max_lines=1))
                 components.append(
-                    gr.Number(
-                        None,
-                        label=f"{name}: steps",
-                        info=f"Empty: as usual; at most {decoder.limits.steps}",
-                        precision=0,
-                        minimum=1,
-                        maximum=decoder.limits.steps,
-                    )
-                )
-                components.append(
-                    gr.Number(
-                        None,
-                        label=f"{name}: guidance",
-                        info="Empty: as usual; 0 to 50",
-                        minimum=0,
-                        maximum=50,
-                    )
+                    gr.Textbox(label=f"{name}: guidance", placeholder="as usual; 0 to 50", max_lines=1)
                 )
     return Settings(tuple(preset.decoders), components)
 

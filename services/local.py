@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from decoders.condition import Condition
 from decoders.latent_decoder import LatentDecoder
@@ -265,6 +266,7 @@ def local_agent(preset: Preset, store: ArtefactStore) -> Agent:
 @contextmanager
 def _weights(box: str) -> Iterator[None]:
     """Let one box load at a time, and turn what that raises into one error that names the box."""
+    transformers_logging.disable_progress_bar()
     try:
         with LOADING:
             yield

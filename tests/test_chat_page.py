@@ -1,18 +1,16 @@
 """The chat page: what it shows for a reply, and a real browser on the whole page."""
 
 import shutil
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
 from encoders.media import Modality
 from services.chat_page import Settings, Shelf
+from services.errors import BadRequest
 
 CHROMIUM = shutil.which("chromium")
 
@@ -61,82 +59,103 @@ def test_a_failed_medium_says_why_and_is_not_repeated(tmp_path: Path) -> None:
 
 def test_settings_send_what_is_filled_in_only() -> None:
     settings = Settings((Modality.IMAGE, Modality.AUDIO), [])
-    assert settings.body([None, 0.0, None, None, None, None]) == {"temperature": 0.0}
-    assert settings.body([7, 0.5, 4, None, None, 2.5]) == {
+    assert settings.body(["", 0.0, "", "", "", ""]) == {"temperature": 0.0}
+    assert settings.body([" 7", 0.5, "4", "", None, "2.5"]) == {
         "temperature": 0.5,
         "seed": 7,
         "decoders": {"image": {"num_inference_steps": 4}, "audio": {"guidance_scale": 2.5}},
     }
 
 
+def test_a_setting_that_is_no_number_is_named() -> None:
+    settings = Settings((Modality.IMAGE,), [])
+    with pytest.raises(BadRequest, match="Picture: steps is 'many'; expected a whole number"):
+        settings.body(["", 0.0, "many", ""])
+
+
 @pytest.fixture(scope="module")
 def address(tiny_preset: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The page and the API in this process, on a real socket."""
-    from services.artefacts import ArtefactStore
-    from services.chat_page import build_page
-    from services.gateway import build_gateway, with_page
-    from services.local import local_agent
-    from services.presets import Example, load_preset
-
-    preset = load_preset(str(tiny_preset))
-    preset = preset.model_copy(update={"examples": (Example(text="draw, play and film a bell"),)})
-    store = ArtefactStore(tmp_path_factory.mktemp("files").as_uri())
-    api = build_gateway(preset, local_agent(preset, store), store)
-    listener = socket.create_server(("127.0.0.1", 0))
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    app = with_page(api, build_page(preset, url, lifespan=api.router.lifespan_context))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    while not server.started:
-        time.sleep(0.05)
+    """Where a page over the tiny models answers. Gradio is not free of warnings, so it has its own process."""
+    folder = tmp_path_factory.mktemp("page")
+    port = free_port()
+    command = [sys.executable, "-m", "tests.page_server", str(tiny_preset), str(folder / "files"), str(port)]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + 180
+    while True:
+        with suppress(OSError), urllib.request.urlopen(url):
+            break
+        assert process.poll() is None, (folder / "log").read_text()
+        assert time.monotonic() < deadline, (folder / "log").read_text()
+        time.sleep(0.2)
     yield url
-    server.should_exit = True
-    thread.join()
-    listener.close()
+    process.terminate()
+    process.wait(30)
 
 
-@pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on PATH")
-def test_a_person_types_and_sees_the_picture(address: str, tmp_path: Path) -> None:
-    from playwright.sync_api import expect, sync_playwright
+@pytest.fixture
+def page(address: str) -> Iterator[Page]:
+    """A browser on the page."""
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium on PATH")
+    from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1000, "height": 900})
+        page.set_default_timeout(90_000)
         page.goto(address)
-        box = page.locator("#said textarea")
-        box.fill("draw a bell")
-        box.press("Enter")
-        picture = page.locator("#chat [data-testid='bot'] img")
-        expect(picture).to_be_visible(timeout=60_000)
-        expect(page.locator("#chat")).to_contain_text("here is a bell.")
-        assert picture.evaluate("image => image.naturalWidth") == 16
-        box.fill("play it")
-        box.press("Enter")
-        expect(page.locator("#chat audio").first).to_be_attached(timeout=60_000)
-        page.screenshot(path=tmp_path / "page.png")
-        assert (tmp_path / "page.png").stat().st_size > 10_000
+        yield page
         browser.close()
+
+
+def say(page: Page, text: str) -> None:
+    box = page.locator("#said textarea")
+    box.fill(text)
+    box.press("Enter")
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on PATH")
-def test_an_example_works_at_one_click_and_a_reply_can_be_stopped(address: str) -> None:
-    from playwright.sync_api import expect, sync_playwright
+def test_a_person_types_and_sees_the_picture(page: Page, tmp_path: Path) -> None:
+    from playwright.sync_api import expect
 
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page()
-        page.goto(address)
-        page.locator("#chat button.example").first.click()
-        expect(page.locator("#chat video").first).to_be_attached(timeout=60_000)
-        page.get_by_text("Settings").click()
-        page.get_by_label("Picture: steps").fill("400")
-        page.locator("#said textarea").fill("draw a bell")
-        page.locator("#said textarea").press("Enter")
-        expect(page.locator("#chat")).to_contain_text("Making a picture", timeout=30_000)
-        page.locator("#said .stop-button").click()
-        expect(page.locator("#chat")).to_contain_text("Stopped", timeout=30_000)
-        expect(page.locator("#said .submit-button")).to_be_visible()
-        browser.close()
+    say(page, "draw a bell")
+    picture = page.locator("#chat [data-testid='bot'] img")
+    expect(picture).to_be_visible(timeout=90_000)
+    expect(page.locator("#chat")).to_contain_text("here is a bell.")
+    page.wait_for_function("document.querySelector(\"#chat [data-testid='bot'] img\").naturalWidth == 16")
+    say(page, "play it")
+    expect(page.locator("#chat audio").first).to_be_attached(timeout=90_000)
+    page.screenshot(path=tmp_path / "page.png")
+    assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+@pytest.mark.browser
+def test_an_example_works_at_one_click_and_a_reply_can_be_stopped(page: Page) -> None:
+    from playwright.sync_api import expect
+
+    page.locator("#chat button.example").first.click()
+    expect(page.locator("#chat video").first).to_be_attached(timeout=90_000)
+    page.get_by_text("Settings").click()
+    page.get_by_label("Picture: steps").fill("400")
+    say(page, "draw a bell")
+    expect(page.locator("#chat")).to_contain_text("Making a picture", timeout=90_000)
+    page.locator("#said .stop-button").click()
+    expect(page.locator("#chat")).to_contain_text("Stopped", timeout=90_000)
+    expect(page.locator("#said .submit-button")).to_be_visible()
+
+
+@pytest.mark.browser
+def test_a_picture_can_be_attached_and_a_problem_is_told(page: Page, tmp_path: Path) -> None:
+    from playwright.sync_api import expect
+
+    from tests.test_gateway import PNG
+
+    (tmp_path / "bell.png").write_bytes(PNG)
+    (tmp_path / "broken.png").write_bytes(PNG[:20])
+    for name, answer in (("bell.png", "it is a bell."), ("broken.png", "There is no answer")):
+        page.locator("#said input[type=file]").set_input_files(tmp_path / name)
+        expect(page.locator("#said .thumbnail-item")).to_be_visible()
+        say(page, "what is this?")
+        expect(page.locator("#chat")).to_contain_text(answer, timeout=90_000)

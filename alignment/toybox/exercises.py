@@ -14,32 +14,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
+from alignment.toybox import wordings
 from alignment.toybox.grammar import (
-    COLOUR_WORDS,
-    COUNT_WORDS,
-    GROUND_PHRASES,
-    LOUDNESS_WORDS,
     MOTION_PHRASES,
-    PITCH_WORDS,
-    PLACE_PHRASES,
     SIZE_WORDS,
     TEMPO_ADVERBS,
     THING_WORDS,
-    TIMES_WORDS,
     TYPICAL_COLOUR,
     caption,
     describe,
     with_typos,
 )
 from alignment.toybox.world import (
-    COLOURS,
-    COUNTS,
-    GROUNDS,
-    LOUDNESSES,
     MOTIONS,
     PITCH_OF_SIZE,
-    PITCHES,
-    PLACES,
     SIZE_OF_PITCH,
     SIZES,
     TEMPOS,
@@ -129,17 +117,6 @@ LOOK_JUDGED = ("thing", "colour", "size", "count", "place", "ground")
 CLIP_JUDGED = ("thing", "colour", "size", "ground", "motion", "tempo")
 SOUND_JUDGED = ("thing", "pitch", "count", "tempo", "loudness")
 
-_DRAW = ("draw", "paint", "show me", "make a picture of", "i want a picture of", "give me an image of",
-         "can you draw", "please draw", "create an image of", "a picture of")  # fmt: skip
-_FILM = ("make a video of", "animate", "film", "show me a clip of", "i want a video of",
-         "can you make a video of", "please make a clip of", "create a video of", "a video of")  # fmt: skip
-_PLAY = ("play", "let me hear", "make the sound of", "i want to hear", "can you play", "please play",
-         "create the sound of", "give me the sound of")  # fmt: skip
-_WHAT_IS_SEEN = ("what is this?", "describe this", "what do you see?", "tell me what is shown here",
-                 "what does this show?", "caption this please", "describe what you see")  # fmt: skip
-_WHAT_IS_HEARD = ("what is this sound?", "describe this sound", "what do you hear?", "tell me what this is",
-                  "what can be heard here?", "describe what you hear in words")  # fmt: skip
-
 
 def judged(scene: Scene, without: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Return the attributes of a scene that are judged in full directions."""
@@ -193,7 +170,7 @@ def _said(request: str, rng: random.Random) -> str:
         request = with_typos(request, rng)
     if request.endswith("?"):
         return request if rng.random() < 0.7 else request[:-1]
-    return request + rng.choice(("", "", "", "", " please", ".", "!", " for me", ", please", " now"))
+    return request + rng.choice(wordings.POLITE_ENDINGS)
 
 
 def _omitted(rng: random.Random, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -235,17 +212,17 @@ def _wanted(
 
 def _wanted_look(rng: random.Random, scenes: Scenes) -> tuple[Scene, str]:
     scene, omit = _wanted(rng, scenes.look, ("colour", "size", "place", "ground"))
-    return scene, f"{rng.choice(_DRAW)} {describe(scene, rng, omit)}"
+    return scene, f"{rng.choice(wordings.DRAW)} {describe(scene, rng, omit)}"
 
 
 def _wanted_clip(rng: random.Random, scenes: Scenes) -> tuple[Scene, str]:
     scene, omit = _wanted(rng, scenes.clip, ("colour", "size", "ground", "motion", "tempo"))
-    return scene, f"{rng.choice(_FILM)} {describe(scene, rng, omit)}"
+    return scene, f"{rng.choice(wordings.FILM)} {describe(scene, rng, omit)}"
 
 
 def _wanted_sound(rng: random.Random, scenes: Scenes) -> tuple[Scene, str]:
     scene, omit = _wanted(rng, scenes.sound, ("pitch", "count", "tempo", "loudness"))
-    return scene, f"{rng.choice(_PLAY)} {describe(scene, rng, omit)}"
+    return scene, f"{rng.choice(wordings.PLAY)} {describe(scene, rng, omit)}"
 
 
 def _text_to_image(rng: random.Random, scenes: Scenes) -> Exercise:
@@ -268,7 +245,7 @@ def _shown(rng: random.Random, text: str, scene: Scene) -> tuple[Part, ...]:
 
 
 def _to_text(rng: random.Random, scene: Scene) -> Exercise:
-    words = _WHAT_IS_HEARD if isinstance(scene, Sound) else _WHAT_IS_SEEN
+    words = wordings.WHAT_IS_HEARD if isinstance(scene, Sound) else wordings.WHAT_IS_SEEN
     asked = _shown(rng, _said(rng.choice(words), rng), scene)
     return Exercise("", (Turn("user", asked),), (caption(scene),), (judged(scene),), stated=scene)
 
@@ -279,8 +256,7 @@ def _image_to_audio(rng: random.Random, scenes: Scenes) -> Exercise:
         sound = typical_sound(look.thing, look.size, look.count)
         if sound.held_out is look.held_out or look.held_out:
             break
-    text = rng.choice(("what does this sound like?", "what does this picture sound like?",
-                       "play its sound", "let me hear this", "make the sound of this picture", "how does that sound?"))  # fmt: skip
+    text = rng.choice(wordings.IMAGE_TO_AUDIO)
     return _single(_shown(rng, _said(text, rng), look), sound, ("thing", "pitch", "count"))
 
 
@@ -290,8 +266,7 @@ def _audio_to_image(rng: random.Random, scenes: Scenes) -> Exercise:
         look = typical_look(sound.thing, SIZE_OF_PITCH[sound.pitch], sound.count)
         if look.held_out is sound.held_out or sound.held_out:
             break
-    text = rng.choice(("draw what you hear", "what does this look like?", "draw this sound",
-                       "paint what makes this sound", "show me a picture of this sound", "make an image of what you hear"))  # fmt: skip
+    text = rng.choice(wordings.AUDIO_TO_IMAGE)
     return _single(_shown(rng, _said(text, rng), sound), look, ("thing", "size", "count"))
 
 
@@ -299,16 +274,14 @@ def _image_to_video(rng: random.Random, scenes: Scenes) -> Exercise:
     look = scenes.look(count=1)
     clip = Clip(look.thing, look.colour, look.size, look.ground, rng.choice(MOTIONS), rng.choice(TEMPOS))
     motion, tempo = rng.choice(MOTION_PHRASES[clip.motion]), rng.choice(TEMPO_ADVERBS[clip.tempo])
-    text = rng.choice((f"make a video of this {motion} {tempo}", f"animate this {motion} {tempo}",
-                       f"show it {motion} {tempo} in a video", f"a clip of this picture {motion} {tempo}"))  # fmt: skip
+    text = rng.choice(wordings.IMAGE_TO_VIDEO).format(motion=motion, tempo=tempo)
     return _single(_shown(rng, _said(text, rng), look), clip, judged(clip))
 
 
 def _video_to_image(rng: random.Random, scenes: Scenes) -> Exercise:
     clip = scenes.clip()
     look = Look(clip.thing, clip.colour, clip.size, 1, "middle", clip.ground)
-    text = rng.choice(("draw what is in this video", "make a picture of this",
-                       "give me an image of this video", "draw this", "show me a picture of what you see"))  # fmt: skip
+    text = rng.choice(wordings.VIDEO_TO_IMAGE)
     return _single(_shown(rng, _said(text, rng), clip), look, ("thing", "colour", "size", "ground"))
 
 
@@ -318,8 +291,7 @@ def _video_to_audio(rng: random.Random, scenes: Scenes) -> Exercise:
         sound = typical_sound(clip.thing, clip.size, 1, clip.tempo)
         if sound.held_out is clip.held_out or clip.held_out:
             break
-    text = rng.choice(("what does this video sound like?", "what does this sound like?",
-                       "play its sound", "add the sound of this video", "let me hear this", "make the sound of this clip"))  # fmt: skip
+    text = rng.choice(wordings.VIDEO_TO_AUDIO)
     return _single(_shown(rng, _said(text, rng), clip), sound, ("thing", "pitch", "tempo"))
 
 
@@ -329,90 +301,14 @@ def _audio_to_video(rng: random.Random, scenes: Scenes) -> Exercise:
         clip = typical_clip(sound.thing, SIZE_OF_PITCH[sound.pitch], sound.tempo)
         if clip.held_out is sound.held_out or sound.held_out:
             break
-    text = rng.choice(("make a video of what you hear", "film this sound", "make a video for this sound",
-                       "show me a clip of what makes this sound", "animate what you hear"))  # fmt: skip
+    text = rng.choice(wordings.AUDIO_TO_VIDEO)
     return _single(_shown(rng, _said(text, rng), sound), clip, ("thing", "size", "tempo"))
-
-
-def _change(scene: Scene, rng: random.Random) -> tuple[Scene, str]:
-    """Return the scene with one named attribute changed, and the words that ask for it."""
-    while True:
-        names = {
-            Look: ("colour", "size", "place", "count", "ground"),
-            Clip: ("colour", "motion", "tempo", "ground"),
-            Sound: ("pitch", "count", "tempo", "loudness"),
-        }[type(scene)]
-        name = rng.choice(names)
-        values: dict[str, str | int | None]
-        if name == "colour":
-            values = {"colour": rng.choice(COLOURS)}
-            word = rng.choice(COLOUR_WORDS[str(values["colour"])])
-            texts = (f"make it {word}", f"now a {word} one", f"change the colour to {word}", f"in {word}",
-                     f"the same one but {word}")  # fmt: skip
-        elif name == "size":
-            values = {"size": rng.choice(SIZES)}
-            word = rng.choice(SIZE_WORDS[str(values["size"])])
-            texts = (f"make it {word}", f"now a {word} one", f"change the size to {word}",
-                     f"the same one but {word}")  # fmt: skip
-        elif name == "place":
-            values = {"place": rng.choice(PLACES)}
-            word = rng.choice(PLACE_PHRASES[str(values["place"])])
-            texts = (f"move it to be {word}", f"put it {word}", f"now {word}", f"the same one but {word}")
-        elif name == "count" and isinstance(scene, Look):
-            count = rng.choice(COUNTS)
-            values = {"count": count, "place": "middle" if count == 1 else None}
-            word = COUNT_WORDS[count][0]
-            texts = (
-                f"make it {word}",
-                f"now {word} of them",
-                f"the same but {word} of them",
-                f"i want {word} of them",
-            )
-        elif name == "count":
-            values = {"count": rng.choice(COUNTS)}
-            word = rng.choice(TIMES_WORDS[int(values["count"] or 1)])
-            texts = (f"make it sound {word}", f"now {word}", f"the same but {word}")
-        elif name == "ground":
-            values = {"ground": rng.choice(GROUNDS)}
-            word = rng.choice(GROUND_PHRASES[str(values["ground"])])
-            texts = (
-                f"put it {word}",
-                f"now {word}",
-                f"the same one but {word}",
-                f"change the background so it is {word}",
-            )
-        elif name == "motion":
-            values = {"motion": rng.choice(MOTIONS)}
-            word = rng.choice(MOTION_PHRASES[str(values["motion"])])
-            texts = (f"now {word}", f"the same one but {word}", f"i want it {word}")
-        elif name == "tempo":
-            values = {"tempo": rng.choice(TEMPOS)}
-            word = "slower" if values["tempo"] == "slow" else "faster"
-            texts = (f"make it {word}", f"now {word}", f"the same but {word}")
-        elif name == "pitch":
-            values = {"pitch": rng.choice(PITCHES)}
-            word = rng.choice(PITCH_WORDS[str(values["pitch"])])
-            texts = (
-                f"make it {word}",
-                f"now a {word} one",
-                f"the same one but {word}",
-                f"change the pitch to {word}",
-            )
-        else:
-            values = {"loudness": rng.choice(LOUDNESSES)}
-            word = rng.choice(LOUDNESS_WORDS[str(values["loudness"])])
-            texts = (f"make it {word}", f"now {word}", f"the same but {word}")
-        if name == "place" and isinstance(scene, Look) and scene.count > 1:
-            continue
-        result = changed(scene, **values)
-        if result is not None and result != scene:
-            return result, rng.choice(texts)
 
 
 def _edit(rng: random.Random, draw: Callable[[], Scene]) -> Exercise:
     while True:
         scene = draw()
-        result, text = _change(scene, rng)
+        result, text = wordings.ask_for_change(scene, rng)
         if result.held_out is scene.held_out or scene.held_out:
             return _single(_shown(rng, _said(text, rng), scene), result, judged(result))
 
@@ -421,20 +317,16 @@ def _beyond_words(rng: random.Random, scenes: Scenes) -> Exercise:
     """Ask for the very same medium again; its shade, spot and tuning are measured, not named."""
     scene: Scene = scenes.sound() if rng.random() < 0.4 else scenes.look(count=1)
     if isinstance(scene, Sound):
-        text = rng.choice(("play exactly this again", "the same sound again, at exactly this pitch",
-                           "let me hear the very same one again"))  # fmt: skip
+        text = rng.choice(wordings.SAME_SOUND_AGAIN)
         return _single(_shown(rng, _said(text, rng), scene), scene, ("thing", "fundamental"))
-    text = rng.choice(("draw exactly this again", "the same one again, in exactly this shade",
-                       "the very same picture again", "draw it again exactly there"))  # fmt: skip
+    text = rng.choice(wordings.SAME_PICTURE_AGAIN)
     return _single(_shown(rng, _said(text, rng), scene), scene, ("thing", "hue", "centre"))
 
 
 def _image_audio_to_video(rng: random.Random, scenes: Scenes) -> Exercise:
     look, sound = scenes.look(count=1), scenes.sound()
     clip = Clip(look.thing, look.colour, look.size, look.ground, "still", sound.tempo)
-    text = _said(rng.choice(("make a video of this picture with the tempo of this sound",
-                             "animate the picture at the tempo of the sound",
-                             "a video of this, as fast or slow as this sound")), rng)  # fmt: skip
+    text = _said(rng.choice(wordings.IMAGE_AUDIO_TO_VIDEO), rng)
     asked: tuple[Part, ...] = (look, sound, text) if rng.random() < 0.7 else (text, look, sound)
     return _single(asked, clip, ("thing", "colour", "size", "ground", "tempo"))
 
@@ -448,7 +340,7 @@ def _text_to_many(rng: random.Random, scenes: Scenes) -> Exercise:
         scene, request = wanted[kind](rng, scenes)
         made.append(scene)
         requests.append(request)
-    joint = rng.choice((" and ", ", then ", " and then ", ", and "))
+    joint = rng.choice(wordings.JOINTS)
     answer = tuple(part for scene in made for part in (caption(scene), scene))
     asked = _said(joint.join(requests), rng)
     return Exercise("", (Turn("user", (asked,)),), answer, tuple(judged(scene) for scene in made))
@@ -463,8 +355,7 @@ def _about_thing(rng: random.Random, scenes: Scenes) -> Exercise:
         if not any(scene.held_out for scene in made):
             break
     word = f"{rng.choice(SIZE_WORDS[size])} {rng.choice(THING_WORDS[thing])}"
-    text = rng.choice((f"draw a {word} and play its sound", f"show me a {word} and let me hear it",
-                       f"a picture and the sound of a {word}"))  # fmt: skip
+    text = rng.choice(wordings.ABOUT_THING).format(thing=word)
     answer = tuple(part for scene in made for part in (caption(scene), scene))
     return Exercise("", (Turn("user", (_said(text, rng),)),), answer, tuple(judged(scene) for scene in made))
 
@@ -474,122 +365,82 @@ def _conversation(rng: random.Random, scenes: Scenes) -> Exercise:
         wanted = rng.choice((_wanted_look, _wanted_look, _wanted_clip, _wanted_sound))
         scene, request = wanted(rng, scenes)
         turns = [Turn("user", (_said(request, rng),)), Turn("assistant", (caption(scene), scene))]
-        middle, text = _change(scene, rng)
+        middle, text = wordings.ask_for_change(scene, rng)
         turns += [Turn("user", (_said(text, rng),)), Turn("assistant", (caption(middle), middle))]
         last, text, names = _follow_up(middle, rng)
         found = [scene.held_out, middle.held_out, last.held_out]
         if len(set(found)) == 1 or scene.held_out:
             break
     if rng.random() < 0.15:
-        turns = [Turn("user", ("hello",)), Turn("assistant", (_GREETING,)), *turns]
+        turns = [Turn("user", ("hello",)), Turn("assistant", (wordings.GREETING,)), *turns]
     return Exercise("", (*turns, Turn("user", (_said(text, rng),))), (caption(last), last), (names,))
 
 
 def _follow_up(scene: Scene, rng: random.Random) -> tuple[Scene, str, tuple[str, ...]]:
     if rng.random() < 0.5:
-        last, text = _change(scene, rng)
+        last, text = wordings.ask_for_change(scene, rng)
         return last, text, judged(last)
     if isinstance(scene, Sound):
         look = typical_look(scene.thing, SIZE_OF_PITCH[scene.pitch], scene.count)
-        return look, rng.choice(("and what does it look like?", "draw it", "show me a picture of it")), (
-            "thing", "size", "count")  # fmt: skip
+        return look, rng.choice(wordings.NOW_AS_PICTURE_OF_SOUND), ("thing", "size", "count")
     if rng.random() < 0.6:
         count = scene.count if isinstance(scene, Look) else 1
         tempo = scene.tempo if isinstance(scene, Clip) else "slow"
         sound = typical_sound(scene.thing, scene.size, count, tempo)
-        texts = (
-            "and what does it sound like?",
-            "what does it sound like?",
-            "now play its sound",
-            "let me hear it",
-        )
-        return (
-            sound,
-            rng.choice(texts),
-            ("thing", "pitch", *(("count",) if isinstance(scene, Look) else ("tempo",))),
-        )
+        names = ("thing", "pitch", "count" if isinstance(scene, Look) else "tempo")
+        return sound, rng.choice(wordings.NOW_AS_SOUND), names
     if isinstance(scene, Look):
         clip = Clip(scene.thing, scene.colour, scene.size, scene.ground, rng.choice(MOTIONS), "slow")
         motion = rng.choice(MOTION_PHRASES[clip.motion])
-        return (
-            clip,
-            rng.choice((f"now a video of it {motion}", f"animate it {motion}")),
-            judged(clip, ("tempo",)),
-        )
+        return clip, rng.choice(wordings.NOW_AS_VIDEO).format(motion=motion), judged(clip, ("tempo",))
     look = Look(scene.thing, scene.colour, scene.size, 1, "middle", scene.ground)
-    return (
-        look,
-        rng.choice(("now a picture of it", "draw it as a picture")),
-        ("thing", "colour", "size", "ground"),
-    )
-
-
-_GREETING = "hello! tell me what to draw, film or play"
-_ABILITIES = "i can draw, film and play twelve things: " + ", ".join(THINGS)
-_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("hello", "hi", "hi there", "good morning", "hey"), _GREETING),
-    (("what can you do?", "help", "what do you know?", "which things do you know?",
-      "who are you?"), _ABILITIES),
-    (("thank you", "thanks", "great, thank you", "very nice"), "you are welcome"),
-    (("bye", "goodbye", "see you"), "goodbye"),
-    (("which colours do you know?", "what colours are there?"), "the colours are " + ", ".join(COLOURS)),
-    (("do not draw anything", "no picture please", "just talk to me"), "all right, only words"),
-    (("tell me a joke", "what is the weather?", "how old are you?", "what is two plus two?"),
-     "i only know my toy box. ask me to draw, film or play something in it"),
-)  # fmt: skip
+    return look, rng.choice(wordings.NOW_AS_PICTURE), ("thing", "colour", "size", "ground")
 
 
 def _words_only(rng: random.Random, scenes: Scenes) -> Exercise:
     kind = rng.randrange(4)
     if kind == 0:
-        questions, answer = rng.choice(_TALK)
+        questions, answer = rng.choice(wordings.TALK)
         return Exercise("", (Turn("user", (_said(rng.choice(questions), rng),)),), (answer,), ())
     if kind == 1:
         thing = rng.choice(THINGS)
         word = rng.choice(THING_WORDS[thing])
-        text = rng.choice((f"what colour is a {word}?", f"which colour does a {word} have?"))
-        return Exercise("", (Turn("user", (text,)),), (f"a {thing} is mostly {TYPICAL_COLOUR[thing]}",), ())
+        text = rng.choice(wordings.TYPICAL_COLOUR_QUESTIONS).format(thing=word)
+        answer = wordings.TYPICAL_COLOUR_ANSWER.format(thing=thing, colour=TYPICAL_COLOUR[thing])
+        return Exercise("", (Turn("user", (text,)),), (answer,), ())
     scene: Scene = rng.choice((scenes.look, scenes.clip, scenes.sound))()
     if kind == 2:
         made = Turn("assistant", (caption(scene), scene))
         before = (Turn("user", (_REQUEST[type(scene)](rng, scene),)), made)
-        question, answer = _question(scene, rng)
+        question, answer = wordings.ask_about(scene, rng)
         return Exercise("", (*before, Turn("user", (question,))), (answer,), ())
-    question, answer = _question(scene, rng)
+    question, answer = wordings.ask_about(scene, rng)
     return Exercise("", (Turn("user", _shown(rng, question, scene)),), (answer,), ())
 
 
 _REQUEST: Mapping[type, Callable[[random.Random, Scene], str]] = {
-    Look: lambda rng, scene: f"{rng.choice(_DRAW)} {describe(scene, rng)}",
-    Clip: lambda rng, scene: f"{rng.choice(_FILM)} {describe(scene, rng)}",
-    Sound: lambda rng, scene: f"{rng.choice(_PLAY)} {describe(scene, rng)}",
+    Look: lambda rng, scene: f"{rng.choice(wordings.DRAW)} {describe(scene, rng)}",
+    Clip: lambda rng, scene: f"{rng.choice(wordings.FILM)} {describe(scene, rng)}",
+    Sound: lambda rng, scene: f"{rng.choice(wordings.PLAY)} {describe(scene, rng)}",
 }
 
 
-def _question(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    choices: list[tuple[tuple[str, ...], str]] = [
-        (("what thing is it?", "which thing is this?"), scene.thing)
-    ]
-    if not isinstance(scene, Sound):
-        choices.append((("what colour is it?", "which colour does it have?"), scene.colour))
-        choices.append((("how big is it?", "what size is it?"), scene.size))
-    if isinstance(scene, Look):
-        choices.append((("how many are there?", "how many do you see?"), COUNT_WORDS[scene.count][0]))
-    if isinstance(scene, Sound):
-        choices.append(
-            (("how often does it sound?", "how many times does it sound?"), TIMES_WORDS[scene.count][0])
-        )
-        choices.append((("is it loud or quiet?", "how loud is it?"), scene.loudness))
-    if isinstance(scene, Clip):
-        choices.append((("where is it going?", "how does it move?"), MOTION_PHRASES[scene.motion][0]))
-    questions, answer = rng.choice(choices)
-    return rng.choice(questions), answer
-
-
 def _decision(rng: random.Random, scenes: Scenes) -> Exercise:
-    build = rng.choice((_words_only, _words_only, _text_to_image, _text_to_video, _text_to_audio,
-                        _text_to_many, _about_thing, _image_to_audio, _image_to_video, _conversation))  # fmt: skip
-    return build(rng, scenes)
+    return rng.choice(_DECIDED)(rng, scenes)
+
+
+_DECIDED: tuple[Callable[[random.Random, Scenes], Exercise], ...] = (
+    _words_only,
+    _words_only,
+    _text_to_image,
+    _text_to_video,
+    _text_to_audio,
+    _text_to_many,
+    _about_thing,
+    _image_to_audio,
+    _image_to_video,
+    _conversation,
+)
 
 
 DIRECTIONS: Mapping[str, Callable[[random.Random, Scenes], Exercise]] = {

@@ -439,7 +439,6 @@ def _follow(spectrum: Spectra, name: Name, ground: str, tilt: float = 0.0) -> _T
     products = np.einsum("fchk,pchk->fphk", spectrum, spectra)
     overlaps = scipy.fft.irfft2(products, (_FULL_PAD, _FULL_PAD))[..., :IMAGE_SIDE_PX, :IMAGE_SIDE_PX]
     gains = 2 * overlaps - energies[:, None, None]  # (F, P, H, W)
-    drawn_energy = VIDEO_FRAMES * float(energies.mean())
     tracks = []
     for tempo in TEMPOS:
         step = _PHASES // PERIOD_FRAMES[tempo]
@@ -450,7 +449,10 @@ def _follow(spectrum: Spectra, name: Name, ground: str, tilt: float = 0.0) -> _T
                 left, top = (round(MIDDLE_PX + d_px) - _SLACK_PX for d_px in (dx_px, dy_px))
                 near = gains[i, :, top : top + 2 * _SLACK_PX + 1, left : left + 2 * _SLACK_PX + 1]
                 total += np.roll(near, -step * i, axis=0)
-            tracks.append(_Track(name, motion, tempo, float(total.max()), drawn_energy))
+            start = int(total.max(axis=(1, 2)).argmax())
+            phases = [(start + step * i) % _PHASES for i in range(VIDEO_FRAMES)]
+            energy = float(energies[phases].sum())
+            tracks.append(_Track(name, motion, tempo, float(total.max()), energy))
     return max(tracks, key=lambda track: track.gain)
 
 
