@@ -24,7 +24,10 @@ from torch import Tensor, nn
 __all__ = ["ModelMixin", "PatchAutoencoderKL"]
 
 
-class PatchAutoencoderKL(AutoencoderKL):  # type: ignore[misc]  # diffusers is untyped
+_Autoencoder: Any = AutoencoderKL  # diffusers' annotations do not know what its decorators add
+
+
+class PatchAutoencoderKL(_Autoencoder):  # type: ignore[misc]
     """``AutoencoderKL`` behind a fold of the input, with a linear path beside it.
 
     ``block_out_channels`` names the channels at each resolution, full resolution first, so that a
@@ -95,6 +98,8 @@ class PatchAutoencoderKL(AutoencoderKL):  # type: ignore[misc]  # diffusers is u
         _, spread, components = torch.linalg.svd(rows - mean, full_matrices=False)
         components = components[:Z]  # (Z, C * cell**2)
         scale = (spread[:Z] / len(rows) ** 0.5).sqrt()  # (Z,)
+        assert self.linear_in.bias is not None
+        assert self.linear_out.bias is not None
         self.linear_in.weight.copy_((components / scale[:, None])[..., None, None])
         self.linear_in.bias.copy_(-(components @ mean) / scale)
         self.linear_out.weight.copy_((components * scale[:, None]).T[..., None, None])

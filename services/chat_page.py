@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gradio as gr
 from fastapi import FastAPI
@@ -24,7 +24,7 @@ Shown = list[Json]
 NAMES = {Modality.IMAGE: "picture", Modality.VIDEO: "video", Modality.AUDIO: "sound"}
 SUFFIXES = {"image": ".png", "video": ".mp4", "audio": ".wav"}
 CSS = """
-#chat img, #chat video { min-width: 224px; image-rendering: auto; border-radius: 8px; }
+#chat [data-testid] img, #chat video { width: 224px !important; object-fit: contain; border-radius: 8px; }
 #chat audio { min-width: 280px; }
 footer { display: none !important; }
 """
@@ -121,14 +121,15 @@ def _blocks(preset: Preset, base_url: str) -> gr.Blocks:
     with gr.Blocks(title="Patchbay", fill_height=True, analytics_enabled=False) as blocks:
         gr.Markdown(f"## Patchbay · {preset.name}\n{preset.description}")
         shown = gr.Chatbot(
-            label="Conversation",
+            show_label=False,
+            buttons=["copy_all"],
             elem_id="chat",
             scale=1,
             height="60vh",
             feedback_options=None,
             allow_tags=False,
             group_consecutive_messages=True,
-            examples=_examples(preset),
+            examples=cast(Any, _examples(preset)),
             placeholder="Write, drop, paste or record something; or try one of these:",
         )
         said = gr.MultimodalTextbox(
@@ -195,7 +196,7 @@ def _blocks(preset: Preset, base_url: str) -> gr.Blocks:
         said.stop(stopped, [shown], [said, shown], cancels=running, queue=False, api_visibility="private")
         shown.clear(lambda: [], None, [history], queue=False, api_visibility="private")
     blocks.queue(default_concurrency_limit=16)
-    return blocks
+    return cast(gr.Blocks, blocks)
 
 
 async def _turn(

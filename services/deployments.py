@@ -202,7 +202,7 @@ class RemoteEncoder:
     async def encode(self, artefact_id: str, expect: Modality | None) -> Encoded:
         """Read the artefact and encode it."""
         try:
-            encoded = await self.handle.encode.remote(artefact_id, expect)
+            encoded: Encoded | Failure = await self.handle.encode.remote(artefact_id, expect)
         except (RayError, RayServeException) as error:
             raise _lost("encoder", error) from error
         if isinstance(encoded, Failure):
@@ -296,10 +296,10 @@ class ClusterStatus:
         application = serve.status().applications.get(APP_NAME)
         if application is None:
             return {}
-        return {
-            name: deployment.replica_states.get("RUNNING", 0) > 0
-            for name, deployment in application.deployments.items()
+        states: dict[str, dict[Any, int]] = {
+            name: dict(deployment.replica_states) for name, deployment in application.deployments.items()
         }
+        return {name: counts.get("RUNNING", 0) > 0 for name, counts in states.items()}
 
 
 def decoder_name(modality: Modality) -> str:

@@ -1,4 +1,4 @@
-"""The chat page and the API in one process, without Ray: ``python -m tests.page_server PRESET FOLDER PORT``."""
+"""The chat page and the API in one process: ``python -m tests.page_server PRESET FOLDER PORT``."""
 
 import sys
 from pathlib import Path

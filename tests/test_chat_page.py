@@ -1,16 +1,26 @@
 """The chat page: what it shows for a reply, and a real browser on the whole page."""
 
+from __future__ import annotations
+
 import shutil
+import subprocess
+import sys
 import time
+import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from encoders.media import Modality
 from services.chat_page import Settings, Shelf
 from services.errors import BadRequest
+from tests.test_cluster import ROOT, free_port
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
 CHROMIUM = shutil.which("chromium")
 
@@ -75,7 +85,7 @@ def test_a_setting_that_is_no_number_is_named() -> None:
 
 @pytest.fixture(scope="module")
 def address(tiny_preset: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where a page over the tiny models answers. Gradio is not free of warnings, so it has its own process."""
+    """Where a page over the tiny models answers; in a process of its own, as Gradio warns of much."""
     folder = tmp_path_factory.mktemp("page")
     port = free_port()
     command = [sys.executable, "-m", "tests.page_server", str(tiny_preset), str(folder / "files"), str(port)]
@@ -137,8 +147,10 @@ def test_an_example_works_at_one_click_and_a_reply_can_be_stopped(page: Page) ->
 
     page.locator("#chat button.example").first.click()
     expect(page.locator("#chat video").first).to_be_attached(timeout=90_000)
+    page.get_by_role("button", name="Clear").click()
+    expect(page.locator("#chat video")).to_have_count(0)
     page.get_by_text("Settings").click()
-    page.get_by_label("Picture: steps").fill("400")
+    page.get_by_label("Picture: steps").fill("1000")
     say(page, "draw a bell")
     expect(page.locator("#chat")).to_contain_text("Making a picture", timeout=90_000)
     page.locator("#said .stop-button").click()

@@ -132,9 +132,9 @@ def test_errors_come_through_all_processes(client: openai.OpenAI) -> None:
 
 
 def test_leaving_a_stream_stops_the_decoder_in_its_process(client: openai.OpenAI) -> None:
-    slow = {"decoders": {"image": {"num_inference_steps": 400}}}
+    slow = {"decoders": {"image": {"num_inference_steps": 1000}}}
     began = time.monotonic()
-    ask(client, "draw a bell", 400)
+    ask(client, "draw a bell", 1000)
     whole = time.monotonic() - began
     with client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": "draw a bell"}], stream=True, extra_body=slow

@@ -137,7 +137,7 @@ def test_errors_are_those_of_the_client(client: openai.OpenAI) -> None:
 
 
 def test_leaving_a_stream_stops_the_decoder(client: openai.OpenAI) -> None:
-    slow = {"decoders": {"image": {"num_inference_steps": 400}}}
+    slow = {"decoders": {"image": {"num_inference_steps": 1000}}}
     with client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": "draw a bell"}], stream=True, extra_body=slow
     ) as stream:

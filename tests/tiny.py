@@ -64,7 +64,7 @@ def tiny_values() -> dict[str, object]:
         "description": "Tiny models for tests.",
         "weights": "weights",
         "decoders": {
-            "image": {"folder": "image", "steps": 3, "guidance_scale": 2.0, "limits": {"steps": 400}},
+            "image": {"folder": "image", "steps": 3, "guidance_scale": 2.0, "limits": {"steps": 1000}},
             "video": {"folder": "video", "steps": 3, "guidance_scale": 2.0},
             "audio": {"folder": "audio", "steps": 3, "guidance_scale": 2.0},
         },
