@@ -112,7 +112,8 @@ def caption_distance(made: Tensor, wanted: Tensor) -> Tensor:
     NExT-GPT's loss is the same without the unit; it makes a sound's unit vector count like the long
     states of the picture decoder.
     """
-    return (made - wanted).norm(dim=-1).mean() / wanted.norm(dim=-1).mean()
+    distance: Tensor = (made - wanted).norm(dim=-1).mean() / wanted.norm(dim=-1).mean()
+    return distance
 
 
 def run_stage(

@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from alignment.embedded import pools
 from alignment.embedded.autoencoders import (
@@ -164,17 +166,19 @@ def _autoencoder_of(work: Run, kind: Kind) -> PatchAutoencoderKL:
     folder = work.folder / step / "vae"
     if not folder.is_dir():
         raise ValueError(f"{folder} is missing. First run `patchbay train {step}`.")
-    return PatchAutoencoderKL.from_pretrained(folder)
+    vae: PatchAutoencoderKL = PatchAutoencoderKL.from_pretrained(folder)
+    return vae
 
 
 def _denoiser(work: Run, kind: Kind) -> ConditionedDenoiser:
     vae = _autoencoder_of(work, kind)
     encode = encoder_of(vae, "mels" if kind == "sound" else "pixels")
-    rows = {
+    pool: Mapping[Kind, Callable[[], NDArray[np.generic]]] = {
         "look": lambda: pools.look_pixels(work.cache, work.sizes.looks),
         "clip": lambda: pools.clip_pixels(work.cache, work.sizes.clips),
         "sound": lambda: pools.sound_mels(work.cache, work.sizes.sounds),
-    }[kind]()
+    }
+    rows = pool[kind]()
     latents = pools.encoded(work.cache / f"latents-{kind}-{len(rows)}.npy", rows, encode, 16)
     step = f"{kind}-denoiser"
     return train_denoiser(kind, _captions(work, kind), latents, work.folder / step, work.config(step))

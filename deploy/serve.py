@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         preset = load_preset(args.preset)
         expect_files(preset)
         expect_free_port(args.host, args.port)
-        with tempfile.TemporaryDirectory(prefix="patchbay-") as folder:
+        with tempfile.TemporaryDirectory(prefix="patchbay-", ignore_cleanup_errors=True) as folder:
             return _serve(preset, args.host, args.port, Path(folder))
     except ServiceError as error:
         print(f"patchbay: {error.message}", file=sys.stderr)
@@ -79,22 +79,15 @@ def _serve(preset: Preset, host: str, port: int, folder: Path) -> int:
     from deploy.app import AppArgs, build_app
 
     address = f"http://{_reachable(host)}:{port}"
-    logging.getLogger("ray").setLevel(logging.WARNING)
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        ray.init(
-            address="local",
-            num_cpus=2,
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=str(folder / "ray"),
-        )
+        _start_ray(folder / "ray")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _interrupt)
         serve.start(
             http_options=HTTPOptions(host=host, port=port),
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
+            logging_config={"log_level": "ERROR", "enable_access_log": False},
         )
         app = build_app(AppArgs(preset=str(preset.file), store=(folder / "files").as_uri(), page_url=address))
         serve.run(app, name="patchbay", route_prefix="/")
@@ -116,7 +109,27 @@ def _serve(preset: Preset, host: str, port: int, folder: Path) -> int:
             signal.signal(number, signal.SIG_IGN)
         if ray.is_initialized():
             serve.shutdown()
-            ray.shutdown()
+        ray.shutdown()
+
+
+def _start_ray(folder: Path) -> None:
+    import ray
+
+    try:
+        ray.init(
+            address="local",
+            num_cpus=2,
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            _temp_dir=str(folder),
+        )
+    except Exception as error:
+        logging.getLogger(__name__).debug("Ray did not start.", exc_info=True)
+        raise PresetProblem(
+            f"Ray could not start: {error} Free memory and processor time, then try again.",
+            code="not_started",
+        ) from error
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

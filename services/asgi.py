@@ -26,11 +26,15 @@ class ClientGone(Exception):
 
 
 class RequestEnvelope:
-    """Gives every answer an ``x-request-id`` and stops bodies that are too large."""
+    """Gives every answer an ``x-request-id`` and stops bodies that are too large.
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    Ray Serve's proxy writes the id itself; there ``labels`` is False.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, labels: bool = True) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
+        self.labels = labels
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -52,7 +56,7 @@ class RequestEnvelope:
             return message
 
         async def labelled(message: Message) -> None:
-            if message["type"] == "http.response.start":
+            if message["type"] == "http.response.start" and self.labels:
                 kept = [pair for pair in message["headers"] if pair[0].lower() != b"x-request-id"]
                 message["headers"] = [*kept, (b"x-request-id", request_id.encode("latin-1"))]
             await send(message)

@@ -33,10 +33,12 @@ footer { display: none !important; }
 def build_page(preset: Preset, base_url: str, lifespan: Any = None) -> FastAPI:
     """Return the page as an ASGI application; ``base_url`` is where the API answers."""
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    folder = tempfile.TemporaryDirectory(prefix="patchbay-page-", dir=os.environ.get("GRADIO_TEMP_DIR"))
+    app.state.folder = folder  # removed with the application
     fonts = ["system-ui", "sans-serif"]
     mounted: FastAPI = gr.mount_gradio_app(
         app,
-        _blocks(preset, base_url),
+        _blocks(preset, base_url, Path(folder.name)),
         path="/",
         footer_links=[],
         run_history=False,
@@ -116,8 +118,7 @@ def _bubble(part: Json) -> Json:
     return {"role": "assistant", "content": part.get("caption", ""), "metadata": title}
 
 
-def _blocks(preset: Preset, base_url: str) -> gr.Blocks:
-    folder = Path(tempfile.mkdtemp(prefix="patchbay-page-", dir=os.environ.get("GRADIO_TEMP_DIR")))
+def _blocks(preset: Preset, base_url: str, folder: Path) -> gr.Blocks:
     with gr.Blocks(title="Patchbay", fill_height=True, analytics_enabled=False) as blocks:
         gr.Markdown(f"## Patchbay · {preset.name}\n{preset.description}")
         shown = gr.Chatbot(

@@ -185,7 +185,8 @@ class GatewayReplica:
         from services.gateway import build_gateway, with_page
 
         preset = load_preset(self.args.preset)
-        api = build_gateway(preset, RemoteAgent(self.agent), ArtefactStore(self.args.store))
+        store = ArtefactStore(self.args.store)
+        api = build_gateway(preset, RemoteAgent(self.agent), store, labels=False)
         if self.page_url is None:
             return api
         from services.chat_page import build_page

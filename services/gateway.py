@@ -61,8 +61,8 @@ class TurnMaker(Protocol):
         ...
 
 
-def build_gateway(preset: Preset, agent: TurnMaker, store: ArtefactStore) -> FastAPI:
-    """Return the API as an ASGI application."""
+def build_gateway(preset: Preset, agent: TurnMaker, store: ArtefactStore, *, labels: bool = True) -> FastAPI:
+    """Return the API as an ASGI application; ``labels`` False leaves request ids to a proxy in front."""
     created = int(time.time())
     limits = preset.limits
     expires_after_s = int(limits.files_expire_after_h * 3600)
@@ -120,7 +120,7 @@ def build_gateway(preset: Preset, agent: TurnMaker, store: ArtefactStore) -> Fas
         }
 
     _answer_errors(app)
-    app.add_middleware(RequestEnvelope, max_body_bytes=limits.max_request_mb * 2**20)
+    app.add_middleware(RequestEnvelope, max_body_bytes=limits.max_request_mb * 2**20, labels=labels)
     return app
 
 

@@ -36,8 +36,8 @@ class SignalLink:
 
     def condition(self, signal: SpokenSignal) -> Condition:
         """Project the states of the signal block."""
-        hidden = torch.from_numpy(signal.hidden)[None].to(self.device)
-        embeddings = torch.from_numpy(signal.embeddings)[None].to(self.device)
+        hidden = torch.tensor(signal.hidden, device=self.device)[None]
+        embeddings = torch.tensor(signal.embeddings, device=self.device)[None]
         with torch.inference_mode():
             projected = self.projection(hidden, embeddings)[0]
         return Condition(projected.clone())

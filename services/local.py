@@ -316,7 +316,7 @@ def _dialogue(prompt: Sequence[PromptMessage]) -> Dialogue:
 def _template_part(part: PromptPart) -> str | MediaTokens | SignalPart:
     match part:
         case Encoded():
-            return MediaTokens(part.modality, torch.from_numpy(part.tokens), torch.from_numpy(part.pooled))
+            return MediaTokens(part.modality, torch.tensor(part.tokens), torch.tensor(part.pooled))
         case SpokenEarlier(modality=modality):
             return SignalPart(modality)
         case _:

@@ -186,7 +186,7 @@ def test_weights_of_a_wrong_shape_are_one_line_and_exit_code_1(tiny_preset: Path
     done = subprocess.run(
         [*command, "--preset", str(copy / tiny_preset.name)],
         cwd=ROOT,
-        env={**os.environ},
+        env=dict(os.environ),
         capture_output=True,
         text=True,
         timeout=START_S,

@@ -90,11 +90,13 @@ class LatentFunction:
 
     def __call__(self, batch: Tensor) -> Tensor:
         """Encode one batch; clips ``(B, F, H, W, 3)`` come back as ``(B, C, F, h, w)``."""
+        factor: float = self.model.config["scaling_factor"]
         if batch.ndim == 5:
             B, F_ = batch.shape[:2]
             flat = _mean_latents(self.model, self.prepare(batch.flatten(0, 1)))  # (B*F, C, h, w)
-            return (flat.unflatten(0, (B, F_)) * self.model.config.scaling_factor).transpose(1, 2)
-        return _mean_latents(self.model, self.prepare(batch)) * self.model.config.scaling_factor
+            frames: Tensor = flat.unflatten(0, (B, F_))  # (B, F, C, h, w)
+            return (frames * factor).transpose(1, 2)
+        return _mean_latents(self.model, self.prepare(batch)) * factor
 
 
 def _reconstruction(
@@ -119,11 +121,12 @@ def _mean_latents(model: PatchAutoencoderKL, batch: Tensor) -> Tensor:
 
 def _scaled(model: PatchAutoencoderKL, latents: Tensor) -> PatchAutoencoderKL:
     model.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-    return model.eval()
+    model.eval()
+    return model
 
 
 def rebuilt_pixels(model: PatchAutoencoderKL, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Encode and decode uint8 ``(B, H, W, 3)``: what the autoencoder leaves of a picture."""
     with torch.inference_mode():
-        out = model.decode(_mean_latents(model, as_pixels(torch.from_numpy(pixels)))).sample
+        out: Tensor = model.decode(_mean_latents(model, as_pixels(torch.from_numpy(pixels)))).sample
     return ((out.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()

@@ -11,9 +11,9 @@ Shape letters in this file:
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,11 @@ from alignment.toybox.world import Scene
 Kind = Literal["look", "clip", "sound"]
 CAPTION_TOKENS = 24
 WIDTH = 128
-SAMPLERS = {"look": world.sample_look, "clip": world.sample_clip, "sound": world.sample_sound}
+SAMPLERS: Mapping[Kind, Callable[[random.Random], Scene]] = {
+    "look": world.sample_look,
+    "clip": world.sample_clip,
+    "sound": world.sample_sound,
+}
 CLASSES: dict[str, tuple[str | int | None, ...]] = {
     "thing": world.THINGS,
     "colour": world.COLOURS,
@@ -71,8 +75,10 @@ def train_tokenizer(kind: Kind, vocabulary_size: int = 800) -> PreTrainedTokeniz
 
 def build(kind: Kind, tokenizer: PreTrainedTokenizerBase) -> CLIPTextModel | ClapTextModelWithProjection:
     """Return an untrained text encoder of the class that the decoder's pipeline expects."""
+    sizes: dict[str, Any]
     sizes = {"vocab_size": len(tokenizer), "hidden_size": WIDTH, "num_hidden_layers": 2,
              "num_attention_heads": 4, "intermediate_size": 4 * WIDTH}  # fmt: skip
+    ids: dict[str, Any]
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
            "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
     if kind == "sound":

@@ -63,9 +63,8 @@ def build_encoder() -> ImageBindEncoder:
     assert sizes.vision is not None
     assert sizes.audio is not None
     for tower, config in (("vision", sizes.vision), ("audio", sizes.audio)):
-        _lay_positions(
-            model.modality_preprocessors[tower].pos_embedding_helper.get_parameter("pos_embed"), config.grid
-        )
+        positions = model.get_parameter(f"modality_preprocessors.{tower}.pos_embedding_helper.pos_embed")
+        _lay_positions(positions, config.grid)
     return ImageBindEncoder(model, PreprocessConfig.toybox(), tokens)
 
 
@@ -88,8 +87,7 @@ def train_imagebind(cache: Path, folder: Path, config: FitConfig, sizes: pools.P
     take = _inputs(encoder, cache, sizes)
 
     def easy_looks(rng: random.Random, number: int) -> tuple[Tensor, list[Scene]]:
-        fixed = {"size": "big", "place": "middle", "ground": "white"}
-        scenes = [sample_look(rng, **fixed) for _ in range(number)]
+        scenes = [sample_look(rng, size="big", place="middle", ground="white") for _ in range(number)]
         return encoder.prepare([Image(draw_look(scene, rng)) for scene in scenes]), list(scenes)
 
     number: dict[Kind, int] = {"look": sizes.looks, "clip": sizes.clips, "sound": sizes.sounds}
@@ -144,7 +142,8 @@ def sound_banks(encoder: ImageBindEncoder, cache: Path, number: int) -> NDArray[
 
 
 def _texts(model: ImageBind, tokenise: TextTokens, texts: list[str]) -> Tensor:
-    return model({"text": tokenise(texts)})["text"].float()  # (B, E), scaled by the text tower
+    vectors: Tensor = model({"text": tokenise(texts)})["text"].float()  # (B, E), scaled by the text tower
+    return vectors
 
 
 def _caption_contrast(
@@ -168,7 +167,8 @@ def active_patches(batch: Tensor, kind: Kind) -> Tensor:
         found = level > low + 0.4 * (high - low)
     else:
         found = cells.unflatten(1, (planes.shape[2], -1)).std(2).amax(1) > 0.3  # (B * S, L)
-    return found.unflatten(0, clips.shape[:2])
+    active: Tensor = found.unflatten(0, clips.shape[:2])  # (B, S, L)
+    return active
 
 
 def _attribute_contrasts(

@@ -13,10 +13,13 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel, WanTransformer3DModel
+from diffusers import DDPMScheduler
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -32,10 +35,11 @@ NOISE_SHIFT = 0.8  # the mean of the logit of the noise level: most steps are sp
 EVEN_SHARE = (
     0.3  # and these on any level alike, or else a grain stays that the last steps never learnt to remove
 )
+_PREDICTIONS: Mapping[Kind, str] = {"look": "v_prediction", "clip": "sample", "sound": "v_prediction"}
 SCHEDULES: Mapping[Kind, Mapping[str, object]] = {
     kind: {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "prediction_type": prediction,
            "clip_sample": False, "timestep_spacing": "trailing", "steps_offset": 1}
-    for kind, prediction in (("look", "v_prediction"), ("clip", "sample"), ("sound", "v_prediction"))
+    for kind, prediction in _PREDICTIONS.items()
 }  # fmt: skip
 CLASS_GAIN = WIDTH**0.5
 _BLOCKS = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "norm_num_groups": 16,
@@ -46,25 +50,27 @@ _BLOCKS = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "norm_nu
 
 def build(kind: Kind) -> nn.Module:
     """Return the untrained denoiser of a kind of scene."""
+    denoiser: nn.Module
     if kind == "look":
-        return UNet2DConditionModel(
+        denoiser = UNet2DConditionModel(
             sample_size=8, block_out_channels=(80, 160), cross_attention_dim=WIDTH, **_BLOCKS
         )
-    if kind == "sound":
-        unet = UNet2DConditionModel(
+    elif kind == "sound":
+        denoiser = UNet2DConditionModel(
             sample_size=16, block_out_channels=(48, 96), cross_attention_dim=(48, 96),
             class_embed_type="simple_projection", projection_class_embeddings_input_dim=WIDTH,
             class_embeddings_concat=True, **_BLOCKS,
         )  # fmt: skip
         with torch.no_grad():  # a unit vector of this width would be a whisper beside the time embedding
-            unet.class_embedding.weight.mul_(CLASS_GAIN)
-        return unet
-    positions = len(position_channels(8, 8, 8))
-    return WanTransformer3DModel(
-        patch_size=(4, 2, 2), in_channels=LATENT_CHANNELS + positions, out_channels=LATENT_CHANNELS,
-        num_attention_heads=4, attention_head_dim=40, ffn_dim=640, num_layers=6, freq_dim=128,
-        text_dim=WIDTH, rope_max_seq_len=64,
-    )  # fmt: skip
+            denoiser.get_parameter("class_embedding.weight").mul_(CLASS_GAIN)
+    else:
+        positions = len(position_channels(8, 8, 8))
+        denoiser = WanTransformer3DModel(
+            patch_size=(4, 2, 2), in_channels=LATENT_CHANNELS + positions, out_channels=LATENT_CHANNELS,
+            num_attention_heads=4, attention_head_dim=40, ffn_dim=640, num_layers=6, freq_dim=128,
+            text_dim=WIDTH, rope_max_seq_len=64,
+        )  # fmt: skip
+    return denoiser
 
 
 def predict(kind: Kind, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
@@ -86,7 +92,7 @@ class ConditionedDenoiser(nn.Module):
     def __init__(self, kind: Kind, captions: CaptionEncoder, denoiser: nn.Module) -> None:
         super().__init__()
         self.kind, self.captions, self.denoiser = kind, captions.requires_grad_(False), denoiser
-        self.scheduler = DDPMScheduler(**SCHEDULES[kind])
+        self.scheduler: Any = DDPMScheduler(**SCHEDULES[kind])
 
     @torch.no_grad()
     def _condition(self, texts: list[str]) -> Tensor:
@@ -108,9 +114,9 @@ class ConditionedDenoiser(nn.Module):
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         predicted = predict(self.kind, self.denoiser, noisy, timesteps, self._condition(texts))
         if self.scheduler.config.prediction_type == "v_prediction":
-            target = self.scheduler.get_velocity(latents, noise, timesteps)
+            target: Tensor = self.scheduler.get_velocity(latents, noise, timesteps)
             return (predicted - target).square().mean()
-        variance = (1 - self.scheduler.alphas_cumprod[timesteps]).clamp(min=0.05)  # (B,)
+        variance: Tensor = (1 - self.scheduler.alphas_cumprod[timesteps]).clamp(min=0.05)  # (B,)
         return ((predicted - latents).square().flatten(1).mean(1) / variance).mean()
 
 

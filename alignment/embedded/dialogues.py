@@ -10,6 +10,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,12 +109,12 @@ def encode_pools(encoder: ImageBindEncoder, cache: Path, sizes: pools.PoolSizes)
     clips = pools.clip_pixels(cache, sizes.clips)
     sounds = pools.sound_samples(cache, sizes.sounds)
 
-    def read(row: NDArray[np.generic]) -> Medium:
+    def read(row: NDArray[Any]) -> Medium:
         if row.ndim == 4:
             return Video(row, world.VIDEO_FPS)
         if row.ndim == 3:
             return Image(row)
-        return Audio(row.astype(np.float32) / 32767, world.AUDIO_RATE_HZ)
+        return Audio(row.astype(np.float32) / np.float32(32767), world.AUDIO_RATE_HZ)
 
     def features(batch: Tensor) -> Tensor:
         encoded = encoder.encode_batch([read(row) for row in batch.numpy()])

@@ -9,9 +9,10 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AudioLDMPipeline, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import AudioLDMPipeline, DDIMScheduler, StableDiffusionPipeline
 
 from alignment.embedded.captions import Kind
 from alignment.embedded.denoisers import SCHEDULES, ConditionedDenoiser
@@ -36,24 +37,22 @@ DEFAULTS: Mapping[Kind, Mapping[str, object]] = {
 
 def export_decoder(kind: Kind, model: ConditionedDenoiser, vae: PatchAutoencoderKL, folder: Path) -> None:
     """Write one decoder as a diffusers pipeline, with its defaults beside it."""
-    scheduler = DDIMScheduler(**SCHEDULES[kind])
-    captions = model.captions
-    pipeline: DiffusionPipeline
+    parts: dict[str, Any] = {
+        "vae": vae,
+        "text_encoder": model.captions.model,
+        "tokenizer": model.captions.tokenizer,
+        "transformer" if kind == "clip" else "unet": model.denoiser,
+        "scheduler": DDIMScheduler(**SCHEDULES[kind]),
+    }
+    pipeline: Any
     if kind == "look":
         pipeline = StableDiffusionPipeline(
-            vae=vae, text_encoder=captions.model, tokenizer=captions.tokenizer, unet=model.denoiser,
-            scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-        )  # fmt: skip
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
     elif kind == "sound":
-        pipeline = AudioLDMPipeline(
-            vae=vae, text_encoder=captions.model, tokenizer=captions.tokenizer, unet=model.denoiser,
-            scheduler=scheduler, vocoder=GriffinLimVocoder(),
-        )  # fmt: skip
+        pipeline = AudioLDMPipeline(**parts, vocoder=GriffinLimVocoder())
     else:
-        pipeline = TextToVideoTransformerPipeline(
-            vae=vae, text_encoder=captions.model, tokenizer=captions.tokenizer, transformer=model.denoiser,
-            scheduler=scheduler, sample_size=8, num_frames=8, fps=8.0,
-        )  # fmt: skip
+        pipeline = TextToVideoTransformerPipeline(**parts, sample_size=8, num_frames=8, fps=8.0)
     shutil.rmtree(folder, ignore_errors=True)
     halved = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     for part in halved.values():

@@ -7,9 +7,10 @@ Shape letters in this file:
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from alignment.toybox.world import (
 from decoders.mel import log_mel
 
 SEED = 20_231
+Number = TypeVar("Number", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,9 @@ class PoolSizes:
 
 def scenes(kind: str, number: int, seed: int = SEED) -> list[Scene]:
     """Return the seen scenes of a pool, the same for the same seed. ``kind``: look, clip or sound."""
-    sample: Callable[[random.Random], Scene]
-    sample = {"look": sample_look, "clip": sample_clip, "sound": sample_sound}[kind]
-    return [sample(random.Random(f"{seed}-{kind}-{index}")) for index in range(number)]
+    samplers: Mapping[str, Callable[[random.Random], Scene]]
+    samplers = {"look": sample_look, "clip": sample_clip, "sound": sample_sound}
+    return [samplers[kind](random.Random(f"{seed}-{kind}-{index}")) for index in range(number)]
 
 
 def look_pixels(folder: Path, number: int, seed: int = SEED) -> NDArray[np.uint8]:
@@ -115,9 +117,9 @@ def encoded(
 
 
 def _kept(
-    path: Path, kind: str, number: int, seed: int, shape: tuple[int, ...], dtype: type,
-    render: Callable[[Scene, random.Random], NDArray[np.generic]],
-) -> NDArray[np.generic]:  # fmt: skip
+    path: Path, kind: str, number: int, seed: int, shape: tuple[int, ...], dtype: type[Number],
+    render: Callable[[Scene, random.Random], NDArray[Number]],
+) -> NDArray[Number]:  # fmt: skip
     if not path.exists():
         rows = np.empty((number, *shape), dtype)
         listed: Iterable[tuple[int, Scene]] = enumerate(scenes(kind, number, seed))

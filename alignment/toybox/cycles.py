@@ -11,7 +11,7 @@ from alignment.toybox.media import judge, render, to_bytes
 from alignment.toybox.world import Scene
 from encoders.media import Medium, Modality, read_media
 from llm.signals import Signal
-from llm.template import Message
+from llm.template import Message, Part
 
 if TYPE_CHECKING:
     from alignment.system import System
@@ -60,7 +60,7 @@ def run_cycle(
 def _ask(
     system: System, text: str, shown: Medium | None, wanted: Modality, seed: int
 ) -> tuple[str, Medium | None]:
-    parts = [text] if shown is None else [system.read(shown), text]
+    parts: list[Part] = [text] if shown is None else [system.read(shown), text]
     spoken = system.speak([Message("user", parts)])
     said = " ".join(part for part in spoken if isinstance(part, str))
     for part in spoken:
