@@ -42,7 +42,7 @@ def write_sheet(path: Path, samples: Sequence[Sample], right: Sequence[bool]) ->
             spacing=1,
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, optimize=True)
+    sheet.quantize(96).save(path, optimize=True)
 
 
 def _thumbnail(medium: Medium, side: int) -> PIL.Image.Image:

@@ -65,7 +65,8 @@ _LOOK_CANDIDATES, _CLIP_CANDIDATES = 4, 3
 _PATCH_PX = 44
 _NUDGE_PX = 2
 _SLANTS = (-0.06, 0.06)  # radians; things are drawn up to 0.09 off the upright
-_POSES = tuple((tilt, scale) for tilt in (0.0, *_SLANTS) for scale in (0.975, 1.025))
+_SCALES = (0.975, 1.025)  # things are drawn up to 4 % off their size
+_POSES = tuple((tilt, scale) for tilt in (0.0, *_SLANTS) for scale in _SCALES)
 _SOFTNESS_PX = 0.5  # full-size drawings are blurred so, half way to what decoders return
 _LEAST_LIKENESS = 0.65  # cosine between foreground and drawing, for it to be seen at all
 _EXTRA_THING = 0.55  # share of its own energy which a further thing must explain to be counted
@@ -154,9 +155,10 @@ def judge_clip(frames: Pixels) -> Verdict:
     spectrum = scipy.fft.rfft2(difference, (_FULL_PAD, _FULL_PAD))  # (F, 3, H, K)
     likely = [bank.names[index] for index in np.argsort(-by_name)[:_CLIP_CANDIDATES]]
     best = max((_follow(spectrum, name, ground) for name in likely), key=lambda track: track.gain)
-    # A slanted harp string and a swinging one differ less than half a pixel.
-    slanted = [_follow(spectrum, best.name, ground, tilt) for tilt in _SLANTS]
-    best = max(best, *slanted, key=lambda track: track.gain)
+    # A slanted harp string and a swinging one differ less than half a pixel, so the pose matters.
+    for poses in ([(tilt, 1.0) for tilt in _SLANTS], [(0.0, scale) for scale in _SCALES]):
+        posed = [_follow(spectrum, best.name, ground, best.tilt + tilt, scale) for tilt, scale in poses]
+        best = max(best, *posed, key=lambda track: track.gain)
     if best.overlap >= _LEAST_LIKENESS * math.sqrt(max(energy, 1.0) * best.energy):
         seen = (*best.name, best.motion, best.tempo)
         verdict.update(zip(("thing", "colour", "size", "motion", "tempo"), seen, strict=True))
@@ -423,6 +425,7 @@ def _nearest_place(stance: Stance) -> str:
 @dataclass(frozen=True, slots=True)
 class _Track:
     name: Name
+    tilt: float
     motion: str
     tempo: str
     gain: float
@@ -433,9 +436,9 @@ class _Track:
         return (self.gain + self.energy) / 2
 
 
-def _follow(spectrum: Spectra, name: Name, ground: str, tilt: float = 0.0) -> _Track:
+def _follow(spectrum: Spectra, name: Name, ground: str, tilt: float = 0.0, scale: float = 1.0) -> _Track:
     """Return the motion and tempo that gain most over all frames of a spectrum (F, 3, H, K)."""
-    spectra, energies = _phase_spectra(name, ground, tilt)
+    spectra, energies = _phase_spectra(name, ground, tilt, scale)
     products = np.einsum("fchk,pchk->fphk", spectrum, spectra)
     overlaps = scipy.fft.irfft2(products, (_FULL_PAD, _FULL_PAD))[..., :IMAGE_SIDE_PX, :IMAGE_SIDE_PX]
     gains = 2 * overlaps - energies[:, None, None]  # (F, P, H, W)
@@ -452,11 +455,11 @@ def _follow(spectrum: Spectra, name: Name, ground: str, tilt: float = 0.0) -> _T
             start = int(total.max(axis=(1, 2)).argmax())
             phases = [(start + step * i) % _PHASES for i in range(VIDEO_FRAMES)]
             energy = float(energies[phases].sum())
-            tracks.append(_Track(name, motion, tempo, float(total.max()), energy))
+            tracks.append(_Track(name, tilt, motion, tempo, float(total.max()), energy))
     return max(tracks, key=lambda track: track.gain)
 
 
-def _phase_spectra(name: Name, ground: str, tilt: float) -> tuple[Spectra, Floats]:
-    stances = [_centred(name, phase / _PHASES, tilt) for phase in range(_PHASES)]
+def _phase_spectra(name: Name, ground: str, tilt: float, scale: float) -> tuple[Spectra, Floats]:
+    stances = [_centred(name, phase / _PHASES, tilt, scale) for phase in range(_PHASES)]
     drawings = np.stack([_drawn(name, ground, [stance]) for stance in stances])
     return _spectra_at_origin(_softened(drawings), _FULL_PAD)
