@@ -1,6 +1,6 @@
 """The boxes as Ray Serve deployments: shells around the objects of one process.
 
-Each replica holds one of the objects of :mod:`services.local`, which bring their own lock, stop flag
+Each replica holds one of the objects of ``services.local_*``, which bring their own lock, stop flag
 and thread, because Serve frees a replica's slot on cancel while its thread still runs. Media travel
 through the artefact store. What goes wrong travels as a value, so that no traceback fills the logs.
 Only this file and ``deploy/`` know Ray; replicas that need no model never import torch.
@@ -73,7 +73,7 @@ class EncoderReplica:
 
     def __init__(self, args: ReplicaArgs) -> None:
         _use_threads(args.torch_threads)
-        from services.local import LocalEncoder
+        from services.local_encoder import LocalEncoder
 
         self.box = LocalEncoder(load_preset(args.preset), ArtefactStore(args.store))
         self.box.load()
@@ -91,7 +91,7 @@ class LanguageModelReplica:
 
     def __init__(self, args: ReplicaArgs) -> None:
         _use_threads(args.torch_threads)
-        from services.local import LocalLanguageModel
+        from services.local_language_model import LocalLanguageModel
 
         self.box = LocalLanguageModel(load_preset(args.preset))
         self.box.load()
@@ -114,7 +114,7 @@ class DecoderReplica:
 
     def __init__(self, args: ReplicaArgs, modality: Modality) -> None:
         _use_threads(args.torch_threads)
-        from services.local import LocalDecoder
+        from services.local_decoder import LocalDecoder
 
         self.box = LocalDecoder(load_preset(args.preset), modality, ArtefactStore(args.store))
         self.box.load()

@@ -131,7 +131,9 @@ def _load(preset: Preset) -> Iterator[Check]:
     import tempfile
 
     from services.artefacts import ArtefactStore
-    from services.local import LocalDecoder, LocalEncoder, LocalLanguageModel
+    from services.local_decoder import LocalDecoder
+    from services.local_encoder import LocalEncoder
+    from services.local_language_model import LocalLanguageModel
 
     with tempfile.TemporaryDirectory(prefix="patchbay-") as folder:
         store = ArtefactStore(Path(folder).as_uri())

@@ -41,6 +41,9 @@ def serving(preset: Path, log: Path) -> Iterator[tuple[str, "subprocess.Popen[by
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}", process
+        told = [line for line in log.read_text().splitlines() if line.strip()]
+        assert [line.split()[0] for line in told[:4]] == ["Starting", "Chat", "API", "Ready"], told
+        assert told[4:] in ([], ["Stopping."]), told
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
@@ -159,17 +162,17 @@ def test_health_and_page_answer_and_unknown_paths_do_not(service: tuple[str, obj
     assert json.load(missing.value)["error"]["code"] == "not_found"
 
 
-def test_a_signal_ends_everything(tiny_preset: Path, tmp_path: Path) -> None:
-    with serving(tiny_preset, tmp_path / "log") as (_, process):
-        children = [int(pid) for pid in descendants(process.pid)]
-        assert len(children) > 5
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
+def test_a_signal_ends_everything(service: tuple[str, "subprocess.Popen[bytes]"]) -> None:
+    """It ends the service that the tests above have used, so it stays the last of them."""
+    _, process = service
+    children = [int(pid) for pid in descendants(process.pid)]
+    assert len(children) > 5
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
     deadline = time.monotonic() + 20
     while any(Path(f"/proc/{pid}").exists() for pid in children):
         assert time.monotonic() < deadline, [pid for pid in children if Path(f"/proc/{pid}").exists()]
         time.sleep(0.2)
-    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 def test_weights_of_a_wrong_shape_are_one_line_and_exit_code_1(tiny_preset: Path, tmp_path: Path) -> None:

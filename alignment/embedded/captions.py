@@ -73,6 +73,20 @@ def train_tokenizer(kind: Kind, vocabulary_size: int = 800) -> PreTrainedTokeniz
     return tokenizer
 
 
+def kept_tokenizer(kind: Kind, folder: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in ``folder``, training it on the first call.
+
+    Training it twice gives the same tokens with other ids, since ties are broken at random.
+    """
+    if not folder.is_dir():
+        train_tokenizer(kind).save_pretrained(folder)
+    kept: PreTrainedTokenizerBase
+    kept = (
+        RobertaTokenizer.from_pretrained(folder) if kind == "sound" else CLIPTokenizer.from_pretrained(folder)
+    )
+    return kept
+
+
 def build(kind: Kind, tokenizer: PreTrainedTokenizerBase) -> CLIPTextModel | ClapTextModelWithProjection:
     """Return an untrained text encoder of the class that the decoder's pipeline expects."""
     sizes: dict[str, Any]
@@ -124,7 +138,7 @@ def train_caption_encoder(
     kind: Kind, folder: Path, config: FitConfig, batch_size: int = 64
 ) -> CaptionEncoder:
     """Teach a text encoder to tell the attributes of the described scene apart."""
-    tokenizer = train_tokenizer(kind)
+    tokenizer = kept_tokenizer(kind, folder / "tokenizer")
     encoder = CaptionEncoder(kind, tokenizer, build(kind, tokenizer))
     example = SAMPLERS[kind](random.Random(0))
     names = [name for name in CLASSES if hasattr(example, name)]

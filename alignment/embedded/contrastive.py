@@ -51,11 +51,18 @@ EASY_STEPS = 700  # so long do big things in the middle of a white ground become
 CYCLE: tuple[Kind, ...] = ("look", "sound", "look", "clip", "look", "sound", "look", "clip", "look", "sound")
 
 
-def build_encoder() -> ImageBindEncoder:
-    """Return the untrained encoder of the embedded model, its vocabulary learnt from the grammar."""
-    rng = random.Random("encoder-vocabulary")
-    texts = [describe(SAMPLERS[kind](rng), rng) for _ in range(3000) for kind in JUDGED]
-    tokens = TextTokens.train(texts, vocabulary_size=900, context_length=CAPTION_TOKENS)
+def kept_tokens(folder: Path) -> TextTokens:
+    """Return the vocabulary in ``folder``, learning it from the grammar on the first call."""
+    if not (folder / "tokenizer.json").is_file():
+        rng = random.Random("encoder-vocabulary")
+        texts = [describe(SAMPLERS[kind](rng), rng) for _ in range(3000) for kind in JUDGED]
+        folder.mkdir(parents=True, exist_ok=True)
+        TextTokens.train(texts, vocabulary_size=900, context_length=CAPTION_TOKENS).save(folder)
+    return TextTokens.load(folder, CAPTION_TOKENS)
+
+
+def build_encoder(tokens: TextTokens) -> ImageBindEncoder:
+    """Return the untrained encoder of the embedded model."""
     sizes = ImageBindConfig.toybox(tokens.vocabulary_size)
     assert sizes.text is not None
     sizes = replace(sizes, text=replace(sizes.text, context_length=CAPTION_TOKENS))
@@ -81,7 +88,7 @@ def _lay_positions(embedding: nn.Parameter, grid: tuple[int, int]) -> None:
 
 def train_imagebind(cache: Path, folder: Path, config: FitConfig, sizes: pools.PoolSizes) -> ImageBindEncoder:
     """Train vision, audio and text towers from nothing, one kind of medium per step."""
-    encoder = build_encoder()
+    encoder = build_encoder(kept_tokens(folder / "tokenizer"))
     model, tokenise = encoder.model.train(), encoder.tokens
     assert tokenise is not None
     take = _inputs(encoder, cache, sizes)

@@ -38,15 +38,25 @@ def in_words(exercise: Exercise) -> Dialogue:
     return [*dialogue, Message("assistant", [", ".join(spoken)])]
 
 
-def build_base() -> LanguageModel:
-    """Return the untrained base with its tokenizer, learnt from the dialogues."""
+def kept_tokenizer(folder: Path) -> ConversationTokenizer:
+    """Return the tokenizer in ``folder``, learning it from the dialogues on the first call."""
+    if not folder.is_dir():
+        _learnt_tokenizer().save(folder)
+    return ConversationTokenizer.load(folder, SIGNALS)
+
+
+def _learnt_tokenizer() -> ConversationTokenizer:
     rng = random.Random("llm-vocabulary")
     texts = []
     for _ in range(400):
         for direction in DIRECTIONS:
             dialogue = in_words(make(direction, rng, FreshScenes(rng)))
             texts += [part for message in dialogue for part in message.parts if isinstance(part, str)]
-    tokenizer = ConversationTokenizer(train_tokenizer(texts, 1200), SIGNALS)
+    return ConversationTokenizer(train_tokenizer(texts, 1200), SIGNALS)
+
+
+def build_base(tokenizer: ConversationTokenizer) -> LanguageModel:
+    """Return the untrained base."""
     config = LlamaConfig(
         vocab_size=tokenizer.base_vocabulary, hidden_size=WIDTH, intermediate_size=512, num_hidden_layers=5,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
@@ -57,7 +67,7 @@ def build_base() -> LanguageModel:
 
 def train_base(folder: Path, config: FitConfig) -> LanguageModel:
     """Train the base on every direction, each in its turn of a shuffled round."""
-    model = build_base()
+    model = build_base(kept_tokenizer(folder / "tokenizer"))
     model.train_only({"base"})
 
     def losses(step: int) -> dict[str, Tensor]:
