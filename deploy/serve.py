@@ -101,6 +101,7 @@ def _serve(preset: Preset, host: str, port: int, folder: Path) -> int:
             signal.pause()
     except KeyboardInterrupt:
         print("Stopping.", flush=True)
+        _hush()
         return 0
     except RuntimeError as error:
         raise _why(error) from error
@@ -130,6 +131,13 @@ def _start_ray(folder: Path) -> None:
             f"Ray could not start: {error} Free memory and processor time, then try again.",
             code="not_started",
         ) from error
+
+
+def _hush() -> None:
+    """Say nothing from here on: Ray reports every actor of its own that an orderly end takes away."""
+    silence = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(silence, stream.fileno())
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

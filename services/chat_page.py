@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -26,15 +26,29 @@ SUFFIXES = {"image": ".png", "video": ".mp4", "audio": ".wav"}
 CSS = """
 #chat [data-testid] img, #chat video { width: 224px !important; object-fit: contain; border-radius: 8px; }
 #chat audio { min-width: 280px; }
+#chat button.example { border: 1px solid var(--border-color-primary); border-radius: 8px; }
+#chat [aria-label="Share"], #chat [title="Share"] { display: none; }
 footer { display: none !important; }
 """
 
 
-def build_page(preset: Preset, base_url: str, lifespan: Any = None) -> FastAPI:
-    """Return the page as an ASGI application; ``base_url`` is where the API answers."""
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Any]]
+
+
+def build_page(preset: Preset, base_url: str, lifespan: Lifespan | None = None) -> FastAPI:
+    """Return the page as an ASGI application; ``base_url`` is where the API answers.
+
+    ``lifespan`` is entered and left with the page.
+    """
     folder = tempfile.TemporaryDirectory(prefix="patchbay-page-", dir=os.environ.get("GRADIO_TEMP_DIR"))
-    app.state.folder = folder  # removed with the application
+
+    @asynccontextmanager
+    async def whole_lifespan(app: FastAPI) -> AsyncIterator[None]:
+        with folder:
+            async with lifespan(app) if lifespan else nullcontext():
+                yield
+
+    app = FastAPI(lifespan=whole_lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     fonts = ["system-ui", "sans-serif"]
     mounted: FastAPI = gr.mount_gradio_app(
         app,

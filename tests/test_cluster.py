@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -149,6 +149,44 @@ def test_leaving_a_stream_stops_the_decoder_in_its_process(client: openai.OpenAI
     began = time.monotonic()
     ask(client, "draw a bell", 1)
     assert time.monotonic() - began < whole / 2
+
+
+def test_a_decoder_that_died_is_not_promised_until_it_is_back(
+    client: openai.OpenAI, service: tuple[str, "subprocess.Popen[bytes]"]
+) -> None:
+    _, process = service
+    named = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in descendants(process.pid)}
+    (victim,) = [int(pid) for pid, name in named.items() if b":ImageDecoder" in name]
+    os.kill(victim, signal.SIGKILL)
+    wait_until(lambda: "image" not in outputs(client))
+    parts = ask(client, "draw a bell")["parts"]
+    assert isinstance(parts, list)
+    assert {part["type"] for part in parts} == {"text"}
+    assert ask(client, "play a bell")["parts"][1]["type"] == "audio"  # type: ignore[index]
+    with pytest.raises(openai.InternalServerError) as down:
+        client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "draw a bell"}],
+            modalities=["text", "image"],  # type: ignore[list-item]
+        )
+    assert (down.value.status_code, down.value.code) == (503, "decoder_unavailable")
+    assert down.value.response.headers["retry-after"]
+    wait_until(lambda: "image" in outputs(client))
+    assert ask(client, "draw a bell")["parts"][1]["type"] == "image"  # type: ignore[index]
+
+
+def outputs(client: openai.OpenAI) -> list[str]:
+    extra = client.models.retrieve("tiny").model_extra
+    assert extra is not None
+    modalities: list[str] = extra["output_modalities"]
+    return modalities
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + START_S
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_health_and_page_answer_and_unknown_paths_do_not(service: tuple[str, object]) -> None:
