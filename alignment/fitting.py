@@ -19,6 +19,16 @@ from torch import Tensor, nn
 LossFunction = Callable[[int], Mapping[str, Tensor]]
 
 
+def training_device() -> torch.device:
+    """Return where :func:`fit` trains: the first GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def half_precision() -> torch.autocast:
+    """Return the context in which forward passes of a training step run: bfloat16 where that is safe."""
+    return torch.autocast(training_device().type, torch.bfloat16)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FitConfig:
     """How long and how fast to train. Immutable; checked when it is made.
@@ -93,9 +103,11 @@ def fit(
 
     Args:
         name: shown in the progress bar.
-        module: what is trained; with ``average_decay`` it holds the averaged weights at the end.
+        module: what is trained; with ``average_decay`` it holds the averaged weights at the end. It is
+            on :func:`training_device` while it is trained, and on the CPU afterwards.
         loss_function: step -> losses by name; their sum is minimised. It must draw its data from
-            the step number, so that a resumed run sees what an unbroken one would.
+            the step number, so that a resumed run sees what an unbroken one would, and move it to
+            :func:`training_device`.
         config: length and rates.
         folder: receives ``checkpoint.pt`` (weights, average, optimiser, step) and ``losses.jsonl``.
         rates: factors on the learning rate by parameter-name prefix; 1 where none matches.
@@ -105,6 +117,7 @@ def fit(
 
     """
     folder.mkdir(parents=True, exist_ok=True)
+    module.to(training_device())
     groups: dict[float, list[nn.Parameter]] = {}
     for parameter_name, parameter in module.named_parameters():
         if parameter.requires_grad:
@@ -162,6 +175,7 @@ def fit(
         _save(folder, module, optimizer, average, config.num_steps, elapsed)
     if average is not None:
         average.copy_to(module)
+    module.to("cpu")
 
 
 def plot_losses(folder: Path) -> Path:
@@ -215,7 +229,7 @@ def _resume(
     path = folder / "checkpoint.pt"
     if not path.exists():
         return 0, 0.0
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, weights_only=True, map_location=training_device())
     own = dict(module.named_parameters())
     with torch.no_grad():
         for name, value in state["weights"].items():

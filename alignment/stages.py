@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from alignment.fitting import FitConfig, fit
+from alignment.fitting import FitConfig, fit, half_precision
 from decoders.projection import OutputProjection
 from encoders.media import Modality
 from llm.model import LanguageModel, ModelPart
@@ -94,13 +94,13 @@ class Aligned(nn.Module):
         self, dialogues: Sequence[Dialogue], stage: Stage, targets: CaptionTargets
     ) -> dict[str, Tensor]:
         """Return the weighted losses of a batch by name."""
-        batch = self.llm.collate(dialogues)
+        batch = self.llm.collate(dialogues).to(self.llm.device)
         output = self.llm(batch)
         losses = {"words": stage.words * output.loss}
         if stage.distance:
             for modality, states in self.llm.signal_states(output, batch).items():
                 with torch.no_grad():
-                    wanted = targets[modality](states.captions)  # (N, Q, E)
+                    wanted = targets[modality](states.captions).to(states.hidden.device)  # (N, Q, E)
                 made = self.projections[str(modality)](states.hidden, states.embeddings)  # (N, Q, E)
                 losses[f"{modality} distance"] = stage.distance * caption_distance(made, wanted)
         return losses
@@ -138,7 +138,7 @@ def run_stage(
     model.train_only(stage)
 
     def losses(step: int) -> dict[str, Tensor]:
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_precision():
             return model.losses(dialogues(step), stage, targets)
 
     fit(stage.name, model, losses, config, folder)

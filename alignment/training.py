@@ -64,10 +64,15 @@ RECIPES: Mapping[str, FitConfig] = {
     "clip-captions": _CAPTIONS,
     "sound-captions": _CAPTIONS,
     "look-denoiser": _DENOISER,
-    "clip-denoiser": replace(_DENOISER, learning_rate=1.5e-3),
+    "clip-denoiser": replace(_DENOISER, num_steps=9000, learning_rate=1.5e-3, average_decay=0.998),
     "sound-denoiser": replace(_DENOISER, learning_rate=1.5e-3),
     "imagebind": FitConfig(
-        num_steps=2600, learning_rate=1e-3, average_decay=0.998, flat_fraction=0.4, weight_decay=0.02
+        num_steps=6000,
+        learning_rate=1e-3,
+        average_decay=0.998,
+        flat_fraction=0.4,
+        weight_decay=0.02,
+        log_every_steps=7,
     ),
     "language": FitConfig(num_steps=1500, learning_rate=2e-3, average_decay=0.998, flat_fraction=0.4),
     "encoder-side": FitConfig(num_steps=700, learning_rate=2e-3, average_decay=0.99, flat_fraction=0.4),
@@ -258,7 +263,7 @@ def _restore(model: Aligned, folder: Path) -> None:
     path = folder / "checkpoint.pt"
     if not path.exists():
         raise ValueError(f"{path} is missing. First run `patchbay train {folder.name}`.")
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, weights_only=True, map_location="cpu")
     own = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in state["average"].items():

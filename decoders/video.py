@@ -1,7 +1,7 @@
 """The video decoder: the parts of a text-to-video pipeline, embeddings in.
 
-Two kinds of network stand behind one decoder: the 3-D UNet of TextToVideoSDPipeline and the small
-transformer of TextToVideoTransformerPipeline.
+Two kinds of network stand behind one decoder: the 3-D UNet of TextToVideoSDPipeline and the 2-D UNet
+over stacked frames of TextToStackedVideoPipeline.
 
 Shape letters in this file:
     B batch   C latent channels   F frames   h, w latent height and width
@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-from diffusers import UNet3DConditionModel, WanTransformer3DModel
+from diffusers import UNet2DConditionModel, UNet3DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel
 
+from decoders.denoising import make_scheduler
 from decoders.latent_decoder import LatentDecoder, check_multiple, clip_states, from_pixels, to_pixels
 from decoders.settings import DecoderDefaults, DecodeSettings
-from decoders.video_transformer import predict_with_positions
+from decoders.stacked_video import predict_stacked
 from encoders.media import Medium, Modality, Video
 
 USUAL_FRAMES = 16
@@ -31,24 +32,24 @@ class VideoDecoder(LatentDecoder):
     """
 
     modality: ClassVar[Modality] = Modality.VIDEO
-    pipelines: ClassVar[tuple[str, ...]] = ("TextToVideoSDPipeline", "TextToVideoTransformerPipeline")
+    pipelines: ClassVar[tuple[str, ...]] = ("TextToVideoSDPipeline", "TextToStackedVideoPipeline")
     usual: ClassVar[DecoderDefaults] = DecoderDefaults(steps=25, guidance_scale=9.0)
 
     def _load_networks(self) -> None:
-        self._is_transformer = self.folder.pipeline_class == "TextToVideoTransformerPipeline"
-        if self._is_transformer:
-            self.network = self.folder.model("transformer", WanTransformer3DModel)
-            self._channels = self.network.config.out_channels
+        self._is_stacked = self.folder.pipeline_class == "TextToStackedVideoPipeline"
+        if self._is_stacked:
+            self.network = self.folder.model("unet", UNet2DConditionModel)
             self._usual_size = self.folder.number("sample_size")
             self._usual_frames = self.folder.number("num_frames")
             self._usual_fps = self.folder.number("fps")
-            self._patch = self.network.config.patch_size
+            self._channels = self.network.config.in_channels // int(self._usual_frames)
+            scheduler = make_scheduler(self._scheduler_config, self.defaults.scheduler)
+            self._alphas_cumprod: Tensor = scheduler.alphas_cumprod
         else:
             self.network = self.folder.model("unet", UNet3DConditionModel)
             self._channels = self.network.config.in_channels
             self._usual_size = self.network.config.sample_size
             self._usual_frames, self._usual_fps = USUAL_FRAMES, USUAL_FPS
-            self._patch = (1, 1, 1)
         self.vae = self.folder.autoencoder()
         self._factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
 
@@ -59,8 +60,7 @@ class VideoDecoder(LatentDecoder):
         return clip_states(encoder, inputs)
 
     def _condition_width(self) -> int:
-        config = self.network.config
-        return int(config.text_dim if self._is_transformer else config.cross_attention_dim)
+        return int(self.network.config.cross_attention_dim)
 
     def _size(self, settings: DecodeSettings) -> tuple[int, int, int]:
         """Return frames, height and width in pixels."""
@@ -74,14 +74,17 @@ class VideoDecoder(LatentDecoder):
 
     def _latent_shape(self, settings: DecodeSettings) -> tuple[int, ...]:
         frames, height, width = self._size(settings)
-        check_multiple("num_frames", frames, self._patch[0])
-        check_multiple("height_px", height, self._factor * self._patch[1])
-        check_multiple("width_px", width, self._factor * self._patch[2])
+        if self._is_stacked and frames != self._usual_frames:
+            raise ValueError(
+                f"num_frames is {frames}; this decoder makes {self._usual_frames}. Ask for that."
+            )
+        check_multiple("height_px", height, self._factor)
+        check_multiple("width_px", width, self._factor)
         return (self._channels, frames, height // self._factor, width // self._factor)
 
     def _predict(self, latents: Tensor, timestep: Tensor, conditions: Tensor) -> Tensor:
-        if self._is_transformer:
-            return predict_with_positions(self.network, latents, timestep, conditions)
+        if self._is_stacked:
+            return predict_stacked(self.network, latents, timestep, conditions, self._alphas_cumprod)
         predicted: Tensor = self.network(latents, timestep, conditions, return_dict=False)[0]
         return predicted
 

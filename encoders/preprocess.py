@@ -84,11 +84,15 @@ class PreprocessConfig:
 
     @classmethod
     def toybox(cls) -> PreprocessConfig:
-        """Return the numbers of the embedded model: eight frames of a second, 2.56 s of sound."""
+        """Return the numbers of the embedded model: eight frames of a second, 2.56 s of sound.
+
+        The two frames of a clip are half a second apart: things have moved on by then, and what swings
+        twice a second is back where it was.
+        """
         return cls(
             image_size=64,
             video_clips=4,
-            video_clip_seconds=0.25,
+            video_clip_seconds=0.625,
             video_clip_frames=2,
             video_crops=1,
             audio_clips=1,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -174,7 +175,7 @@ def _blocks(preset: Preset, base_url: str, folder: Path) -> gr.Blocks:
             return await take(event.value, messages)
 
         async def reply(
-            value: Json | None, messages: Shown, earlier: list[Json], *wishes: Any
+            request: gr.Request, value: Json | None, messages: Shown, earlier: list[Json], *wishes: Any
         ) -> AsyncGenerator[tuple[Shown, list[Json]], None]:
             if value is None:
                 yield messages, earlier
@@ -184,18 +185,24 @@ def _blocks(preset: Preset, base_url: str, folder: Path) -> gr.Blocks:
             except BadRequest as error:
                 yield [*messages, _problem(error)], earlier
                 return
-            async with aclosing(_turn(base_url, folder, value, messages, earlier, body)) as states:
-                async for state in states:
-                    yield state
+            stop = stops[request.session_hash] = asyncio.Event()
+            try:
+                turn = _turn(base_url, folder, value, messages, earlier, body, stop)
+                async with aclosing(turn) as states:
+                    async for state in states:
+                        yield state
+            finally:
+                stops.pop(request.session_hash, None)
 
         def ready() -> gr.MultimodalTextbox:
             return gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
 
-        def stopped(messages: Shown) -> tuple[gr.MultimodalTextbox, Shown]:
-            return ready(), [_stopped(message) for message in messages]
+        async def stop(request: gr.Request) -> None:
+            if request.session_hash in stops:
+                stops[request.session_hash].set()
 
         inputs = [pending, shown, history, *settings.components]
-        running = []
+        stops: dict[str | None, asyncio.Event] = {}  # of the replies under way, by browser session
         for trigger, first, first_inputs in (
             (said.submit, take, [said, shown]),
             (shown.example_select, take_example, [shown]),
@@ -207,17 +214,25 @@ def _blocks(preset: Preset, base_url: str, folder: Path) -> gr.Blocks:
                 reply, inputs, [shown, history], api_visibility="private", show_progress="hidden"
             )
             answered.then(ready, None, [said], queue=False, api_visibility="private")
-            running.append(answered)
-        said.stop(stopped, [shown], [said, shown], cancels=running, queue=False, api_visibility="private")
+        said.stop(stop, None, None, queue=False, api_visibility="private")
         shown.clear(lambda: [], None, [history], queue=False, api_visibility="private")
     blocks.queue(default_concurrency_limit=16)
     return cast(gr.Blocks, blocks)
 
 
 async def _turn(
-    base_url: str, folder: Path, value: Json, messages: Shown, earlier: list[Json], body: Json
+    base_url: str,
+    folder: Path,
+    value: Json,
+    messages: Shown,
+    earlier: list[Json],
+    body: Json,
+    stop: asyncio.Event,
 ) -> AsyncGenerator[tuple[Shown, list[Json]], None]:
-    """Send what was said and show the reply while it comes; yields what is shown and the history."""
+    """Send what was said and show the reply while it comes; yields what is shown and the history.
+
+    When ``stop`` is set, the request is dropped, and what there is of the reply stays.
+    """
     shelf = Shelf(folder, messages)
     try:
         async with Client(base_url) as client:
@@ -229,13 +244,39 @@ async def _turn(
                 content.append({"type": "text", "text": text})
             history = [*earlier, {"role": "user", "content": content}]
             wishes = {**body, "stream_options": {"include_progress": True}}
-            async with aclosing(client.stream(history, **wishes)) as chunks:
-                async for chunk in chunks:
+            async with (
+                aclosing(client.stream(history, **wishes)) as chunks,
+                aclosing(_until(stop, chunks)) as wanted,
+            ):
+                async for chunk in wanted:
                     for index, url in shelf.take(chunk):
                         shelf.put(index, await client.download(url))
                     yield shelf.messages(), [*history, shelf.assistant()]
+            if stop.is_set():
+                yield [_stopped(message) for message in shelf.messages()], [*history, shelf.assistant()]
     except ServiceError as error:
         yield [*shelf.messages(), _problem(error)], earlier
+
+
+async def _until(stop: asyncio.Event, chunks: AsyncIterator[Json]) -> AsyncGenerator[Json, None]:
+    """Yield ``chunks`` until ``stop`` is set; the one that is being waited for is then given up."""
+    stopped = asyncio.ensure_future(stop.wait())
+    following: asyncio.Future[Json] | None = None
+    try:
+        while not stop.is_set():
+            following = asyncio.ensure_future(anext(chunks))
+            await asyncio.wait({following, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if following.done():
+                try:
+                    yield following.result()
+                except StopAsyncIteration:
+                    return
+    finally:
+        stopped.cancel()
+        if following is not None and not following.done():
+            following.cancel()
+            with suppress(asyncio.CancelledError, StopAsyncIteration):
+                await following
 
 
 def _problem(error: ServiceError) -> Json:

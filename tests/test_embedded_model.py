@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from alignment.evaluation import main_toybox
 from alignment.system import Folders, System
 from decoders.settings import DecodeSettings
-from decoders.video_transformer import TextToVideoTransformerPipeline
+from decoders.stacked_video import TextToStackedVideoPipeline
 from encoders.media import Image, Modality
 from llm.signals import Signal
 from llm.template import Message
@@ -35,13 +35,13 @@ def test_all_weights_together_are_under_48_mb_and_none_is_a_pickle() -> None:
 def test_every_folder_loads_with_its_own_library() -> None:
     image = StableDiffusionPipeline.from_pretrained(WEIGHTS / "image", torch_dtype=torch.float32)
     sound = AudioLDMPipeline.from_pretrained(WEIGHTS / "audio", torch_dtype=torch.float32)
-    video = TextToVideoTransformerPipeline.from_pretrained(WEIGHTS / "video", torch_dtype=torch.float32)
+    video = TextToStackedVideoPipeline.from_pretrained(WEIGHTS / "video", torch_dtype=torch.float32)
     base = AutoModelForCausalLM.from_pretrained(WEIGHTS / "llm" / "base")
     adapted = PeftModel.from_pretrained(base, str(WEIGHTS / "llm" / "adapter"))
 
     assert image.unet.config.sample_size == 8
     assert sound.vocoder.config.sampling_rate == 16_000
-    assert tuple(video.transformer.config.patch_size) == (4, 2, 2)
+    assert video.unet.config.in_channels == 8 * video.vae.config.latent_channels
     assert adapted.config.vocab_size <= len(AutoTokenizer.from_pretrained(WEIGHTS / "llm" / "base"))
 
 

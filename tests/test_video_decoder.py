@@ -2,6 +2,8 @@ import json
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,8 +13,8 @@ from diffusers import TextToVideoSDPipeline
 from decoders.condition import ConditionSpec
 from decoders.denoising import Cancelled, denoise, draw_noise, make_scheduler
 from decoders.settings import SCHEDULER_NAMES, DecodeSettings
+from decoders.stacked_video import TextToStackedVideoPipeline, predict_stacked
 from decoders.video import VideoDecoder
-from decoders.video_transformer import TextToVideoTransformerPipeline, position_channels
 from encoders.media import Image, Video
 from tests import tiny_pipelines
 
@@ -25,9 +27,9 @@ def unet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def transformer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pipeline = tiny_pipelines.transformer_video_pipeline()
-    return tiny_pipelines.saved(pipeline, tmp_path_factory.mktemp("transformer"))
+def stacked_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pipeline = tiny_pipelines.stacked_video_pipeline()
+    return tiny_pipelines.saved(pipeline, tmp_path_factory.mktemp("stacked"))
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +38,8 @@ def unet_decoder(unet_folder: Path) -> VideoDecoder:
 
 
 @pytest.fixture(scope="module")
-def decoder(transformer_folder: Path) -> VideoDecoder:
-    return VideoDecoder.load(transformer_folder)
+def decoder(stacked_folder: Path) -> VideoDecoder:
+    return VideoDecoder.load(stacked_folder)
 
 
 @pytest.mark.parametrize("name", SCHEDULER_NAMES)
@@ -94,10 +96,10 @@ def test_unet_frames_equal_those_of_the_diffusers_pipeline(
 
 
 @pytest.mark.parametrize("name", SCHEDULER_NAMES)
-def test_transformer_frames_equal_those_of_its_pipeline(
-    transformer_folder: Path, decoder: VideoDecoder, name: str
+def test_stacked_frames_equal_those_of_its_pipeline(
+    stacked_folder: Path, decoder: VideoDecoder, name: str
 ) -> None:
-    pipeline = TextToVideoTransformerPipeline.from_pretrained(transformer_folder)
+    pipeline = TextToStackedVideoPipeline.from_pretrained(stacked_folder)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = make_scheduler(pipeline.scheduler.config, name)
     expected = pipeline(
@@ -111,51 +113,59 @@ def test_transformer_frames_equal_those_of_its_pipeline(
     np.testing.assert_allclose(decoded.medium.frames, np.round(expected * 255), atol=1)
 
 
-def test_transformer_pipeline_loads_what_it_saved(transformer_folder: Path, tmp_path: Path) -> None:
-    first = TextToVideoTransformerPipeline.from_pretrained(transformer_folder)
+def test_stacked_pipeline_loads_what_it_saved(stacked_folder: Path, tmp_path: Path) -> None:
+    first = TextToStackedVideoPipeline.from_pretrained(stacked_folder)
     first.save_pretrained(tmp_path)
 
-    again = TextToVideoTransformerPipeline.from_pretrained(tmp_path)
+    again = TextToStackedVideoPipeline.from_pretrained(tmp_path)
 
     assert (again.config.sample_size, again.config.num_frames, again.config.fps) == (8, 8, 8.0)
-    for name, value in first.transformer.state_dict().items():
-        torch.testing.assert_close(again.transformer.state_dict()[name], value)
+    for name, value in first.unet.state_dict().items():
+        torch.testing.assert_close(again.unet.state_dict()[name], value)
 
 
-def test_a_transformer_without_position_channels_is_refused(transformer_folder: Path) -> None:
-    parts = TextToVideoTransformerPipeline.from_pretrained(transformer_folder).components
-    parts["transformer"].register_to_config(in_channels=4)
+@pytest.mark.parametrize(
+    ("part", "settings", "message"),
+    [
+        ("unet", {"in_channels": 4}, "takes 4 channels and gives 32; expected 32 of both: 8 frames of 4"),
+        ("scheduler", {"prediction_type": "epsilon"}, "expects 'epsilon'; expected 'sample'"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_refused(
+    stacked_folder: Path, part: str, settings: dict[str, Any], message: str
+) -> None:
+    parts = TextToStackedVideoPipeline.from_pretrained(stacked_folder).components
+    parts[part].register_to_config(**settings)
 
-    with pytest.raises(ValueError, match="takes 4 channels and gives 4; expected 16 in"):
-        TextToVideoTransformerPipeline(**parts)
-
-
-def test_position_channels_are_sines_and_cosines_of_cell_centres() -> None:
-    channels = position_channels(2, 4, 8)
-
-    assert channels.shape == (12, 2, 4, 8)
-    x, y, t = (3 + 0.5) / 8, (1 + 0.5) / 4, (1 + 0.5) / 2
-    expected = [f(turns * c) for c in (x, y, t) for turns in (np.pi, 2 * np.pi) for f in (np.sin, np.cos)]
-    np.testing.assert_allclose(channels[:, 1, 1, 3], expected, atol=1e-6)
-
-
-def test_position_channels_made_while_serving_can_be_trained_with() -> None:
-    with torch.inference_mode():
-        position_channels(2, 3, 5)
-
-    weight = torch.ones(12, requires_grad=True)
-    (position_channels(2, 3, 5).flatten(1).T @ weight).sum().backward()
-
-    assert weight.grad is not None
+    with pytest.raises(ValueError, match=message):
+        TextToStackedVideoPipeline(**parts)
 
 
-def test_position_channels_differ_between_all_cells() -> None:
-    cells = position_channels(8, 8, 8).flatten(1).T
+def test_the_skip_lets_a_clean_clip_through_and_stops_noise() -> None:
+    unet = Mock(return_value=(torch.zeros(3, 8, 4, 4),))
+    clip, conditions = torch.randn(3, 2, 4, 4, 4), torch.zeros(3, 1, 1)
+    schedule = torch.tensor([1.0, 0.64, 0.0])  # signal 1, 0.8, 0; noise 0, 0.6, 1
 
-    assert torch.pdist(cells).min() > 0.1
+    predicted = predict_stacked(unet, clip, torch.tensor([0, 1, 2]), conditions, schedule)
+
+    torch.testing.assert_close(predicted[0], clip[0])
+    torch.testing.assert_close(predicted[1], 0.8 * 0.4**2 * clip[1])
+    assert not predicted[2].any()
+    assert unet.call_args.args[0].shape == (3, 8, 4, 4)
 
 
-@pytest.mark.parametrize("kind", ["unet", "transformer"])
+def test_stacked_channels_are_the_frames_of_each_latent_channel_in_turn() -> None:
+    unet = Mock(side_effect=lambda stacked, *args, **more: (stacked,))
+    clip = torch.arange(2 * 4.0).reshape(1, 2, 4, 1, 1)  # (B, C, F, H, W)
+    noise_alone = torch.zeros(1)
+
+    predicted = predict_stacked(unet, clip, torch.tensor(0), torch.zeros(1, 1, 1), noise_alone)
+
+    torch.testing.assert_close(predicted, clip)
+    assert unet.call_args.args[0].flatten().tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("kind", ["unet", "stacked"])
 def test_the_condition_is_a_sequence_of_text_states(
     unet_decoder: VideoDecoder, decoder: VideoDecoder, kind: str
 ) -> None:
@@ -204,8 +214,8 @@ def test_a_stop_takes_effect_before_the_next_step(decoder: VideoDecoder) -> None
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (DecodeSettings(num_frames=6), "num_frames is 6; this decoder makes multiples of 4"),
-        (DecodeSettings(width_px=18), "width_px is 18; this decoder makes multiples of 4"),
+        (DecodeSettings(num_frames=6), "num_frames is 6; this decoder makes 8. Ask for that"),
+        (DecodeSettings(width_px=17), "width_px is 17; this decoder makes multiples of 2"),
         (DecodeSettings(duration_s=2.0), "this decoder has no duration_s"),
     ],
 )
@@ -255,16 +265,16 @@ def test_a_picture_is_no_source_for_a_video(decoder: VideoDecoder) -> None:
         decoder.encode_source(Image(np.zeros((16, 16, 3), np.uint8)))
 
 
-def test_a_missing_part_is_named(transformer_folder: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(transformer_folder, tmp_path / "copy"))
-    shutil.rmtree(folder / "transformer")
+def test_a_missing_part_is_named(stacked_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(stacked_folder, tmp_path / "copy"))
+    shutil.rmtree(folder / "unet")
 
-    with pytest.raises(FileNotFoundError, match=r"transformer/config.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"unet/config.json is missing"):
         VideoDecoder.load(folder)
 
 
-def test_a_pipeline_folder_without_its_sizes_is_named(transformer_folder: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(transformer_folder, tmp_path / "copy"))
+def test_a_pipeline_folder_without_its_sizes_is_named(stacked_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(stacked_folder, tmp_path / "copy"))
     index = json.loads((folder / "model_index.json").read_text())
     del index["num_frames"]
     (folder / "model_index.json").write_text(json.dumps(index))

@@ -12,7 +12,6 @@ from diffusers import (
     TextToVideoSDPipeline,
     UNet2DConditionModel,
     UNet3DConditionModel,
-    WanTransformer3DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -25,7 +24,7 @@ from transformers import (
     SpeechT5HifiGanConfig,
 )
 
-from decoders.video_transformer import TextToVideoTransformerPipeline
+from decoders.stacked_video import TextToStackedVideoPipeline
 
 WIDTH = 16
 TOKENS = 8
@@ -132,21 +131,23 @@ def unet_video_pipeline() -> TextToVideoSDPipeline:
     return pipeline
 
 
-def transformer_video_pipeline() -> TextToVideoTransformerPipeline:
+def stacked_video_pipeline() -> TextToStackedVideoPipeline:
     torch.manual_seed(2)
-    transformer = WanTransformer3DModel(
-        patch_size=(4, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=16,
-        out_channels=4,
-        text_dim=WIDTH,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=2,
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=32,
+        out_channels=32,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=4,
     )
-    pipeline = TextToVideoTransformerPipeline(
-        vae(), clip(), tokenizer(), transformer.eval(), scheduler(), sample_size=8, num_frames=8, fps=8.0
+    predicts_sample = scheduler().from_config(scheduler().config, prediction_type="sample")
+    pipeline = TextToStackedVideoPipeline(
+        vae(), clip(), tokenizer(), unet.eval(), predicts_sample, sample_size=8, num_frames=8, fps=8.0
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

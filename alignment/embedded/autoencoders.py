@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alignment.embedded import pools
-from alignment.fitting import FitConfig, fit
+from alignment.fitting import FitConfig, fit, training_device
 from decoders.patch_autoencoder import PatchAutoencoderKL
 
 PICTURE = {"in_channels": 3, "out_channels": 3, "block_out_channels": (3, 12, 64, 96), "num_folds": 2,
@@ -102,6 +102,7 @@ class LatentFunction:
 def _reconstruction(
     model: PatchAutoencoderKL, batch: Tensor, step: int, scale: float = 1.0
 ) -> dict[str, Tensor]:
+    batch = batch.to(training_device())
     posterior = model.encode(batch).latent_dist
     generator = torch.Generator().manual_seed(step)
     rebuilt = model.decode(posterior.sample(generator)).sample

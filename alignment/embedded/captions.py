@@ -28,7 +28,7 @@ from transformers import (
     RobertaTokenizer,
 )
 
-from alignment.fitting import FitConfig, fit
+from alignment.fitting import FitConfig, fit, training_device
 from alignment.toybox import world
 from alignment.toybox.grammar import caption, describe, with_typos
 from alignment.toybox.world import Scene
@@ -115,6 +115,7 @@ class CaptionEncoder(nn.Module):
         batch = self.tokenizer(
             list(texts), padding="max_length", max_length=CAPTION_TOKENS, truncation=True, return_tensors="pt"
         )
+        batch = batch.to(next(self.model.parameters()).device)
         if self.kind == "sound":
             out = self.model(batch["input_ids"], attention_mask=batch["attention_mask"]).text_embeds
             return F.normalize(out, dim=-1)
@@ -150,7 +151,10 @@ def train_caption_encoder(
         logits = model([spoken(scene, rng) for scene in scenes])
         return {
             name: F.cross_entropy(
-                logits[name], torch.tensor([CLASSES[name].index(getattr(scene, name)) for scene in scenes])
+                logits[name],
+                torch.tensor(
+                    [CLASSES[name].index(getattr(scene, name)) for scene in scenes], device=training_device()
+                ),
             )
             for name in names
         }

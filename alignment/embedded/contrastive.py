@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from alignment.embedded import pools
 from alignment.embedded.captions import CAPTION_TOKENS, CLASSES, SAMPLERS, Kind, spoken
-from alignment.fitting import FitConfig, fit
+from alignment.fitting import FitConfig, fit, half_precision, training_device
 from alignment.toybox import world
 from alignment.toybox.draw import draw_look
 from alignment.toybox.grammar import describe, phrase
@@ -48,7 +48,7 @@ TOWER: Mapping[Kind, str] = {"look": "vision", "clip": "vision", "sound": "audio
 BATCH: Mapping[Kind, int] = {"look": 64, "clip": 16, "sound": 48}
 POSITION_SCALE = 0.7
 EASY_STEPS = 700  # so long do big things in the middle of a white ground become rarer
-CYCLE: tuple[Kind, ...] = ("look", "sound", "look", "clip", "look", "sound", "look", "clip", "look", "sound")
+CYCLE: tuple[Kind, ...] = ("look", "clip", "sound", "look", "clip", "look", "clip", "sound", "look", "clip")
 
 
 def kept_tokens(folder: Path) -> TextTokens:
@@ -110,7 +110,8 @@ def train_imagebind(cache: Path, folder: Path, config: FitConfig, sizes: pools.P
         if easy > 0:
             simple, named = easy_looks(rng, easy)
             batch, scenes = torch.cat([simple, batch[easy:]]), named + scenes[easy:]
-        with torch.autocast("cpu", torch.bfloat16):
+        batch = batch.to(training_device())
+        with half_precision():
             tokens = F.normalize(model.embed_tokens({TOWER[kind]: batch})[TOWER[kind]].float(), dim=-1)
             tokens = tokens if tokens.ndim == 4 else tokens[:, None]  # (B, S, 1 + L, E)
             media = F.normalize(tokens[:, :, 0].mean(1), dim=-1)  # (B, E)
@@ -149,7 +150,8 @@ def sound_banks(encoder: ImageBindEncoder, cache: Path, number: int) -> NDArray[
 
 
 def _texts(model: ImageBind, tokenise: TextTokens, texts: list[str]) -> Tensor:
-    vectors: Tensor = model({"text": tokenise(texts)})["text"].float()  # (B, E), scaled by the text tower
+    tokens = tokenise(texts).to(training_device())
+    vectors: Tensor = model({"text": tokens})["text"].float()  # (B, E), scaled by the text tower
     return vectors
 
 
@@ -158,7 +160,7 @@ def _caption_contrast(
 ) -> Tensor:
     texts = _texts(model, tokenise, [spoken(scene, rng) for scene in scenes])
     logits = media @ texts.T  # (B, B)
-    own = torch.arange(len(scenes))
+    own = torch.arange(len(scenes), device=media.device)
     return 0.5 * (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own))
 
 
@@ -195,7 +197,9 @@ def _attribute_contrasts(
     found = patches[active]  # (A, E)
     losses = {}
     for name, values in zip(names, texts, strict=True):
-        truth = torch.tensor([CLASSES[name].index(getattr(scene, name)) for scene in scenes])
+        truth = torch.tensor(
+            [CLASSES[name].index(getattr(scene, name)) for scene in scenes], device=media.device
+        )
         losses[f"{kind} {name}"] = F.cross_entropy(media @ values.T, truth)  # over (B, V)
         losses[f"{kind} {name} patches"] = F.cross_entropy(found @ values.T, truth[owner])  # over (A, V)
     return losses

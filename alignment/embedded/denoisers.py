@@ -1,8 +1,8 @@
 """The three denoisers of the embedded model, each trained on cached latents under a frozen text encoder.
 
 Pictures: the U-Net of Stable Diffusion. Sounds: the U-Net of AudioLDM, conditioned by one vector.
-Videos: a small transformer over space-time patches; the 3-D U-Net of text-to-video Stable Diffusion
-trains at a twenty-fifth of its speed on two cores (see docs/log.md).
+Videos: the same U-Net over stacked frames; the 3-D U-Net of text-to-video Stable Diffusion trains at a
+thirtieth of its speed on two cores (see docs/log.md).
 
 Shape letters in this file:
     B batch   C latent channels   F frames   h, w latent height and width   L caption tokens   D width
@@ -13,28 +13,28 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
-from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from alignment.embedded import pools
 from alignment.embedded.captions import CAPTION_TOKENS, WIDTH, CaptionEncoder, Kind, spoken
-from alignment.fitting import FitConfig, fit
-from alignment.toybox.world import Scene
-from decoders.video_transformer import position_channels
+from alignment.fitting import FitConfig, fit, half_precision, training_device
+from alignment.toybox.world import VIDEO_FRAMES, Scene
+from decoders.stacked_video import predict_stacked
 
 LATENT_CHANNELS = 16
 CAPTION_DROPOUT = 0.1
-NOISE_SHIFT = 0.8  # the mean of the logit of the noise level: most steps are spent on noisy latents,
-EVEN_SHARE = (
-    0.3  # and these on any level alike, or else a grain stays that the last steps never learnt to remove
-)
+# The mean of the logit of the noise level: most steps are spent on noisy latents. Frames of a clip are much
+# alike, so that more noise is needed to hide what they show.
+NOISE_SHIFT: Mapping[Kind, float] = {"look": 0.8, "clip": 1.2, "sound": 0.8}
+# These are spent on any level alike, or else a grain stays that the last steps never learnt to remove.
+EVEN_SHARE: Mapping[Kind, float] = {"look": 0.3, "clip": 0.5, "sound": 0.3}
 _PREDICTIONS: Mapping[Kind, str] = {"look": "v_prediction", "clip": "sample", "sound": "v_prediction"}
 SCHEDULES: Mapping[Kind, Mapping[str, object]] = {
     kind: {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "prediction_type": prediction,
@@ -44,46 +44,30 @@ SCHEDULES: Mapping[Kind, Mapping[str, object]] = {
 CLASS_GAIN = WIDTH**0.5
 _BLOCKS = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "norm_num_groups": 16,
            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "layers_per_block": 1,
-           "in_channels": LATENT_CHANNELS, "out_channels": LATENT_CHANNELS,
            "attention_head_dim": 4}  # fmt: skip
+_FRAME = {"in_channels": LATENT_CHANNELS, "out_channels": LATENT_CHANNELS}
+_STACK = {"in_channels": LATENT_CHANNELS * VIDEO_FRAMES, "out_channels": LATENT_CHANNELS * VIDEO_FRAMES}
 
 
-def build(kind: Kind) -> nn.Module:
+def build(kind: Kind) -> UNet2DConditionModel:
     """Return the untrained denoiser of a kind of scene."""
-    denoiser: nn.Module
     if kind == "look":
         denoiser = UNet2DConditionModel(
-            sample_size=8, block_out_channels=(80, 160), cross_attention_dim=WIDTH, **_BLOCKS
+            sample_size=8, block_out_channels=(80, 160), cross_attention_dim=WIDTH, **_FRAME, **_BLOCKS
         )
     elif kind == "sound":
         denoiser = UNet2DConditionModel(
             sample_size=16, block_out_channels=(48, 96), cross_attention_dim=(48, 96),
             class_embed_type="simple_projection", projection_class_embeddings_input_dim=WIDTH,
-            class_embeddings_concat=True, **_BLOCKS,
+            class_embeddings_concat=True, **_FRAME, **_BLOCKS,
         )  # fmt: skip
         with torch.no_grad():  # a unit vector of this width would be a whisper beside the time embedding
             denoiser.get_parameter("class_embedding.weight").mul_(CLASS_GAIN)
-    else:
-        positions = len(position_channels(8, 8, 8))
-        denoiser = WanTransformer3DModel(
-            patch_size=(4, 2, 2), in_channels=LATENT_CHANNELS + positions, out_channels=LATENT_CHANNELS,
-            num_attention_heads=4, attention_head_dim=40, ffn_dim=640, num_layers=6, freq_dim=128,
-            text_dim=WIDTH, rope_max_seq_len=64,
-        )  # fmt: skip
-    return denoiser
-
-
-def predict(kind: Kind, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
-    """Run a denoiser on noisy latents ``(B, C, ...)`` at integer timesteps ``(B,)``."""
-    if kind == "look":
-        out: Tensor = denoiser(noisy, timesteps, condition).sample
-    elif kind == "sound":
-        out = denoiser(noisy, timesteps, None, class_labels=condition).sample
-    else:
-        positions = position_channels(*noisy.shape[2:]).to(noisy)  # (P, F, h, w)
-        joined = torch.cat([noisy, positions.expand(len(noisy), -1, -1, -1, -1)], dim=1)
-        out = denoiser(joined, timesteps, condition).sample
-    return out
+    else:  # wide where there are most cells: what the frames differ in has to pass there
+        denoiser = UNet2DConditionModel(
+            sample_size=8, block_out_channels=(128, 64), cross_attention_dim=WIDTH, **_STACK, **_BLOCKS
+        )
+    return cast(UNet2DConditionModel, denoiser)
 
 
 class ConditionedDenoiser(nn.Module):
@@ -98,6 +82,19 @@ class ConditionedDenoiser(nn.Module):
     def _condition(self, texts: list[str]) -> Tensor:
         return self.captions(texts)  # type: ignore[no-any-return]
 
+    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        """Run the denoiser on noisy latents ``(B, C, ...)`` at integer timesteps ``(B,)``."""
+        with half_precision():
+            if self.kind == "look":
+                out = self.denoiser(noisy, timesteps, condition).sample
+            elif self.kind == "sound":
+                out = self.denoiser(noisy, timesteps, None, class_labels=condition).sample
+            else:
+                schedule: Tensor = self.scheduler.alphas_cumprod
+                out = predict_stacked(self.denoiser, noisy, timesteps, condition, schedule)
+        prediction: Tensor = out.float()
+        return prediction
+
     def loss(self, latents: Tensor, texts: list[str], generator: torch.Generator) -> Tensor:
         """Velocity loss of one batch of clean latents ``(B, C, ...)``.
 
@@ -106,17 +103,18 @@ class ConditionedDenoiser(nn.Module):
         almost clean latents do not dominate.
         """
         B = len(latents)
-        level = torch.sigmoid(torch.randn(B, generator=generator) + NOISE_SHIFT)
+        level = torch.sigmoid(torch.randn(B, generator=generator) + NOISE_SHIFT[self.kind])
         even = torch.rand(B, generator=generator)
-        level = torch.where(torch.rand(B, generator=generator) < EVEN_SHARE, even, level)
-        timesteps = (level * 1000).long().clamp(0, 999)  # (B,)
-        noise = torch.randn(latents.shape, generator=generator)
+        level = torch.where(torch.rand(B, generator=generator) < EVEN_SHARE[self.kind], even, level)
+        timesteps = (level * 1000).long().clamp(0, 999).to(latents.device)  # (B,)
+        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        predicted = predict(self.kind, self.denoiser, noisy, timesteps, self._condition(texts))
+        predicted = self.predict(noisy, timesteps, self._condition(texts))
         if self.scheduler.config.prediction_type == "v_prediction":
             target: Tensor = self.scheduler.get_velocity(latents, noise, timesteps)
             return (predicted - target).square().mean()
-        variance: Tensor = (1 - self.scheduler.alphas_cumprod[timesteps]).clamp(min=0.05)  # (B,)
+        kept: Tensor = self.scheduler.alphas_cumprod.to(latents.device)[timesteps]
+        variance = (1 - kept).clamp(min=0.05)  # (B,)
         return ((predicted - latents).square().flatten(1).mean(1) / variance).mean()
 
 
@@ -142,7 +140,7 @@ def train_denoiser(
         rng = random.Random(f"{kind}-denoiser-{step}")
         chosen = sorted(rng.sample(range(len(listed)), batch_size))
         texts = ["" if rng.random() < CAPTION_DROPOUT else spoken(listed[i], rng) for i in chosen]
-        batch = torch.from_numpy(latents[chosen].astype(np.float32))
+        batch = torch.from_numpy(latents[chosen].astype(np.float32)).to(training_device())
         generator = torch.Generator().manual_seed(step)
         return {"velocity": model.loss(batch, texts, generator)}
 
@@ -150,4 +148,4 @@ def train_denoiser(
     return model
 
 
-__all__ = ["CAPTION_TOKENS", "ConditionedDenoiser", "build", "predict", "train_denoiser"]
+__all__ = ["CAPTION_TOKENS", "ConditionedDenoiser", "build", "train_denoiser"]

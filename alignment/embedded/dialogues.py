@@ -27,7 +27,7 @@ from encoders.media import Audio, Image, Medium, Modality, Video
 from llm.template import Dialogue, MediaTokens, Message, SignalPart
 
 MODALITY: Mapping[type, Modality] = {Look: Modality.IMAGE, Clip: Modality.VIDEO, Sound: Modality.AUDIO}
-ENCODED: Mapping[Kind, int] = {"look": 16_000, "clip": 6_000, "sound": 10_000}
+ENCODED: Mapping[Kind, int] = {"look": 16_000, "clip": 12_000, "sound": 10_000}
 
 
 @dataclass(frozen=True)

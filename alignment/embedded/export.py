@@ -18,8 +18,9 @@ from alignment.embedded.captions import Kind
 from alignment.embedded.denoisers import SCHEDULES, ConditionedDenoiser
 from alignment.stages import Aligned
 from alignment.system import DECODERS
+from alignment.toybox.world import VIDEO_FPS, VIDEO_FRAMES
 from decoders.patch_autoencoder import PatchAutoencoderKL
-from decoders.video_transformer import TextToVideoTransformerPipeline
+from decoders.stacked_video import TextToStackedVideoPipeline
 from decoders.vocoder import GriffinLimVocoder
 from encoders.media import Modality
 
@@ -41,7 +42,7 @@ def export_decoder(kind: Kind, model: ConditionedDenoiser, vae: PatchAutoencoder
         "vae": vae,
         "text_encoder": model.captions.model,
         "tokenizer": model.captions.tokenizer,
-        "transformer" if kind == "clip" else "unet": model.denoiser,
+        "unet": model.denoiser,
         "scheduler": DDIMScheduler(**SCHEDULES[kind]),
     }
     pipeline: Any
@@ -52,7 +53,7 @@ def export_decoder(kind: Kind, model: ConditionedDenoiser, vae: PatchAutoencoder
     elif kind == "sound":
         pipeline = AudioLDMPipeline(**parts, vocoder=GriffinLimVocoder())
     else:
-        pipeline = TextToVideoTransformerPipeline(**parts, sample_size=8, num_frames=8, fps=8.0)
+        pipeline = TextToStackedVideoPipeline(**parts, sample_size=8, num_frames=VIDEO_FRAMES, fps=VIDEO_FPS)
     shutil.rmtree(folder, ignore_errors=True)
     halved = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     for part in halved.values():

@@ -10,11 +10,10 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from alignment.fitting import FitConfig, fit
+from alignment.fitting import FitConfig, fit, half_precision, training_device
 from alignment.toybox.exercises import DIRECTIONS, Exercise, FreshScenes, make
 from alignment.toybox.grammar import caption
 from alignment.toybox.world import Clip, Look, Scene
@@ -74,8 +73,8 @@ def train_base(folder: Path, config: FitConfig) -> LanguageModel:
         rng = random.Random(f"language-{step}")
         names = rng.choices(tuple(DIRECTIONS), k=BATCH)
         batch = model.collate([in_words(make(name, rng, FreshScenes(rng))) for name in names])
-        with torch.autocast("cpu", torch.bfloat16):
-            return {"words": model(batch).loss}
+        with half_precision():
+            return {"words": model(batch.to(training_device())).loss}
 
     fit("language model", model, losses, config, folder)
     return model.eval()

@@ -42,7 +42,7 @@ class PoolSizes:
     """How many scenes of each kind are rendered for training."""
 
     looks: int = 24_000
-    clips: int = 8_000
+    clips: int = 16_000
     sounds: int = 10_000
 
 

@@ -1,12 +1,10 @@
-"""A small transformer video pipeline: per-frame latents denoised together, words as conditioning.
+"""Text to video with a U-Net of pictures that sees all frames of a clip at once, stacked as channels.
 
 Shape letters in this file:
-    B batch   C latent channels   F frames   H, W latent height and width   P position channels
+    B batch   C latent channels   F frames   H, W latent height and width
     S condition tokens   E condition width
 """
 
-import math
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
-    WanTransformer3DModel,
+    UNet2DConditionModel,
 )
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
@@ -23,93 +21,77 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from decoders.denoising import denoise
 
-NUM_POSITION_CHANNELS = 12
-"""Channels that :func:`position_channels` returns."""
 
+def predict_stacked(
+    unet: Any, latents: Tensor, timestep: Tensor, conditions: Tensor, alphas_cumprod: Tensor
+) -> Tensor:
+    """Predict the clean clip.
 
-@lru_cache(maxsize=8)
-def position_channels(frames: int, height: int, width: int) -> Tensor:
-    """Return constant channels that tell every cell where it is.
-
-    Rotary embeddings only tell relative positions; "top left" and "moves to the right" need absolute
-    ones, so these channels are concatenated to the noisy latents. For each coordinate x, y, t (cell
-    centres, in (0, 1)) there are four channels: sin and cos of ``pi * c``, sin and cos of ``2 * pi * c``.
-
-    Returns:
-        ``(12, F, H, W)`` float32 in [-1, 1]. The tensor is shared; do not write into it.
-
-    """
-    shape = (frames, height, width)
-    channels = []
-    with torch.inference_mode(False):  # the kept tensor may be made while serving and used in training
-        for axis in (2, 1, 0):
-            size = shape[axis]
-            centres = (torch.arange(size, dtype=torch.float32) + 0.5) / size
-            view = [1, 1, 1]
-            view[axis] = size
-            centres = centres.view(view).expand(shape)  # (F, H, W)
-            for turns in (math.pi, 2 * math.pi):
-                channels += [torch.sin(turns * centres), torch.cos(turns * centres)]
-        return torch.stack(channels)  # (P, F, H, W)
-
-
-def predict_with_positions(transformer: Any, latents: Tensor, timestep: Tensor, conditions: Tensor) -> Tensor:
-    """Run ``transformer`` on latents with the position channels appended.
+    The network only adds to what it is given: ``skip(t) * latents`` passes by it, as in Karras et al.
+    2022 (arXiv 2206.00364, section 5). The more channels are stacked, the less could a narrow network
+    copy them. Their skip is best for one step; it also passes on noise, which the network would
+    have to take away again through its bottleneck, so this one falls off faster: ``a (1 - s)**2``
+    for signal ``a`` and noise ``s``.
 
     Args:
-        transformer: a WanTransformer3DModel with ``in_channels`` = C + 12 and ``out_channels`` = C.
-        latents: ``(B, C, F, H, W)``.
+        unet: a UNet2DConditionModel with ``in_channels`` = ``out_channels`` = C * F.
+        latents: ``(B, C, F, H, W)`` at noise level ``timestep``.
         timestep: a scalar, or one per row ``(B,)``.
         conditions: ``(B, S, E)`` text states.
+        alphas_cumprod: the noise schedule, one value per training timestep.
 
     Returns:
-        ``(B, C, F, H, W)``, in the scheduler's prediction type.
+        ``(B, C, F, H, W)``: the predicted clean latents (prediction type ``sample``).
 
     """
-    positions = position_channels(*latents.shape[2:]).to(latents)  # (P, F, H, W)
-    positions = positions.expand(len(latents), -1, -1, -1, -1)
-    predicted: Tensor = transformer(
-        torch.cat([latents, positions], dim=1),
-        timestep.to(latents.device).expand(len(latents)),
-        conditions,
-        return_dict=False,
-    )[0]
+    B, C, F = latents.shape[:3]
+    steps = timestep.to(latents.device).expand(B)
+    made = unet(latents.flatten(1, 2), steps, conditions, return_dict=False)[0].unflatten(1, (C, F))
+    signal = alphas_cumprod.to(latents)[steps.long()]  # (B,)
+    skip = signal.sqrt() * (1 - (1 - signal).sqrt()).square()
+    predicted: Tensor = made + skip.view(-1, 1, 1, 1, 1) * latents
     return predicted
 
 
-class TextToVideoTransformerPipeline(DiffusionPipeline):
-    """Text to video with a Wan-style transformer on the latents of an image autoencoder.
+class TextToStackedVideoPipeline(DiffusionPipeline):
+    """Text to video of a fixed number of frames on the latents of an image autoencoder.
 
-    The parts are those of TextToVideoSDPipeline with ``transformer`` in place of ``unet``. The sizes of
-    the latents it was trained on are saved in ``model_index.json``.
+    The parts are those of TextToVideoSDPipeline, with a picture's U-Net over C * F stacked channels. The
+    sizes of the latents it was trained on are saved in ``model_index.json``.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->vae"  # type: ignore[assignment]
+    model_cpu_offload_seq = "text_encoder->unet->vae"  # type: ignore[assignment]
 
     def __init__(
         self,
         vae: AutoencoderKL,
         text_encoder: CLIPTextModel,
         tokenizer: CLIPTokenizer,
-        transformer: WanTransformer3DModel,
+        unet: UNet2DConditionModel,
         scheduler: DDIMScheduler | DPMSolverMultistepScheduler | EulerDiscreteScheduler,
         sample_size: int = 8,
         num_frames: int = 8,
         fps: float = 8.0,
     ) -> None:
         super().__init__()
-        config: Any = transformer.config  # type: ignore[attr-defined]
-        channels, positioned = config.out_channels, config.in_channels
-        if positioned != channels + NUM_POSITION_CHANNELS:
+        parts: tuple[Any, Any, Any] = (unet, vae, scheduler)
+        stacked, latent, schedule = (part.config for part in parts)
+        expected = latent.latent_channels * num_frames
+        if (stacked.in_channels, stacked.out_channels) != (expected, expected):
             raise ValueError(
-                f"The transformer takes {positioned} channels and gives {channels}; expected "
-                f"{channels + NUM_POSITION_CHANNELS} in, {NUM_POSITION_CHANNELS} of them position channels."
+                f"The U-Net takes {stacked.in_channels} channels and gives {stacked.out_channels}; expected "
+                f"{expected} of both: {num_frames} frames of {latent.latent_channels} latent channels."
+            )
+        if schedule.prediction_type != "sample":
+            raise ValueError(
+                f"The scheduler expects {schedule.prediction_type!r}; expected 'sample', which is what "
+                f"the U-Net predicts here."
             )
         self.register_modules(  # type: ignore[no-untyped-call]
             vae=vae,
             text_encoder=text_encoder,
             tokenizer=tokenizer,
-            transformer=transformer,
+            unet=unet,
             scheduler=scheduler,
         )
         sizes = {"sample_size": sample_size, "num_frames": num_frames, "fps": fps}
@@ -148,14 +130,14 @@ class TextToVideoTransformerPipeline(DiffusionPipeline):
         states = self.encode_prompt([*prompts, ""])  # (B + 1, S, E)
         saved: Any = self.config
         size, frames = saved.sample_size, saved.num_frames
-        shape = (len(prompts), self.transformer.config.out_channels, frames, size, size)
+        shape = (len(prompts), self.vae.config.latent_channels, frames, size, size)
         noise = torch.randn(shape, generator=generator, dtype=torch.float32).to(states)
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         bar = self.progress_bar(total=num_inference_steps)
         with bar:
             latents = denoise(
-                lambda batch, timestep, conditions: predict_with_positions(
-                    self.transformer, batch, timestep, conditions
+                lambda batch, timestep, conditions: predict_stacked(
+                    self.unet, batch, timestep, conditions, scheduler.alphas_cumprod
                 ),
                 scheduler,
                 noise,
