@@ -7,14 +7,17 @@ read again before it is judged. Seen and held-out combinations are counted apart
 from __future__ import annotations
 
 import math
+import multiprocessing
 import random
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import Progress
 
 from alignment.embedded.dialogues import MODALITY
@@ -78,7 +81,12 @@ class Tally:
 
 
 def main_toybox(
-    folders: Folders, directions: Sequence[str] | None, samples: int, seed: int, sheets: Path | None = None
+    folders: Folders,
+    directions: Sequence[str] | None,
+    samples: int,
+    seed: int,
+    sheets: Path | None = None,
+    jobs: int = 1,
 ) -> dict[str, Any]:
     """Measure a preset on Toybox.
 
@@ -88,6 +96,7 @@ def main_toybox(
         samples: seen samples of each direction; a quarter as many held-out ones are added.
         seed: of scenes, wordings, jitter and decoders.
         sheets: a folder for contact sheets of what was made, or None.
+        jobs: processes that share the directions; the result is the same for every number.
 
     Returns:
         The object that ``--json`` prints (see the README).
@@ -102,14 +111,13 @@ def main_toybox(
         if name not in known:
             raise ValueError(f"There is no direction {name!r}; expected some of {', '.join(known)}.")
     started = time.monotonic()
-    system = System(folders)
     results: dict[str, Any] = {}
     with Progress(transient=True) as progress:
-        task = progress.add_task("", total=len(chosen))
-        for name in chosen:
-            progress.update(task, description=name)
-            results[name] = _measure(system, name, samples, seed, sheets)
+        task = progress.add_task("directions", total=len(chosen))
+        for name, result in _measured(folders, chosen, samples, seed, sheets, jobs):
+            results[name] = result
             progress.advance(task)
+    results = {name: results[name] for name in chosen}
     return {
         "samples": samples,
         "seed": seed,
@@ -127,6 +135,34 @@ def table(result: Mapping[str, Any]) -> str:
         seen, held_out = (f"{row[split]['right']:.1%} of {row[split]['n']}" for split in ("seen", "held_out"))
         lines.append(f"| {name} | {seen} | {held_out} | {ceiling} | {attributes} |")
     return "\n".join([*lines, f"\n{result['seconds']:.0f} s, seed {result['seed']}"])
+
+
+def _measured(
+    folders: Folders, names: Sequence[str], samples: int, seed: int, sheets: Path | None, jobs: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Measure directions in this process, or in ``jobs`` others; yields each as it is done."""
+    if jobs == 1:
+        system = System(folders)
+        for name in names:
+            yield name, _measure(system, name, samples, seed, sheets)
+        return
+    context = multiprocessing.get_context("spawn")  # forks of a process with threads may hang
+    with ProcessPoolExecutor(jobs, context, _load_once, (folders,)) as pool:
+        running = {pool.submit(_measure_there, name, samples, seed, sheets): name for name in names}
+        for done in as_completed(running):
+            yield running[done], done.result()
+
+
+_system_there: list[System] = []  # the system of a worker process
+
+
+def _load_once(folders: Folders) -> None:
+    torch.set_num_threads(1)
+    _system_there.append(System(folders))
+
+
+def _measure_there(name: str, samples: int, seed: int, sheets: Path | None) -> dict[str, Any]:
+    return _measure(_system_there[0], name, samples, seed, sheets)
 
 
 def _measure(system: System, name: str, samples: int, seed: int, sheets: Path | None) -> dict[str, Any]:

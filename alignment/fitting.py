@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ class FitConfig:
     """How long and how fast to train. Immutable; checked when it is made.
 
     ``max_minutes`` ends a run early on a slow machine: the learning rate then follows the clock
-    instead of the step count, so that the run still ends at rate zero.
+    instead of the step count, so that the run still ends at rate zero. ``seed`` decides the order of
+    the data and the noise; :func:`fit` itself draws nothing.
     """
 
     num_steps: int
@@ -48,6 +50,7 @@ class FitConfig:
     checkpoint_every_s: float = 60.0
     log_every_steps: int = 20
     betas: tuple[float, float] = (0.9, 0.95)
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -56,6 +59,14 @@ class FitConfig:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0.")
         if not 0 <= self.flat_fraction < 1:
             raise ValueError(f"flat_fraction is {self.flat_fraction}; it must be in [0, 1).")
+
+    def randomness(self, step: int) -> random.Random:
+        """Return the source of chance of a step: other seeds and other steps draw other things."""
+        return random.Random(f"{self.seed}-{step}")
+
+    def noise(self, step: int) -> torch.Generator:
+        """Return the source of the noise of a step, on the CPU."""
+        return torch.Generator().manual_seed(1_000_003 * self.seed + step)
 
     def rate_at(self, step: int, elapsed_s: float) -> float:
         """Learning rate of a step: linear warm-up, flat, then linear to zero."""
@@ -186,12 +197,12 @@ def plot_losses(folder: Path) -> Path:
     from matplotlib import pyplot as plt
 
     rows = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
-    figure, axis = plt.subplots(figsize=(7, 3.5))
+    figure, axis = plt.subplots(figsize=(9, 5))
     for key in sorted({key for row in rows for key in row} - {"step", "seconds", "rate"}):
         points = [(row["step"], row[key]) for row in rows if key in row]
         axis.plot(*zip(*points, strict=True), label=key, linewidth=0.8)
     axis.set(xlabel="step", yscale="log", title=folder.name)
-    axis.legend()
+    axis.legend(ncols=3, fontsize=6, loc="upper right")
     figure.tight_layout()
     path = folder / "losses.png"
     figure.savefig(path, dpi=90)

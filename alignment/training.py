@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from alignment.embedded.export import MODALITIES, export_aligned, export_decoder
 from alignment.embedded.language import train_base
 from alignment.fitting import FitConfig, plot_losses
 from alignment.stages import STAGES, Aligned, run_stage
+from alignment.step_order import run_in_order
 from decoders.patch_autoencoder import PatchAutoencoderKL
 from decoders.projection import OutputProjection, OutputProjectionConfig
 from encoders.imagebind_encoder import ImageBindEncoder
@@ -65,7 +67,7 @@ RECIPES: Mapping[str, FitConfig] = {
     "sound-captions": _CAPTIONS,
     "look-denoiser": _DENOISER,
     "clip-denoiser": replace(_DENOISER, num_steps=9000, learning_rate=1.5e-3, average_decay=0.998),
-    "sound-denoiser": replace(_DENOISER, learning_rate=1.5e-3),
+    "sound-denoiser": replace(_DENOISER, num_steps=8000, learning_rate=1.5e-3, average_decay=0.998),
     "imagebind": FitConfig(
         num_steps=6000,
         learning_rate=1e-3,
@@ -75,22 +77,44 @@ RECIPES: Mapping[str, FitConfig] = {
         log_every_steps=7,
     ),
     "language": FitConfig(num_steps=1500, learning_rate=2e-3, average_decay=0.998, flat_fraction=0.4),
-    "encoder-side": FitConfig(num_steps=700, learning_rate=2e-3, average_decay=0.99, flat_fraction=0.4),
+    "encoder-side": FitConfig(num_steps=900, learning_rate=2e-3, average_decay=0.99, flat_fraction=0.4),
     "decoder-side": FitConfig(num_steps=700, learning_rate=1.5e-3, average_decay=0.99, flat_fraction=0.4),
-    "instruction": FitConfig(num_steps=2000, learning_rate=1e-3, average_decay=0.995, flat_fraction=0.4),
+    "instruction": FitConfig(num_steps=3200, learning_rate=1e-3, average_decay=0.995, flat_fraction=0.4),
 }
 """The steps in their order, with lengths and rates that fit two cores."""
+NEEDS: Mapping[str, tuple[str, ...]] = {
+    "imagebind": (),
+    "picture-autoencoder": (),
+    "clip-captions": (),
+    "clip-denoiser": ("picture-autoencoder", "clip-captions"),
+    "language": (),
+    "look-captions": (),
+    "sound-captions": (),
+    "encoder-side": ("imagebind", "language"),
+    "decoder-side": ("encoder-side", "look-captions", "clip-captions", "sound-captions"),
+    "instruction": ("decoder-side",),
+    "look-denoiser": ("picture-autoencoder", "look-captions"),
+    "spectrogram-autoencoder": (),
+    "sound-denoiser": ("spectrogram-autoencoder", "sound-captions"),
+}
+"""What each step builds on; the longest chains come first, so that two jobs end together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """What the command line may say. None leaves the recipe's length."""
+    """What the command line may say. None leaves the recipe's length.
+
+    ``seed`` decides first weights and the order of the data; the rendered pools are the same for all.
+    ``jobs`` steps of ``all`` run at the same time, each with ``threads`` threads.
+    """
 
     runs: Path = Path("runs")
     num_steps: int | None = None
     max_minutes: float | None = None
     threads: int = 1
     small: bool = False
+    seed: int = 0
+    jobs: int = 1
 
 
 @dataclass(frozen=True)
@@ -102,6 +126,7 @@ class Run:
     sizes: pools.PoolSizes
     num_steps: int | None = None
     max_minutes: float | None = None
+    seed: int = 0
 
     @property
     def cache(self) -> Path:
@@ -112,7 +137,7 @@ class Run:
         """Return the recipe of a step, as shortened by the options."""
         recipe = RECIPES[step]
         steps = self.num_steps if self.num_steps is not None else recipe.num_steps
-        return replace(recipe, num_steps=steps, max_minutes=self.max_minutes)
+        return replace(recipe, num_steps=steps, max_minutes=self.max_minutes, seed=self.seed)
 
     def as_it_stands(self) -> Run:
         """Return this run without further training: every step gives what its checkpoint holds."""
@@ -136,15 +161,22 @@ def run(stage: str, weights: Path, options: TrainOptions) -> None:
         raise ValueError(f"There is no stage {stage!r}; expected one of {', '.join(known)}.")
     torch.set_num_threads(options.threads)
     sizes = pools.PoolSizes(looks=400, clips=200, sounds=200) if options.small else pools.PoolSizes()
-    work = Run(options.runs / weights.name, weights, sizes, options.num_steps, options.max_minutes)
-    for step in RECIPES if stage == "all" else () if stage == "export" else (stage,):
-        began = time.monotonic()
-        _STEPS[step](work)
-        plot = plot_losses(work.folder / step)
-        print(f"{step}: {time.monotonic() - began:.0f} s, losses in {plot}")
+    name = f"{weights.name}-seed-{options.seed}" if options.seed else weights.name
+    work = Run(options.runs / name, weights, sizes, options.num_steps, options.max_minutes, options.seed)
+    began = time.monotonic()
+    if stage == "all":
+        pools.render(work.cache, work.sizes)
+        print(f"pools: {time.monotonic() - began:.0f} s")
+        one_step = partial(run, weights=weights, options=options)
+        run_in_order(NEEDS, one_step, options.jobs, work.folder / "logs")
+    elif stage != "export":
+        torch.manual_seed(options.seed)
+        _STEPS[stage](work)
+        plot = plot_losses(work.folder / stage)
+        print(f"{stage}: {time.monotonic() - began:.0f} s, losses in {plot}")
     if stage in ("all", "export"):
         export(work)
-        print(f"export: wrote {weights}")
+        print(f"export: wrote {weights}; {time.monotonic() - began:.0f} s in all")
 
 
 def _picture_autoencoder(work: Run) -> PatchAutoencoderKL:
@@ -204,7 +236,6 @@ def _language(work: Run) -> LanguageModel:
 
 def untrained_bridges(base: Path) -> Aligned:
     """Return the trained base with fresh projectors, signal rows and output projections."""
-    torch.manual_seed(pools.SEED)
     llm = LanguageModel.load(base)
     llm.add_projectors(
         {
@@ -242,10 +273,13 @@ def _stage(work: Run, name: str) -> Aligned:
         raise ValueError(f"{encoder} is missing. First run `patchbay train imagebind`.")
     encoded = encode_pools(ImageBindEncoder.load(encoder), work.cache, work.sizes)
     targets = {modality: _captions(work, kind) for kind, modality in MODALITIES.items()}
-    stage = STAGES[name]
+    stage, config = STAGES[name], work.config(name)
     run_stage(
-        stage, model, lambda step: sample_dialogues(step, stage.directions, encoded, STAGE_BATCHES[name]),
-        {m: _as_tokens(encoder) for m, encoder in targets.items()}, work.folder / name, work.config(name),
+        stage, model,
+        lambda step: sample_dialogues(
+            config.randomness(step), stage.directions, encoded, STAGE_BATCHES[name]
+        ),
+        {m: _as_tokens(encoder) for m, encoder in targets.items()}, work.folder / name, config,
     )  # fmt: skip
     return model
 

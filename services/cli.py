@@ -90,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=["signal", "caption"],
         help="send every decoder this instead of what the preset says",
     )
+    evaluate.add_argument(
+        "--jobs", type=_positive, default=1, help="processes that share the work (default %(default)s)"
+    )
     evaluate.add_argument("--sheets", metavar="DIR", help="write a contact sheet per direction there")
     evaluate.set_defaults(run=eval_command)
 
@@ -100,6 +103,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--steps", type=_positive, help="train so many steps instead of the recipe's")
     train.add_argument("--minutes", type=float, help="end a step after so long, its learning rate at zero")
     train.add_argument("--threads", type=_positive, default=1, help="CPU threads (default %(default)s)")
+    train.add_argument(
+        "--jobs", type=_positive, default=1, help="steps of all that run at once (default %(default)s)"
+    )
+    train.add_argument("--seed", type=int, default=0, help="of weights and data order (default %(default)s)")
     train.add_argument("--small", action="store_true", help="render small pools only, for a rehearsal")
     train.set_defaults(run=train_command)
 
@@ -181,7 +188,7 @@ def eval_command(args: argparse.Namespace) -> int:
     )
     directions = None if args.directions == "all" else args.directions.split(",")
     sheets = Path(args.sheets) if args.sheets else None
-    result: dict[str, Any] = main_toybox(folders, directions, args.samples, args.seed, sheets)
+    result: dict[str, Any] = main_toybox(folders, directions, args.samples, args.seed, sheets, args.jobs)
     print(json.dumps(result) if args.json else table(result))
     return 0
 
@@ -196,6 +203,8 @@ def train_command(args: argparse.Namespace) -> int:
         max_minutes=args.minutes,
         threads=args.threads,
         small=args.small,
+        seed=args.seed,
+        jobs=args.jobs,
     )
     run(args.stage, load_preset(args.preset).weights_folder, options)
     return 0

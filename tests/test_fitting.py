@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,18 @@ def test_losses_are_plotted(tmp_path: Path) -> None:
 
 def _values(config: FitConfig) -> dict[str, object]:
     return {name: getattr(config, name) for name in FitConfig.__slots__}
+
+
+def test_chance_depends_on_the_seed_and_on_the_step_alone() -> None:
+    first, other = CONFIG, replace(CONFIG, seed=1)
+
+    for step in (0, 5):
+        assert first.randomness(step).random() == first.randomness(step).random()
+        assert first.randomness(step).random() != other.randomness(step).random()
+        assert torch.equal(
+            torch.rand(2, generator=first.noise(step)), torch.rand(2, generator=first.noise(step))
+        )
+        assert not torch.equal(
+            torch.rand(2, generator=first.noise(step)), torch.rand(2, generator=other.noise(step))
+        )
+    assert first.randomness(0).random() != first.randomness(5).random()

@@ -45,13 +45,13 @@ def train_picture_autoencoder(
     model.start_from_components(as_pixels(torch.from_numpy(np.array(looks[:1000]))))
 
     def losses(step: int) -> dict[str, Tensor]:
-        rng = np.random.default_rng((pools.SEED, 1, step))
+        rng = np.random.default_rng((config.seed, 1, step))
         half = batch_size // 2
         still = looks[np.sort(rng.integers(len(looks), size=half))]
         which = rng.integers(len(clips), size=batch_size - half)
         frames = np.stack([clips[i, rng.integers(clips.shape[1])] for i in which])
         pixels = as_pixels(torch.from_numpy(np.concatenate([still, frames])))  # (B, 3, H, W)
-        return _reconstruction(model, pixels, step)
+        return _reconstruction(model, pixels, config.noise(step))
 
     fit("picture autoencoder", model, losses, config, folder)
     latents = [_mean_latents(model, as_pixels(torch.from_numpy(np.asarray(looks[:512]))))]
@@ -67,9 +67,9 @@ def train_spectrogram_autoencoder(
     model.start_from_components(as_mels(torch.from_numpy(np.array(mels[:1000]))))
 
     def losses(step: int) -> dict[str, Tensor]:
-        rng = np.random.default_rng((pools.SEED, 2, step))
+        rng = np.random.default_rng((config.seed, 2, step))
         batch = as_mels(torch.from_numpy(mels[np.sort(rng.integers(len(mels), size=batch_size))]))
-        return _reconstruction(model, batch, step, 1 / MEL_SPREAD)
+        return _reconstruction(model, batch, config.noise(step), 1 / MEL_SPREAD)
 
     fit("spectrogram autoencoder", model, losses, config, folder)
     with torch.inference_mode():
@@ -100,11 +100,10 @@ class LatentFunction:
 
 
 def _reconstruction(
-    model: PatchAutoencoderKL, batch: Tensor, step: int, scale: float = 1.0
+    model: PatchAutoencoderKL, batch: Tensor, generator: torch.Generator, scale: float = 1.0
 ) -> dict[str, Tensor]:
     batch = batch.to(training_device())
     posterior = model.encode(batch).latent_dist
-    generator = torch.Generator().manual_seed(step)
     rebuilt = model.decode(posterior.sample(generator)).sample
     error = (rebuilt - batch) * scale
     return {

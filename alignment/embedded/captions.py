@@ -146,7 +146,7 @@ def train_caption_encoder(
     model = _Attributes(encoder, names)
 
     def losses(step: int) -> dict[str, Tensor]:
-        rng = random.Random(f"{kind}-captions-{step}")
+        rng = config.randomness(step)
         scenes = [SAMPLERS[kind](rng) for _ in range(batch_size)]
         logits = model([spoken(scene, rng) for scene in scenes])
         return {

@@ -102,7 +102,7 @@ def train_imagebind(cache: Path, folder: Path, config: FitConfig, sizes: pools.P
 
     def losses(step: int) -> dict[str, Tensor]:
         kind = CYCLE[step % len(CYCLE)]
-        rng = random.Random(f"imagebind-{step}")
+        rng = config.randomness(step)
         chosen = sorted(rng.sample(range(number[kind]), BATCH[kind]))
         scenes = [listed[kind][i] for i in chosen]
         batch = take[kind](chosen)

@@ -10,7 +10,6 @@ Shape letters in this file:
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -137,12 +136,11 @@ def train_denoiser(
     listed: list[Scene] = pools.scenes(kind, len(latents))
 
     def losses(step: int) -> dict[str, Tensor]:
-        rng = random.Random(f"{kind}-denoiser-{step}")
+        rng = config.randomness(step)
         chosen = sorted(rng.sample(range(len(listed)), batch_size))
         texts = ["" if rng.random() < CAPTION_DROPOUT else spoken(listed[i], rng) for i in chosen]
         batch = torch.from_numpy(latents[chosen].astype(np.float32)).to(training_device())
-        generator = torch.Generator().manual_seed(step)
-        return {"velocity": model.loss(batch, texts, generator)}
+        return {"velocity": model.loss(batch, texts, config.noise(step))}
 
     fit(f"{kind} denoiser", model, losses, config, folder)
     return model

@@ -92,10 +92,12 @@ def dialogue_of(exercise: Exercise, media: Mapping[Scene, MediaTokens]) -> Dialo
 
 
 def sample_dialogues(
-    step: int, directions: Mapping[str, float], encoded: Mapping[Kind, EncodedPool], batch_size: int
+    rng: random.Random,
+    directions: Mapping[str, float],
+    encoded: Mapping[Kind, EncodedPool],
+    batch_size: int,
 ) -> list[Dialogue]:
     """Return the dialogues of one training step, each of a direction drawn by its share."""
-    rng = random.Random(f"stages-{step}")
     dialogues = []
     for name in rng.choices(list(directions), weights=list(directions.values()), k=batch_size):
         scenes = PoolScenes(rng, encoded)

@@ -70,7 +70,7 @@ def train_base(folder: Path, config: FitConfig) -> LanguageModel:
     model.train_only({"base"})
 
     def losses(step: int) -> dict[str, Tensor]:
-        rng = random.Random(f"language-{step}")
+        rng = config.randomness(step)
         names = rng.choices(tuple(DIRECTIONS), k=BATCH)
         batch = model.collate([in_words(make(name, rng, FreshScenes(rng))) for name in names])
         with half_precision():

@@ -99,6 +99,13 @@ def sound_mels(folder: Path, number: int, seed: int = SEED) -> NDArray[np.float1
     return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
 
 
+def render(folder: Path, sizes: PoolSizes) -> None:
+    """Render all pools that are not there yet."""
+    look_pixels(folder, sizes.looks)
+    clip_pixels(folder, sizes.clips)
+    sound_samples(folder, sizes.sounds)
+
+
 def encoded(
     path: Path,
     rows: NDArray[np.generic],
