@@ -48,7 +48,7 @@ class Stage:
 
 
 _MAKES = {"text-to-image": 1.0, "text-to-video": 1.0, "text-to-audio": 1.0}
-_READS = {"image-to-text": 3.0, "video-to-text": 2.0, "audio-to-text": 2.0}
+_READS = {"image-to-text": 3.0, "video-to-text": 3.0, "audio-to-text": 2.0}
 STAGES: Mapping[str, Stage] = {
     "encoder-side": Stage(
         name="encoder-side",
@@ -71,7 +71,7 @@ STAGES: Mapping[str, Stage] = {
             **_READS, **_MAKES, "image-to-audio": 1, "audio-to-image": 1, "image-to-video": 1,
             "video-to-image": 1, "video-to-audio": 1, "audio-to-video": 1, "text+image-to-image": 2,
             "text+audio-to-audio": 1.5, "text+video-to-video": 1.5, "image+audio-to-video": 1,
-            "text-to-many": 3, "conversation": 3, "decision": 2, "beyond-words": 0.5,
+            "text-to-many": 5, "conversation": 3, "decision": 2, "beyond-words": 0.5,
         },
     ),
 }  # fmt: skip

@@ -149,7 +149,7 @@ def test_the_skip_lets_a_clean_clip_through_and_stops_noise() -> None:
     predicted = predict_stacked(unet, clip, torch.tensor([0, 1, 2]), conditions, schedule)
 
     torch.testing.assert_close(predicted[0], clip[0])
-    torch.testing.assert_close(predicted[1], 0.8 * 0.4**2 * clip[1])
+    torch.testing.assert_close(predicted[1], 0.8 * 0.4**6 * clip[1])
     assert not predicted[2].any()
     assert unet.call_args.args[0].shape == (3, 8, 4, 4)
 

@@ -52,7 +52,7 @@ def build(kind: Kind) -> UNet2DConditionModel:
     """Return the untrained denoiser of a kind of scene."""
     if kind == "look":
         denoiser = UNet2DConditionModel(
-            sample_size=8, block_out_channels=(80, 160), cross_attention_dim=WIDTH, **_FRAME, **_BLOCKS
+            sample_size=8, block_out_channels=(80, 128), cross_attention_dim=WIDTH, **_FRAME, **_BLOCKS
         )
     elif kind == "sound":
         denoiser = UNet2DConditionModel(

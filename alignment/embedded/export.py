@@ -31,7 +31,7 @@ MODALITIES: Mapping[Kind, Modality] = {
 }
 DEFAULTS: Mapping[Kind, Mapping[str, object]] = {
     "look": {"steps": 10, "guidance_scale": 2.0, "scheduler": "dpmsolver++"},
-    "clip": {"steps": 10, "guidance_scale": 2.0, "scheduler": "dpmsolver++"},
+    "clip": {"steps": 10, "guidance_scale": 3.0, "scheduler": "dpmsolver++"},
     "sound": {"steps": 10, "guidance_scale": 2.0, "scheduler": "dpmsolver++", "duration_s": 2.56},
 }
 
