@@ -209,15 +209,13 @@ class Engine:
             self._speak(speaking, torch.cat(last) if len(last) > 1 else last[0], events)
         return events
 
-    def abort(self, error: Exception) -> list[tuple[Request, StepEvent]]:
-        """End every request with ``error``, empty all slots, and return these events."""
-        lost = [slot.running for slot in self._slots if slot.request is not None] + list(self._waiting)
+    def abort(self) -> None:
+        """Forget every request, and all that slots hold. No event tells of it."""
         self._waiting.clear()
         for index, slot in enumerate(self._slots):
             self._slot_model.cache.clear(index)
-            slot.keys, slot.fed, slot.request, slot.media = [], 0, None, []
+            slot.keys, slot.fed, slot.request, slot.media, slot.last_used = [], 0, None, [], -1
         self._num_running = 0
-        return [(request, error) for request in lost]
 
     def _drop_cancelled(self, events: list[tuple[Request, StepEvent]]) -> None:
         for slot in self._slots:
