@@ -353,7 +353,7 @@ class Engine:
             where.append((i, count - 1))
             reply = slot.running.reply
             if reply.block is not None:
-                signal = reply.signal(hidden[i, :count].float(), embeddings[i, :count].clone())
+                signal = reply.signal(hidden[i, :count].clone().float(), embeddings[i, :count].clone())
                 events.append((slot.running, signal))
         if not speaking:
             return []
@@ -378,6 +378,7 @@ class Engine:
                     row[low - slot.fed : high - slot.fed] = values[low - start : high - start]
         return embeddings
 
+    @torch.inference_mode()
     def _speak(self, slots: list[Slot], hidden: Tensor, events: list[tuple[Request, StepEvent]]) -> None:
         """Choose the next token of each slot from its last state, ``(B, D)``."""
         logits = self.model.logits(hidden)  # (B, V)

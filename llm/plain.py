@@ -7,7 +7,7 @@ Shape letters in this file:
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ def plain_model(model: LanguageModel) -> PreTrainedModel:
     """
     if model.base is not model.causal_lm:
         raise ValueError("The model has LoRA beside its base; call merge_adapter() first.")
-    plain = copy.deepcopy(model.causal_lm)
+    plain: PreTrainedModel = copy.deepcopy(model.causal_lm)
     n = model.tokenizer.base_vocabulary
     rows = model.signal_rows
     with torch.no_grad():
@@ -34,7 +34,8 @@ def plain_model(model: LanguageModel) -> PreTrainedModel:
             (plain.get_input_embeddings(), rows.embedding, plain.set_input_embeddings),
             (plain.get_output_embeddings(), rows.head, plain.set_output_embeddings),
         ):
-            table = torch.cat([old.weight[:n], new.to(old.weight.dtype)])
+            weight = cast(Tensor, old.weight)
+            table = torch.cat([weight[:n], new.to(weight.dtype)])
             if isinstance(old, nn.Embedding):
                 grown: nn.Module = nn.Embedding.from_pretrained(table)
             else:
@@ -42,7 +43,8 @@ def plain_model(model: LanguageModel) -> PreTrainedModel:
                 grown.weight = nn.Parameter(table, requires_grad=False)
             put(grown)
     plain.config.vocab_size = len(model.tokenizer)
-    return plain.eval()
+    plain.eval()
+    return plain
 
 
 class WholeBlocks(LogitsProcessor):

@@ -141,7 +141,11 @@ class Reply:
     """
 
     def __init__(
-        self, tokenizer: ConversationTokenizer, options: GenerationOptions, prompt: Sequence[int], context: int
+        self,
+        tokenizer: ConversationTokenizer,
+        options: GenerationOptions,
+        prompt: Sequence[int],
+        context: int,
     ) -> None:
         self.options = options
         self.ids: list[int] = []

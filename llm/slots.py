@@ -31,7 +31,7 @@ class SlotLayer(CacheLayerMixin):
     values: Tensor
 
     def __init__(self, num_slots: int, window: int | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.num_slots, self.num_positions = num_slots, 0
         self.window = window
         self.is_sliding = window is not None
@@ -46,7 +46,7 @@ class SlotLayer(CacheLayerMixin):
 
     def grow(self, num_positions: int) -> None:
         """Make every row ``num_positions`` long."""
-        # Zeros, not whatever was in memory: a masked position still takes part in the sums, and NaN stays NaN.
+        # Zeros, not whatever was in memory: a masked position takes part in the sums, and NaN stays NaN.
         if self.is_initialized:
             for name in ("keys", "values"):
                 old: Tensor = getattr(self, name)
@@ -81,28 +81,30 @@ class SlotCache(Cache):
 
     """
 
-    layers: list[SlotLayer]
-
     def __init__(self, model: LanguageModel, num_slots: int) -> None:
-        layers = []
+        kept: list[SlotLayer] = []
         for layer in DynamicCache(config=model.causal_lm.config).layers:
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
                 raise ValueError(
-                    f"The base has a {type(layer).__name__}; the engine keeps full and sliding attention only. "
-                    f"Choose a base without linear, chunked or compressed attention."
+                    f"The base has a {type(layer).__name__}; the engine keeps full and sliding attention "
+                    f"only. Choose a base without linear, chunked or compressed attention."
                 )
-            layers.append(SlotLayer(num_slots, getattr(layer, "sliding_window", None)))
-        super().__init__(layers=layers)
+            kept.append(SlotLayer(num_slots, getattr(layer, "sliding_window", None)))
+        if len({layer.window for layer in kept if layer.window is not None}) > 1:
+            raise ValueError("The base has sliding windows of several sizes; the engine masks one size only.")
+        super().__init__(layers=[*kept])
+        self.kept = kept
         self.num_positions = 0
         self._places = torch.empty(0)
         self._rows: slice | Tensor = slice(0)
         self._seen = 0
 
+    @torch.inference_mode()
     def reserve(self, num_positions: int, most: int) -> None:
         """Make rows at least ``num_positions`` long, and then some, but not longer than ``most``."""
         if num_positions > self.num_positions:
             self.num_positions = min(max(num_positions, 2 * self.num_positions, GROWTH), most)
-            for layer in self.layers:
+            for layer in self.kept:
                 layer.grow(self.num_positions)
 
     def aim(self, places: Tensor, rows: slice | Tensor, seen: int) -> None:
@@ -117,7 +119,7 @@ class SlotCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write ``(B, H, T, K)`` where the pass aims; return keys and values ``(B, H, L, K)`` of its rows."""
-        layer = self.layers[layer_idx]
+        layer = self.kept[layer_idx]
         if not layer.is_initialized:
             layer.lazy_initialization(key_states, value_states)
         return (
@@ -132,11 +134,13 @@ class SlotCache(Cache):
         rows = seen[self._rows] if isinstance(self._rows, slice) else seen.index_select(0, self._rows)
         return rows.transpose(1, 2)
 
+    @torch.inference_mode()
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` positions of one slot to another."""
         for tensor in self._tensors():
             tensor[target, :length] = tensor[source, :length]
 
+    @torch.inference_mode()
     def swap(self, one: int, other: int, length: int) -> None:
         """Exchange the first ``length`` positions of two slots."""
         for tensor in self._tensors():
@@ -144,13 +148,14 @@ class SlotCache(Cache):
             tensor[one, :length] = tensor[other, :length]
             tensor[other, :length] = kept
 
+    @torch.inference_mode()
     def clear(self, slot: int) -> None:
         """Zero a slot, so that nothing that is not a number stays in it."""
         for tensor in self._tensors():
             tensor[slot] = 0
 
     def _tensors(self) -> list[Tensor]:
-        layers = [layer for layer in self.layers if layer.is_initialized]
+        layers = [layer for layer in self.kept if layer.is_initialized]
         return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
 
 
@@ -184,9 +189,12 @@ class SlotModel:
                 f"The base was loaded with {attention!r} attention; the engine needs an additive mask. "
                 f"Load it with attn_implementation='sdpa' or 'eager'."
             )
-        self._windows = {"sliding_attention" if w.is_sliding else "full_attention": w.window for w in self.cache.layers}
+        self._windows = {
+            "sliding_attention" if w.is_sliding else "full_attention": w.window for w in self.cache.kept
+        }
         self._steps = torch.arange(context + 1, device=self._device)
 
+    @torch.inference_mode()
     def run(self, embeddings: Tensor, rows: Sequence[int], starts: Sequence[int]) -> Tensor:
         """Feed some slots and return their last hidden states.
 
@@ -198,7 +206,7 @@ class SlotModel:
             starts: for each row, how many of its positions came before.
 
         Returns:
-            ``(B, T, D)`` after the final norm, in the dtype of the base.
+            ``(B, T, D)`` after the final norm, in the dtype of the base; an inference tensor.
 
         """
         length = embeddings.shape[1]

@@ -80,7 +80,7 @@ class LocalLanguageModel:
         self, prompt: Sequence[PromptMessage], options: SpeechOptions
     ) -> AsyncGenerator[Speech, None]:
         """Stream the reply."""
-        engine = self.engine or await asyncio.to_thread(self._loaded)
+        engine = await asyncio.to_thread(self._loaded) if self.engine is None else self.engine
         wishes = GenerationOptions(
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,

@@ -87,9 +87,7 @@ async def test_an_engine_that_breaks_ends_every_stream_and_goes_on(monkeypatch: 
         raise RuntimeError("broken")
 
     monkeypatch.setattr(core, "_speak", broken)
-    ends = await asyncio.gather(
-        *(all_of(engine, f"say {i}", LONG) for i in range(4)), return_exceptions=True
-    )
+    ends = await asyncio.gather(*(all_of(engine, f"say {i}", LONG) for i in range(4)), return_exceptions=True)
     assert [str(end) for end in ends] == ["broken"] * 4
     monkeypatch.setattr(core, "_speak", speak)
     assert isinstance((await all_of(engine, "again", LONG))[-1], Finished)

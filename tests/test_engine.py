@@ -234,7 +234,9 @@ def test_long_prompts_are_read_in_pieces_while_others_speak() -> None:
 def test_a_next_turn_reads_only_what_is_new() -> None:
     model = eager_model()
     engine = Engine(model, slots=3)
-    options = GenerationOptions(required=(IMAGE,), max_signals=1, max_new_tokens=4, allowed=frozenset({IMAGE}))
+    options = GenerationOptions(
+        required=(IMAGE,), max_signals=1, max_new_tokens=4, allowed=frozenset({IMAGE})
+    )
     first = [user("draw a bell like this ", medium(IMAGE, 6), "please")]
     (events,) = run(engine, [engine.prepare(first, options)]).values()
     run(engine, [engine.prepare([user(WORDS[2])], options)])
@@ -270,7 +272,13 @@ def test_the_conversation_that_was_idle_longest_loses_its_slot() -> None:
     model = tiny_model()
     engine = Engine(model, slots=2)
     options = GenerationOptions(max_new_tokens=1, allowed=frozenset())
-    asked = ["aaaaaaaaaaaaaaaa", "bbbbbbbbbbbbbbbb", "aaaaaaaaaaaaaaaa", "cccccccccccccccc", "aaaaaaaaaaaaaaaa"]
+    asked = [
+        "aaaaaaaaaaaaaaaa",
+        "bbbbbbbbbbbbbbbb",
+        "aaaaaaaaaaaaaaaa",
+        "cccccccccccccccc",
+        "aaaaaaaaaaaaaaaa",
+    ]
     reused = []
     for text in asked:
         before = engine.stats.reused_tokens
@@ -318,12 +326,13 @@ def test_numbers_that_are_none_end_one_reply_and_stay_in_no_slot(monkeypatch: py
     bad, good = engine.prepare([user("hear")], options), engine.prepare([user("hi")], options)
     step = engine._slot_model.run
 
+    @torch.inference_mode()
     def broken_pass(embeddings: Tensor, rows: list[int], starts: list[int]) -> Tensor:
         hidden = step(embeddings, rows, starts)
         for i, row in enumerate(rows):
             if engine._slots[row].request is bad:
                 hidden[i] = float("nan")
-                engine._slot_model.cache.layers[0].keys[row] = float("nan")
+                engine._slot_model.cache.kept[0].keys[row] = float("nan")
         return hidden
 
     monkeypatch.setattr(engine._slot_model, "run", broken_pass)
@@ -332,7 +341,7 @@ def test_numbers_that_are_none_end_one_reply_and_stay_in_no_slot(monkeypatch: py
     (error,) = events[bad]
     assert isinstance(error, ArithmeticError)
     assert "not finite" in str(error)
-    assert all(layer.keys.isfinite().all() for layer in engine._slot_model.cache.layers)
+    assert all(layer.keys.isfinite().all() for layer in engine._slot_model.cache.kept)
     assert_same(events[good], list(generate(model, [user("hi")], options)))
 
 
@@ -367,7 +376,9 @@ def test_a_repetition_penalty_is_for_words_that_were_used() -> None:
     model = tiny_model()
     options = GenerationOptions(max_new_tokens=40, allowed=frozenset())
     free = cast(Finished, list(generate(model, [user("hi")], options))[-1]).ids
-    shy = cast(Finished, list(generate(model, [user("hi")], replace(options, repetition_penalty=1e6)))[-1]).ids
+    shy = cast(
+        Finished, list(generate(model, [user("hi")], replace(options, repetition_penalty=1e6)))[-1]
+    ).ids
     assert len(set(free)) < len(free)
     words = [token for token in shy if token != model.tokenizer.eos_id]
     assert len(set(words)) == len(words)
