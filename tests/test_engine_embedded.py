@@ -12,7 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from llm.engine import Engine
 from llm.model import LanguageModel
+from llm.plain import plain_model
+from llm.reply import Finished, GenerationOptions
+from llm.template import Message
 from services import cli
 from services.bench.llm import Peer, prompts, run_engine
 
@@ -49,10 +53,6 @@ def test_greedy_replies_are_those_of_transformers_token_for_token(model: Languag
 
 
 def test_logits_in_company_are_those_of_one_full_pass(model: LanguageModel) -> None:
-    from llm.engine import Engine
-    from llm.reply import Finished, GenerationOptions
-    from llm.template import Message
-
     texts = prompts(8, seed=4)
     engine = Engine(model, slots=4, step_tokens=24)
     requests = [engine.prepare([Message("user", [t])], GenerationOptions(max_new_tokens=40)) for t in texts]
@@ -85,6 +85,11 @@ def test_logits_in_company_are_those_of_one_full_pass(model: LanguageModel) -> N
             torch.stack(seen[id(request.reply)]), expected[0, spoken], atol=1e-4, rtol=1e-4
         )
         assert isinstance(request.reply.finish("stop")[-1], Finished)
+
+
+def test_the_yardstick_wants_lora_inside_the_base() -> None:
+    with pytest.raises(ValueError, match=r"call merge_adapter\(\) first"):
+        plain_model(LanguageModel.load(FOLDER))
 
 
 def test_the_bench_prints_ours_beside_the_peers(
