@@ -66,7 +66,8 @@ def build_app(args: AppArgs) -> Application:
     door: dict[str, Any] = {**usual, "max_ongoing_requests": 256}
 
     encoder = serve.deployment(name="Encoder", **model)(EncoderReplica).bind(replica)
-    language_model = serve.deployment(name="LanguageModel", **model)(LanguageModelReplica).bind(replica)
+    speaking = {**model, "max_ongoing_requests": preset.language_model.slots}
+    language_model = serve.deployment(name="LanguageModel", **speaking)(LanguageModelReplica).bind(replica)
     decoders = {
         modality: serve.deployment(name=decoder_name(modality), **model)(DecoderReplica).bind(
             replica, modality

@@ -20,7 +20,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from encoders.media import Modality
 from llm import checkpoint
@@ -165,19 +165,16 @@ class LanguageModel(nn.Module):
         new = F.embedding((ids - n).clamp(min=0), self.signal_rows.embedding)
         return torch.where((ids >= n)[..., None], new, old.to(new.dtype))
 
-    def run(
-        self, embeddings: Tensor, present: Tensor | None = None, cache: DynamicCache | None = None
-    ) -> Tensor:
+    def run(self, embeddings: Tensor, present: Tensor | None = None) -> Tensor:
         """Return the last hidden states ``(B, T, D)``, after the final norm, of ``embeddings`` ``(B, T, D)``.
 
-        ``present`` ``(B, T)`` bool masks padding at the right; ``cache`` holds what came before and grows.
+        ``present`` ``(B, T)`` bool masks padding at the right.
         """
         lm = self.causal_lm
         output = lm.base_model(
             inputs_embeds=embeddings.to(lm.dtype),
             attention_mask=None if present is None else present.long(),
-            past_key_values=cache,
-            use_cache=cache is not None,
+            use_cache=False,
         )
         return cast(Tensor, output.last_hidden_state)
 
@@ -265,6 +262,14 @@ class LanguageModel(nn.Module):
                 rows=[row for row, _ in placed],
             )
         return states
+
+    def reads_prompt(self, modality: Modality) -> bool:
+        """Whether the words beside a medium of ``modality`` change how it is projected."""
+        return self._projector(modality).needs_prompt
+
+    def project_slot(self, slot: MediaSlot) -> Tensor:
+        """Return what goes into ``slot``, ``(slot.length, D)``."""
+        return self._project(slot.media.modality, [slot])[0, : slot.length]
 
     def _projector(self, modality: Modality) -> Projector:
         return cast(Projector, self.projectors[str(modality)])
@@ -424,7 +429,9 @@ def _present(lengths: list[int], device: torch.device) -> Tensor:
 
 def _as_the_base_scales(logits: Tensor, config: Any) -> Tensor:
     """Repeat what Cohere, Granite and Gemma 2 do between the head and the logits."""
-    logits = logits * (getattr(config, "logit_scale", None) or 1.0)
-    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
+    if scale := getattr(config, "logit_scale", None):
+        logits = logits * scale
+    if scaling := getattr(config, "logits_scaling", None):
+        logits = logits / scaling
     cap = getattr(config, "final_logit_softcapping", None)
     return torch.tanh(logits / cap) * cap if cap else logits

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from services.bench import BENCHES, run_bench, table
 from services.errors import ServiceError, translate
 from services.presets import load_preset, shipped_presets
 
@@ -110,6 +111,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--small", action="store_true", help="render small pools only, for a rehearsal")
     train.set_defaults(run=train_command)
 
+    bench = commands.add_parser("bench", help=bench_command.__doc__, description=bench_command.__doc__)
+    bench.add_argument("name", choices=sorted(BENCHES), help="what to measure")
+    _preset_option(bench)
+    bench.add_argument("--quick", action="store_true", help="end within a minute; the figures vary more")
+    bench.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    bench.set_defaults(run=bench_command)
+
     presets = commands.add_parser(
         "presets", help=presets_command.__doc__, description=presets_command.__doc__
     )
@@ -173,7 +181,7 @@ def serve_command(args: argparse.Namespace) -> int:
 
 def eval_command(args: argparse.Namespace) -> int:
     """Measure how often the outputs are right, direction by direction."""
-    from alignment.evaluation import main_toybox, table
+    from alignment import evaluation
     from alignment.system import Folders
     from services.doctor import expect_files
 
@@ -188,8 +196,10 @@ def eval_command(args: argparse.Namespace) -> int:
     )
     directions = None if args.directions == "all" else args.directions.split(",")
     sheets = Path(args.sheets) if args.sheets else None
-    result: dict[str, Any] = main_toybox(folders, directions, args.samples, args.seed, sheets, args.jobs)
-    print(json.dumps(result) if args.json else table(result))
+    result: dict[str, Any] = evaluation.main_toybox(
+        folders, directions, args.samples, args.seed, sheets, args.jobs
+    )
+    print(json.dumps(result) if args.json else evaluation.table(result))
     return 0
 
 
@@ -207,6 +217,13 @@ def train_command(args: argparse.Namespace) -> int:
         jobs=args.jobs,
     )
     run(args.stage, load_preset(args.preset).weights_folder, options)
+    return 0
+
+
+def bench_command(args: argparse.Namespace) -> int:
+    """Measure speed beside a peer's, in one run on this machine."""
+    result = run_bench(args.name, load_preset(args.preset), args.quick)
+    print(json.dumps(result) if args.json else table(result))
     return 0
 
 

@@ -1,9 +1,9 @@
 """The boxes as Ray Serve deployments: shells around the objects of one process.
 
-Each replica holds one of the objects of ``services.local_*``, which bring their own lock, stop flag
-and thread, because Serve frees a replica's slot on cancel while its thread still runs. Media travel
-through the artefact store. What goes wrong travels as a value, so that no traceback fills the logs.
-Only this file and ``deploy/`` know Ray; replicas that need no model never import torch.
+Each replica holds one of the objects of ``services.local_*``, which bring a thread of their own and end
+what is dropped within one step, because Serve frees a replica's slot on cancel while its thread still
+runs. Media travel through the artefact store. What goes wrong travels as a value, so that no traceback
+fills the logs. Only this file and ``deploy/`` know Ray; replicas that need no model never import torch.
 """
 
 from __future__ import annotations

@@ -1,18 +1,21 @@
-"""The generate box in this process, with a thread of its own.
+"""The generate box in this process: an engine that all turns share, with a thread of its own.
 
 The model is loaded at the first use, or by :meth:`LocalLanguageModel.load`.
 """
 
 from __future__ import annotations
 
-import threading
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import asdict
 
 import torch
 
-from llm.generate import ContextTooLong, GenerationEvent, GenerationOptions, SignalReady, TextDelta, generate
+from llm.async_engine import AsyncEngine
+from llm.engine import Engine, EngineStats
+from llm.generate import ContextTooLong, GenerationEvent, GenerationOptions, SignalReady, TextDelta
 from llm.generate import Finished as ModelFinished
 from llm.model import LanguageModel
 from llm.template import Dialogue, MediaTokens, SignalPart
@@ -31,7 +34,6 @@ from services.boxes import (
 from services.errors import BadRequest
 from services.loading import loading
 from services.presets import Preset
-from services.worker import Emit, Worker
 
 
 class LocalLanguageModel:
@@ -39,53 +41,60 @@ class LocalLanguageModel:
 
     def __init__(self, preset: Preset) -> None:
         self.preset = preset
-        self.worker: Worker[Speech] = Worker("language-model")
-        self.model: LanguageModel | None = None
+        self.engine: AsyncEngine | None = None
 
     def load(self) -> None:
         """Load the weights, unless they are loaded, with LoRA merged for speed."""
-        if self.model is None:
-            with loading("language model"):
-                self.model = LanguageModel.load(self.preset.language_model_folder, self.preset.device)
-            self.model.merge_adapter()
+        with loading("language model"):
+            if self.engine is None:
+                options = self.preset.language_model
+                model = LanguageModel.load(self.preset.language_model_folder, self.preset.device)
+                model.merge_adapter()
+                engine = Engine(
+                    model, slots=options.slots, context=options.context, step_tokens=options.step_tokens
+                )
+                self.engine = AsyncEngine(engine, "language-model")
 
     def warm_up(self) -> None:
         """Say a few words, so that the first real ones come fast."""
-        model = self._loaded()
-        wishes = GenerationOptions(max_new_tokens=8, seed=0)
-        for _ in generate(model, [TemplateMessage("user", ["hello"])], wishes, threading.Event()):
-            pass
 
-    def _loaded(self) -> LanguageModel:
+        async def say() -> None:
+            wishes = GenerationOptions(max_new_tokens=8, seed=0)
+            async for _ in self._loaded().stream([TemplateMessage("user", ["hello"])], wishes):
+                pass
+
+        with ThreadPoolExecutor(1) as thread:  # the caller may have an event loop that runs
+            thread.submit(asyncio.run, say()).result()
+
+    @property
+    def stats(self) -> EngineStats | None:
+        """Counts of the engine, or None before the weights are loaded."""
+        return None if self.engine is None else self.engine.stats
+
+    def _loaded(self) -> AsyncEngine:
         self.load()
-        assert self.model is not None
-        return self.model
+        assert self.engine is not None
+        return self.engine
 
     async def generate(
         self, prompt: Sequence[PromptMessage], options: SpeechOptions
     ) -> AsyncGenerator[Speech, None]:
         """Stream the reply."""
-
-        def job(emit: Emit[Speech], stop: threading.Event) -> None:
-            model = self._loaded()
-            wishes = GenerationOptions(
-                max_new_tokens=options.max_new_tokens,
-                temperature=options.temperature,
-                top_p=options.top_p,
-                seed=options.seed,
-                allowed=options.allowed,
-                max_signals=options.max_signals,
-            )
-            try:
-                events = generate(model, _dialogue(prompt), wishes, stop)
-            except ContextTooLong as error:
-                raise BadRequest(str(error), code="context_length_exceeded", param="messages") from error
-            for said in events:
-                emit(_speech(said))
-
-        async with aclosing(self.worker.stream(job)) as stream:
-            async for speech in stream:
-                yield speech
+        engine = await asyncio.to_thread(self._loaded) if self.engine is None else self.engine
+        wishes = GenerationOptions(
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=options.seed,
+            allowed=options.allowed,
+            max_signals=options.max_signals,
+        )
+        try:
+            async with aclosing(engine.stream(_dialogue(prompt), wishes)) as stream:
+                async for said in stream:
+                    yield _speech(said)
+        except ContextTooLong as error:
+            raise BadRequest(str(error), code="context_length_exceeded", param="messages") from error
 
 
 def _dialogue(prompt: Sequence[PromptMessage]) -> Dialogue:

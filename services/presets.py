@@ -31,9 +31,16 @@ class EncoderPreset(_Strict):
 
 
 class LanguageModelPreset(_Strict):
-    """Which language model thinks."""
+    """Which language model thinks, and how many replies at once.
+
+    ``context`` None is all that the model sees; less saves memory. ``step_tokens`` is the most that one
+    step of the engine reads; more answers long prompts sooner, less keeps running replies steadier.
+    """
 
     folder: str = "llm"
+    slots: int = Field(default=8, ge=1, description="replies that are made at the same time")
+    context: int | None = Field(default=None, ge=1, description="positions of a conversation and its reply")
+    step_tokens: int = Field(default=256, ge=2)
 
 
 class CostLimits(_Strict):

@@ -1,0 +1,136 @@
+"""The engine for asyncio: one thread steps the model, every request is a stream of events."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+from llm.engine import Engine, EngineStats, Request, StepEvent
+from llm.reply import Finished, GenerationEvent, GenerationOptions
+from llm.template import Dialogue
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Stream:
+    """Where the events of one request go."""
+
+    loop: asyncio.AbstractEventLoop
+    events: asyncio.Queue[StepEvent]
+
+
+class AsyncEngine:
+    """Streams replies from an engine, which belongs to this object's thread from now on.
+
+    Streams may be read in any number of event loops. The thread is made with the first stream.
+    """
+
+    def __init__(self, engine: Engine, name: str = "engine") -> None:
+        self._engine = engine
+        self._name = name
+        self._streams: dict[Request, _Stream] = {}  # the thread's own
+        self._arrived: list[tuple[Request, _Stream]] = []
+        self._news = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counts of the engine, as they were a moment ago."""
+        return self._engine.stats
+
+    async def stream(
+        self, dialogue: Dialogue, options: GenerationOptions | None = None
+    ) -> AsyncGenerator[GenerationEvent, None]:
+        """Yield the events of a reply; the last is ``Finished``.
+
+        Closing the stream, or cancelling the task that reads it, ends the request with the step that
+        runs now. The request's error is raised here.
+
+        Raises:
+            ContextTooLong: the dialogue does not fit.
+            ValueError: a medium that the model cannot read or make.
+            RuntimeError: the engine is closed.
+
+        """
+        request = await asyncio.to_thread(self._engine.prepare, dialogue, options)
+        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
+        self._send(request, stream)
+        ended = False
+        try:
+            while not ended:
+                event = await stream.events.get()
+                ended = isinstance(event, (Finished, Exception))
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+        finally:
+            if not ended:
+                self._engine.cancel(request)
+
+    def close(self) -> None:
+        """End the requests that run, and the thread after them; new streams raise ``RuntimeError``."""
+        with self._news:
+            self._closed = True
+            self._news.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _send(self, request: Request, stream: _Stream) -> None:
+        with self._news:
+            if self._closed:
+                raise RuntimeError("The engine is closed; make a new one.")
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
+            self._arrived.append((request, stream))
+            self._news.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._news:
+                while not (self._arrived or self._engine.busy or self._closed):
+                    self._news.wait()
+                arrived, self._arrived = self._arrived, []
+                closed = self._closed
+            for request, stream in arrived:
+                self._streams[request] = stream
+                self._engine.submit(request)
+            if closed:
+                self._end_all(RuntimeError("The engine was closed while it replied."))
+                return
+            try:
+                events = self._engine.step()
+            except Exception as error:
+                logger.exception("The engine failed; all its requests end.")
+                self._end_all(error)
+            else:
+                self._deliver(events)
+
+    def _end_all(self, error: Exception) -> None:
+        self._engine.abort()
+        self._deliver([(request, error) for request in self._streams])
+
+    def _deliver(self, events: list[tuple[Request, StepEvent]]) -> None:
+        """Put the events of a step into their streams, waking each event loop once."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, StepEvent]]] = {}
+        for request, event in events:
+            stream = self._streams[request]
+            by_loop.setdefault(stream.loop, []).append((stream, event))
+            if isinstance(event, (Finished, Exception)):
+                del self._streams[request]
+        for loop, batch in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_put, batch)
+            except RuntimeError:  # the loop is closed, and nobody reads there any more
+                for request in [r for r, stream in self._streams.items() if stream.loop is loop]:
+                    self._engine.cancel(request)
+
+
+def _put(batch: list[tuple[_Stream, StepEvent]]) -> None:
+    for stream, event in batch:
+        stream.events.put_nowait(event)

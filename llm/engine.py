@@ -1,0 +1,438 @@
+"""Many replies from one model at once: requests join and leave between any two steps.
+
+A step feeds every running request a little: one token, a whole signal block, or a piece of its prompt.
+Requests that feed the same number of positions share a forward pass. What a slot has in its cache when
+its request ends stays there, and a later request that begins the same way goes on from it.
+
+No threads, no Ray, no HTTP here; see :mod:`llm.async_engine` for a front with streams.
+
+Shape letters in this file:
+    B rows of a pass   T positions of a pass   D LLM width   V vocabulary   k tokens of a block
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
+
+import torch
+from torch import Tensor
+
+from llm.model import LanguageModel
+from llm.reply import GenerationEvent, GenerationOptions, Reply
+from llm.sampling import Sampler
+from llm.slots import SlotModel
+from llm.template import Dialogue, MediaSlot, Row
+
+LEAST_REUSED = 8  # a shorter common beginning is not worth copying
+PADDING_WORTH_A_PASS = 32  # positions of padding that cost about as much as one more pass
+
+StepEvent = GenerationEvent | Exception
+
+
+@dataclass(eq=False)
+class Request:
+    """One reply on its way. Made by :meth:`Engine.prepare`.
+
+    ``keys`` name what is at each position, for comparing beginnings: the id, or for media a negative
+    number from their content.
+    """
+
+    row: Row
+    reply: Reply
+    keys: list[int]
+    ids: list[int]
+    cancelled: bool = False
+
+
+@dataclass(eq=False)
+class Slot:
+    """One row of the cache: ``fed`` positions of it hold what ``keys`` name."""
+
+    keys: list[int] = field(default_factory=list)
+    fed: int = 0
+    request: Request | None = None
+    media: list[tuple[int, Tensor]] = field(default_factory=list)  # (start, (length, D)), still to be fed
+    last_used: int = -1
+
+    @property
+    def running(self) -> Request:
+        """The request, where there must be one."""
+        assert self.request is not None
+        return self.request
+
+    @property
+    def pending(self) -> int:
+        """Positions that are not in the cache yet."""
+        return len(self.running.ids) - self.fed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStats:
+    """Counts since the engine was made; ``running`` and ``waiting`` are of now.
+
+    Of ``prompt_tokens``, ``reused_tokens`` were still in a slot.
+    """
+
+    requests: int
+    running: int
+    waiting: int
+    steps: int
+    passes: int
+    prompt_tokens: int
+    reused_tokens: int
+
+    @property
+    def hit_rate(self) -> float:
+        """The part of all prompt tokens that was not computed again, in [0, 1]."""
+        return self.reused_tokens / max(1, self.prompt_tokens)
+
+
+class Engine:
+    """Continuous batching over a language model.
+
+    Not for several threads at once, except :meth:`prepare` and :meth:`cancel`.
+
+    Args:
+        model: in evaluation mode; its weights stay as they are while the engine is used.
+        slots: how many requests run at the same time; more wait in order of arrival.
+        context: positions per slot, prompt and reply; the model's own context by default.
+        step_tokens: the most positions that one step feeds, except that all running replies always get
+            their next token or block. What they leave over is for prompts, the oldest request first.
+
+    Raises:
+        ValueError: a size that cannot be, a model in training mode, or a base that the engine cannot
+            run (see :class:`llm.slots.SlotModel`).
+
+    """
+
+    def __init__(
+        self, model: LanguageModel, *, slots: int = 8, context: int | None = None, step_tokens: int = 256
+    ) -> None:
+        if model.training:
+            raise ValueError("The model is in training mode; call model.eval() before it speaks.")
+        if slots < 1:
+            raise ValueError(f"slots is {slots}; expected at least 1.")
+        self.context = model.context_length if context is None else context
+        if not 1 <= self.context <= model.context_length:
+            raise ValueError(
+                f"context is {context}; this model sees 1 to {model.context_length} positions. "
+                f"Leave it out for all of them."
+            )
+        if step_tokens <= slots:
+            raise ValueError(
+                f"step_tokens is {step_tokens}; expected more than the {slots} slots, or prompts would wait "
+                f"for ever."
+            )
+        self.model, self.step_tokens = model, step_tokens
+        self._slot_model = SlotModel(model, slots, self.context)
+        self._sampler = Sampler(model.tokenizer, model.device)
+        self._slots = [Slot() for _ in range(slots)]
+        self._num_running = 0  # these are the first slots
+        self._waiting: deque[Request] = deque()
+        self._clock = itertools.count()
+        self._requests = self._steps = self._passes = self._prompt_tokens = self._reused_tokens = 0
+
+    # --- requests ---------------------------------------------------------------------------------
+
+    def prepare(self, dialogue: Dialogue, options: GenerationOptions | None = None) -> Request:
+        """Lay out a request. Any thread may call this.
+
+        Raises:
+            ContextTooLong: the dialogue does not fit.
+            ValueError: a medium that the model cannot read or make.
+
+        """
+        row = self.model.encode(dialogue, open_reply=True)
+        options = options or GenerationOptions()
+        reply = Reply(self.model.tokenizer, options, row.ids, self.context)
+        keys = list(row.ids)
+        for slot in row.media:
+            keys[slot.start : slot.start + slot.length] = self._media_keys(slot)
+        return Request(row, reply, keys, list(row.ids))
+
+    def submit(self, request: Request) -> None:
+        """Let a request run as soon as a slot is free; its first event comes with a later step."""
+        self._requests += 1
+        self._waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """End a request at the beginning of the next step. Any thread may call this."""
+        request.cancelled = True
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do something."""
+        return bool(self._num_running or self._waiting)
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counts since the engine was made."""
+        return EngineStats(
+            requests=self._requests,
+            running=self._num_running,
+            waiting=len(self._waiting),
+            steps=self._steps,
+            passes=self._passes,
+            prompt_tokens=self._prompt_tokens,
+            reused_tokens=self._reused_tokens,
+        )
+
+    # --- one step ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self) -> list[tuple[Request, StepEvent]]:
+        """Take all requests one step further; return what happened, in order per request.
+
+        The last event of a request is ``Finished`` or the exception that ended it. A request's error
+        ends no other request.
+        """
+        events: list[tuple[Request, StepEvent]] = []
+        self._drop_cancelled(events)
+        self._admit(events)
+        self._pack()
+        if not self._num_running:
+            return events
+        self._steps += 1
+        speaking: list[Slot] = []
+        last: list[Tensor] = []
+        for group in _groups(self._shares()):
+            for part, hidden in self._feed(group, events):
+                speaking += part
+                last.append(hidden)
+        if speaking:
+            self._speak(speaking, torch.cat(last) if len(last) > 1 else last[0], events)
+        return events
+
+    def abort(self) -> None:
+        """Forget every request, and all that slots hold. No event tells of it."""
+        self._waiting.clear()
+        for index, slot in enumerate(self._slots):
+            self._slot_model.cache.clear(index)
+            slot.keys, slot.fed, slot.request, slot.media, slot.last_used = [], 0, None, [], -1
+        self._num_running = 0
+
+    def _drop_cancelled(self, events: list[tuple[Request, StepEvent]]) -> None:
+        for slot in self._slots:
+            if slot.request is not None and slot.request.cancelled:
+                events += [(slot.request, event) for event in slot.request.reply.finish("cancelled")]
+                self._retire(slot)
+        if any(request.cancelled for request in self._waiting):
+            for request in self._waiting:
+                if request.cancelled:
+                    events += [(request, event) for event in request.reply.finish("cancelled")]
+            self._waiting = deque(request for request in self._waiting if not request.cancelled)
+
+    def _retire(self, slot: Slot) -> None:
+        slot.keys = slot.running.keys[: slot.fed]
+        slot.request, slot.media = None, []
+        slot.last_used = next(self._clock)
+        self._num_running -= 1
+
+    def _fail(self, slot: Slot, error: Exception, events: list[tuple[Request, StepEvent]]) -> None:
+        events.append((slot.running, error))
+        self._retire(slot)
+        slot.keys, slot.fed, slot.last_used = [], 0, -1
+        self._slot_model.cache.clear(self._slots.index(slot))
+
+    # --- slots ------------------------------------------------------------------------------------
+
+    def _admit(self, events: list[tuple[Request, StepEvent]]) -> None:
+        while self._waiting and self._num_running < len(self._slots):
+            request = self._waiting.popleft()
+            self._prompt_tokens += len(request.row.ids)
+            slot, reused = self._place(request)
+            slot.request, slot.keys, slot.fed = request, [], reused
+            slot.last_used = next(self._clock)
+            self._num_running += 1
+            self._reused_tokens += reused
+            try:
+                slot.media = [
+                    (medium.start, self.model.project_slot(medium))
+                    for medium in request.row.media
+                    if medium.start >= reused
+                ]
+            except Exception as error:  # noqa: BLE001  (one request's error must not end the others)
+                self._fail(slot, error, events)
+
+    def _place(self, request: Request) -> tuple[Slot, int]:
+        """Return an idle slot whose cache begins like ``request``, and how many positions it shares."""
+        most = len(request.row.ids) - 1  # the last is fed in any case: its logits are wanted
+        shared = [min(most, _common(_known(slot), request.keys)) for slot in self._slots]
+        best = max(range(len(shared)), key=lambda i: (shared[i], self._slots[i].request is None))
+        length = shared[best]
+        for medium in request.row.media:  # a medium is there as a whole, or it is projected again
+            if medium.start < length < medium.start + medium.length:
+                length = medium.start
+        idle = [i for i, slot in enumerate(self._slots) if slot.request is None]
+        oldest = min(idle, key=lambda i: self._slots[i].last_used)
+        if length < LEAST_REUSED:
+            return self._slots[oldest], 0
+        if self._slots[best].request is None and length >= self._slots[best].fed:
+            return self._slots[best], length  # the conversation goes on where it was left
+        if best != oldest:
+            self._slot_model.cache.copy(best, oldest, length)
+        return self._slots[oldest], length
+
+    def _pack(self) -> None:
+        """Bring the running requests to the first slots, so that a pass over them copies no cache."""
+        low, high = 0, len(self._slots) - 1
+        slots = self._slots
+        while True:
+            while low < high and slots[low].request is not None:
+                low += 1
+            while low < high and slots[high].request is None:
+                high -= 1
+            if low >= high:
+                return
+            self._slot_model.cache.swap(low, high, max(slots[low].fed, slots[high].fed))
+            slots[low], slots[high] = slots[high], slots[low]
+
+    def _media_keys(self, slot: MediaSlot) -> Iterator[int]:
+        digest = hashlib.blake2b(str(slot.media.modality).encode(), digest_size=16)
+        for tensor in (slot.media.tokens, slot.media.pooled):
+            if tensor is not None:
+                digest.update(str((tuple(tensor.shape), tensor.dtype)).encode())
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        if self.model.reads_prompt(slot.media.modality):
+            digest.update(str(slot.prompt_ids).encode())
+        name = int.from_bytes(digest.digest(), "big") << 32
+        return (-(name + i) - 1 for i in range(slot.length))
+
+    # --- passes -----------------------------------------------------------------------------------
+
+    def _shares(self) -> list[tuple[Slot, int]]:
+        """Return how many positions each running request is fed in this step, none left out but prompts."""
+        running = self._slots[: self._num_running]
+        shares = [(slot, slot.pending) for slot in running if slot.running.reply.ids]
+        left = max(1, self.step_tokens - sum(count for _, count in shares))
+        prompts = [slot for slot in running if not slot.running.reply.ids]
+        prompts.sort(key=lambda slot: slot.last_used)
+        for slot in prompts:
+            count = min(slot.pending, left)
+            if count:
+                shares.append((slot, count))
+                left -= count
+        return shares
+
+    def _feed(
+        self, group: list[tuple[Slot, int]], events: list[tuple[Request, StepEvent]]
+    ) -> list[tuple[list[Slot], Tensor]]:
+        """Run one pass over ``group``; return slots that may speak, with their last states ``(B, D)``."""
+        counts = {id(slot): count for slot, count in group}
+        rows = [i for i, slot in enumerate(self._slots) if id(slot) in counts]
+        length = max(counts.values())
+        if (rows[-1] - rows[0] + 1 - len(rows)) * length <= PADDING_WORTH_A_PASS:
+            rows = list(range(rows[0], rows[-1] + 1))  # what this leaves in the others is written over
+        shares = [(self._slots[row], counts.get(id(self._slots[row]), 0)) for row in rows]
+        try:
+            embeddings = self._embed(shares, length)  # (B, T, D)
+            hidden = self._slot_model.run(embeddings, rows, [slot.fed for slot, _ in shares])  # (B, T, D)
+        except Exception as error:  # noqa: BLE001  (one request's error must not end the others)
+            if len(group) == 1:
+                self._fail(group[0][0], error, events)
+                return []
+            return [result for one in group for result in self._feed([one], events)]
+        self._passes += 1
+
+        speaking: list[Slot] = []
+        where: list[tuple[int, int]] = []
+        for i, (slot, count) in enumerate(shares):
+            if not count:
+                continue
+            slot.fed += count
+            slot.media = [(start, values) for start, values in slot.media if start + len(values) > slot.fed]
+            if slot.pending:
+                continue
+            speaking.append(slot)
+            where.append((i, count - 1))
+            reply = slot.running.reply
+            if reply.block is not None:
+                signal = reply.signal(hidden[i, :count].clone().float(), embeddings[i, :count].clone())
+                events.append((slot.running, signal))
+        if not speaking:
+            return []
+        if length == 1 and len(speaking) == len(shares):
+            return [(speaking, hidden[:, 0])]
+        at, last = zip(*where, strict=True)
+        return [(speaking, hidden[list(at), list(last)])]
+
+    def _embed(self, shares: list[tuple[Slot, int]], length: int) -> Tensor:
+        """Return the next input embeddings ``(B, T, D)`` of some slots, padded at the right."""
+        pad = self.model.tokenizer.pad_id
+        ids = [
+            (slot.running.ids[slot.fed : slot.fed + count] if count else []) + [pad] * (length - count)
+            for slot, count in shares
+        ]
+        embeddings = self.model.embed(torch.tensor(ids, device=self.model.device))
+        for row, (slot, count) in zip(embeddings, shares, strict=True) if _any_media(shares) else ():
+            end = slot.fed + count
+            for start, values in slot.media if count else ():
+                low, high = max(slot.fed, start), min(end, start + len(values))
+                if low < high:
+                    row[low - slot.fed : high - slot.fed] = values[low - start : high - start]
+        return embeddings
+
+    @torch.inference_mode()
+    def _speak(self, slots: list[Slot], hidden: Tensor, events: list[tuple[Request, StepEvent]]) -> None:
+        """Choose the next token of each slot from its last state, ``(B, D)``."""
+        logits = self.model.logits(hidden)  # (B, V)
+        choices = self._sampler.choose(logits, [slot.running.reply for slot in slots])
+        for slot, (token, confidence) in zip(slots, choices, strict=True):
+            request = slot.running
+            reply = request.reply
+            if token == -1:
+                error = ArithmeticError("The model's logits are not finite. Check its weights and inputs.")
+                self._fail(slot, error, events)
+                continue
+            said = len(reply.ids)
+            try:
+                events += [(request, event) for event in reply.say(token, confidence)]
+            except Exception as error:  # noqa: BLE001  (one request's error must not end the others)
+                self._fail(slot, error, events)
+                continue
+            request.ids += reply.ids[said:]
+            request.keys += reply.ids[said:]
+            if reply.reason is not None:
+                self._retire(slot)
+
+
+def _known(slot: Slot) -> list[int]:
+    return slot.keys if slot.request is None else slot.request.keys[: slot.fed]
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return the length of the longest common beginning."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _groups(shares: list[tuple[Slot, int]]) -> list[list[tuple[Slot, int]]]:
+    """Split what a step feeds into passes: equal lengths together, and others where padding is cheap."""
+    groups: list[list[tuple[Slot, int]]] = []
+    longest = padding = 0
+    for count, members in groupby(sorted(shares, key=itemgetter(1), reverse=True), key=itemgetter(1)):
+        same = list(members)
+        more = len(same) * (longest - count)
+        if groups and padding + more <= PADDING_WORTH_A_PASS:
+            groups[-1] += same
+            padding += more
+        else:
+            groups.append(same)
+            longest, padding = count, 0
+    return groups
+
+
+def _any_media(shares: list[tuple[Slot, int]]) -> bool:
+    return any(slot.media for slot, count in shares if count)

@@ -1,0 +1,114 @@
+"""The engine's streams: many at once, closed within a step, and never left waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+
+from llm.async_engine import AsyncEngine
+from llm.engine import Engine
+from llm.generate import ContextTooLong, Finished, GenerationOptions, TextDelta, generate
+from tests.test_engine import assert_same
+from tests.test_generate import eager_model
+from tests.tiny_llm import tiny_model, user
+
+LONG = GenerationOptions(allowed=frozenset(), max_new_tokens=200, temperature=1.0, seed=0)
+
+
+async def all_of(engine: AsyncEngine, text: str, options: GenerationOptions) -> list[Any]:
+    return [event async for event in engine.stream([user(text)], options)]
+
+
+async def settled(engine: AsyncEngine) -> None:
+    limit = time.monotonic() + 20
+    while engine.stats.running or engine.stats.waiting:
+        assert time.monotonic() < limit, engine.stats
+        await asyncio.sleep(0.01)
+
+
+async def test_streams_share_the_model_and_say_what_they_say_alone() -> None:
+    model = eager_model()
+    engine = AsyncEngine(Engine(model, slots=3))
+    wishes = [GenerationOptions(temperature=1.5, seed=seed, max_new_tokens=15) for seed in range(7)]
+
+    replies = await asyncio.gather(*(all_of(engine, f"draw {i}", wish) for i, wish in enumerate(wishes)))
+
+    engine.close()
+    for i, (reply, wish) in enumerate(zip(replies, wishes, strict=True)):
+        assert_same(reply, list(generate(model, [user(f"draw {i}")], wish)))
+    assert engine.stats.steps < sum(len(reply[-1].ids) for reply in replies)
+
+
+async def test_a_closed_stream_frees_its_slot_within_a_step() -> None:
+    core = Engine(tiny_model(), slots=1)
+    engine = AsyncEngine(core)
+    async with aclosing(engine.stream([user("hi")], LONG)) as stream:
+        async for event in stream:
+            assert isinstance(event, TextDelta)
+            break
+    steps = core.stats.steps
+    await settled(engine)
+    assert core.stats.steps <= steps + 2
+    engine.close()
+
+
+async def test_a_cancelled_reader_leaves_nothing_behind() -> None:
+    engine = AsyncEngine(Engine(tiny_model(), slots=2))
+    readers = [asyncio.create_task(all_of(engine, f"say {i}", LONG)) for i in range(5)]
+    await asyncio.sleep(0.1)
+    for reader in readers:
+        reader.cancel()
+    assert all(
+        isinstance(end, asyncio.CancelledError)
+        for end in await asyncio.gather(*readers, return_exceptions=True)
+    )
+    await settled(engine)
+    assert isinstance((await all_of(engine, "still there?", LONG))[-1], Finished)
+    engine.close()
+
+
+async def test_what_does_not_fit_is_raised_where_the_stream_is_read() -> None:
+    engine = AsyncEngine(Engine(tiny_model(), slots=1, context=8))
+    with pytest.raises(ContextTooLong, match="at most 8"):
+        await all_of(engine, "a long story", LONG)
+    engine.close()
+
+
+async def test_an_engine_that_breaks_ends_every_stream_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = Engine(tiny_model(), slots=2)
+    engine = AsyncEngine(core)
+    speak = core._speak
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(core, "_speak", broken)
+    ends = await asyncio.gather(*(all_of(engine, f"say {i}", LONG) for i in range(4)), return_exceptions=True)
+    assert [str(end) for end in ends] == ["broken"] * 4
+    monkeypatch.setattr(core, "_speak", speak)
+    assert isinstance((await all_of(engine, "again", LONG))[-1], Finished)
+    engine.close()
+
+
+async def test_closing_ends_the_streams_that_are_read_and_refuses_new_ones() -> None:
+    engine = AsyncEngine(Engine(tiny_model(), slots=1))
+    reader = asyncio.create_task(all_of(engine, "hi", LONG))
+    while not engine.stats.running:
+        await asyncio.sleep(0.005)
+    engine.close()
+    with pytest.raises(RuntimeError, match="closed while it replied"):
+        await reader
+    with pytest.raises(RuntimeError, match="make a new one"):
+        await all_of(engine, "hi", LONG)
+
+
+def test_streams_may_be_read_in_one_event_loop_after_another() -> None:
+    engine = AsyncEngine(Engine(tiny_model(), slots=1))
+    options = GenerationOptions(max_new_tokens=5)
+    replies = [asyncio.run(all_of(engine, "hi", options)) for _ in range(2)]
+    engine.close()
+    assert_same(*replies)

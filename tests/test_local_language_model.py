@@ -1,0 +1,89 @@
+"""The generate box: turns share one engine, and its errors are those of requests."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+
+from encoders.media import Modality
+from services.boxes import Finished, PromptMessage, Speech, SpeechOptions, SpokenSignal, Words
+from services.errors import BadRequest, PresetProblem
+from services.local_language_model import LocalLanguageModel
+from services.messages import Role
+from services.presets import load_preset
+
+OPTIONS = SpeechOptions(
+    allowed=frozenset({Modality.IMAGE, Modality.VIDEO, Modality.AUDIO}),
+    max_signals=6,
+    max_new_tokens=160,
+    temperature=0.0,
+    top_p=1.0,
+    seed=0,
+)
+
+
+@pytest.fixture(scope="module")
+def box(tiny_preset: Path) -> LocalLanguageModel:
+    box = LocalLanguageModel(load_preset(str(tiny_preset)))
+    box.load()
+    return box
+
+
+def prompt(text: str) -> list[PromptMessage]:
+    return [PromptMessage(Role.USER, (text,))]
+
+
+async def said(box: LocalLanguageModel, text: str) -> list[Speech]:
+    return [speech async for speech in box.generate(prompt(text), OPTIONS)]
+
+
+async def test_turns_share_the_model_and_answer_as_they_do_alone(box: LocalLanguageModel) -> None:
+    def told(speeches: list[Speech]) -> list[object]:
+        kept: list[object] = []
+        for speech in speeches:
+            signal = isinstance(speech, SpokenSignal)
+            kept.append((speech.modality, speech.caption) if signal else speech)
+        return kept
+
+    assert box.stats is not None
+    start = box.stats.steps
+    alone = await said(box, "draw, play and film a bell")
+    before = box.stats.steps
+    replies = await asyncio.gather(*(said(box, "draw, play and film a bell") for _ in range(4)))
+    assert all(told(reply) == told(alone) for reply in replies)
+    assert isinstance(alone[-1], Finished)
+    assert {type(speech) for speech in alone} == {Words, SpokenSignal, Finished}
+    assert box.stats.steps - before < 2 * (before - start)
+    assert box.stats.hit_rate > 0.5
+
+
+async def test_a_dropped_turn_leaves_the_model_to_the_others(box: LocalLanguageModel) -> None:
+    async with aclosing(box.generate(prompt("draw, play and film a bell"), OPTIONS)) as stream:
+        await anext(stream)
+    assert isinstance((await said(box, "hello"))[-1], Finished)
+    assert box.stats is not None
+    assert box.stats.running == 0
+
+
+async def test_a_conversation_that_is_too_long_is_a_bad_request(box: LocalLanguageModel) -> None:
+    with pytest.raises(BadRequest, match="this model sees at most") as caught:
+        await said(box, "far too long " * 500)
+    assert caught.value.code == "context_length_exceeded"
+
+
+async def test_warming_up_works_inside_an_event_loop_too(box: LocalLanguageModel) -> None:
+    assert box.stats is not None
+    before = box.stats.requests
+    box.warm_up()
+    assert box.stats.requests == before + 1
+
+
+def test_engine_sizes_that_cannot_be_are_a_problem_of_the_preset(tiny_preset: Path) -> None:
+    preset = load_preset(str(tiny_preset))
+    options = preset.language_model.model_copy(update={"slots": 9, "step_tokens": 9})
+    box = LocalLanguageModel(preset.model_copy(update={"language_model": options}))
+    with pytest.raises(PresetProblem, match=r"language model cannot be loaded: step_tokens is 9"):
+        box.load()
