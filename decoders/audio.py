@@ -71,18 +71,23 @@ class AudioDecoder(LatentDecoder):
         rows = math.ceil(round(seconds / (self._seconds_per_frame * self._factor), 6))
         return (self.unet.config.in_channels, rows, self.vocoder.config.model_in_dim // self._factor)
 
-    def _predict(self, latents: Tensor, timestep: Tensor, conditions: Tensor) -> Tensor:
+    def _predict(self, latents: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
         predicted: Tensor = self.unet(
-            latents, timestep, encoder_hidden_states=None, class_labels=conditions[:, 0], return_dict=False
+            latents, timesteps, encoder_hidden_states=None, class_labels=conditions[:, 0], return_dict=False
         )[0]
         return predicted
 
-    def _media(self, latents: Tensor, settings: DecodeSettings) -> Sequence[Audio]:
+    def _media(
+        self, latents: Tensor, settings: Sequence[DecodeSettings], *, sliced: bool = False
+    ) -> Sequence[Audio]:
         mels = self.vae.decode(latents / self.vae.config.scaling_factor).sample[:, 0]  # (B, N, M)
         waveforms = self.vocoder(mels).float().clamp(-1, 1).cpu().numpy()  # (B, T)
         rate = self.vocoder.config.sampling_rate
-        length = round(self._seconds(settings) * rate)
-        return [Audio(np.ascontiguousarray(waveform[:length]), rate) for waveform in waveforms]
+        lengths = [round(self._seconds(wish) * rate) for wish in settings]
+        return [
+            Audio(np.ascontiguousarray(waveform[:length]), rate)
+            for waveform, length in zip(waveforms, lengths, strict=True)
+        ]
 
     def _sizes(self, medium: Audio) -> dict[str, Any]:
         return {"duration_s": len(medium.samples) / medium.rate, "rate_hz": medium.rate}

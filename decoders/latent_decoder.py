@@ -1,5 +1,9 @@
 """What the three latent diffusion decoders have in common: from a condition to a medium.
 
+A request becomes a :class:`Plan`, in which nothing is left open; :meth:`LatentDecoder.begin`,
+:meth:`~LatentDecoder.step` and :meth:`~LatentDecoder.complete` carry plans out, one denoising step at a
+time. :meth:`LatentDecoder.decode_batch` does so for one batch and :mod:`decoders.engine` for many callers.
+
 Shape letters in this file:
     B requests in the batch   S condition tokens   E condition width   ... latent shape, channels first
 """
@@ -8,7 +12,7 @@ import secrets
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -19,7 +23,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from decoders.condition import Condition, ConditionSpec, digest
-from decoders.denoising import OnStep, check_stop, denoise, draw_noise, make_scheduler
+from decoders.denoising import (
+    Denoising,
+    OnStep,
+    check_source,
+    check_stop,
+    draw_noise,
+    make_scheduler,
+    run_to_end,
+    step,
+    steps_run,
+)
 from decoders.pipeline_folder import DEFAULTS_FILE, PipelineFolder
 from decoders.settings import DecoderDefaults, DecodeSettings
 from encoders.media import Medium, Modality
@@ -34,6 +48,32 @@ class Decoded:
 
     medium: Medium
     manifest: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Plan:
+    """One request with every choice made; made by :meth:`LatentDecoder.plan`.
+
+    ``settings`` have seed, steps, guidance and scheduler, ``shape`` is that of the latents, ``source``
+    and ``strength`` are those of :meth:`LatentDecoder.decode`.
+    """
+
+    condition: Condition
+    settings: DecodeSettings
+    shape: tuple[int, ...]
+    source: Tensor | None
+    strength: float
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps that will run."""
+        steps = self.settings.steps or 1
+        return steps if self.source is None else steps_run(steps, self.strength)
+
+    @property
+    def halves(self) -> int:
+        """Rows in one call of the network: 2 with guidance, 1 without."""
+        return 2 if (self.settings.guidance_scale or 0) > 1 else 1
 
 
 class LatentDecoder(ABC):
@@ -160,58 +200,100 @@ class LatentDecoder(ABC):
             raise ValueError(f"There are {len(conditions)} conditions and {len(settings)} settings.")
         if sources is not None and len(sources) != len(conditions):
             raise ValueError(f"There are {len(conditions)} conditions and {len(sources)} sources.")
-        for condition in conditions:
-            self.condition_spec.check(condition)
-        first = settings[0]
-        shape = self._latent_shape(first)
-        steps = first.steps or self.defaults.steps
-        name = first.scheduler or self.defaults.scheduler
-        for other in settings[1:]:
-            same = (other.steps or self.defaults.steps, other.scheduler or self.defaults.scheduler)
-            if same != (steps, name) or self._latent_shape(other) != shape:
-                raise ValueError(
-                    "Requests of one batch differ in steps, scheduler or size. Run them in separate batches."
-                )
-        seeds = [secrets.randbelow(2**32) if wish.seed is None else wish.seed for wish in settings]
-        guidance = [
-            self.defaults.guidance_scale if wish.guidance_scale is None else wish.guidance_scale
-            for wish in settings
-        ]
-        device, dtype = self.folder.device, self.folder.dtype
-        embeddings = torch.stack([condition.embeddings for condition in conditions])
-        with torch.inference_mode():
-            latents = denoise(
-                self._predict,
-                make_scheduler(self._scheduler_config, name),
-                draw_noise(shape, seeds, device).to(dtype),
-                self._prepared(embeddings.to(device, dtype)),
-                self._null,
-                steps=steps,
-                guidance=guidance,
-                source=None if sources is None else torch.stack(list(sources)).to(device, dtype),
-                strength=strength,
-                on_step=on_step,
-                stop=stop,
+        plans = [
+            self.plan(condition, wish, source=source, strength=strength)
+            for condition, wish, source in zip(
+                conditions, settings, sources or [None] * len(conditions), strict=True
             )
-            check_stop(stop)
-            media = self._media(latents, first)
-        results = []
-        for row, medium in enumerate(media):
-            manifest = {
-                "modality": self.modality.value,
-                "pipeline": self.folder.pipeline_class,
-                "weights": self.digest,
-                "seed": seeds[row],
-                "scheduler": name,
-                "steps": steps,
-                "guidance_scale": guidance[row],
-                **self._sizes(medium),
-                "condition": digest(conditions[row].embeddings),
-            }
-            if sources is not None:
-                manifest |= {"source": digest(sources[row]), "strength": strength}
-            results.append(Decoded(medium, manifest))
-        return results
+        ]
+        run = self.begin(plans)
+        run_to_end(self._predict, run, self._null, on_step, stop)
+        check_stop(stop)
+        return self.complete(run.latents, plans)
+
+    def plan(
+        self,
+        condition: Condition,
+        settings: DecodeSettings | None = None,
+        *,
+        source: Tensor | None = None,
+        strength: float = 0.6,
+    ) -> Plan:
+        """Make all choices of one request; arguments and errors as in :meth:`decode`."""
+        self.condition_spec.check(condition)
+        wishes, usual = settings or DecodeSettings(), self.defaults
+        shape = self._latent_shape(wishes)
+        if source is not None:
+            check_source(source, shape)
+            steps_run(1, strength)
+        chosen = replace(
+            wishes,
+            seed=secrets.randbelow(2**32) if wishes.seed is None else wishes.seed,
+            steps=wishes.steps or usual.steps,
+            guidance_scale=usual.guidance_scale if wishes.guidance_scale is None else wishes.guidance_scale,
+            scheduler=wishes.scheduler or usual.scheduler,
+        )
+        return Plan(condition, chosen, shape, source, strength)
+
+    def begin(self, plans: Sequence[Plan]) -> Denoising:
+        """Return the state before the first step of plans that take every step together.
+
+        Raises:
+            ValueError: the plans differ in steps, scheduler, size, or in whether they have a source.
+
+        """
+        first = plans[0]
+        alike = {
+            (p.shape, p.settings.steps, p.settings.scheduler, p.source is None, p.strength) for p in plans
+        }
+        if len(alike) > 1:
+            raise ValueError(
+                "Requests of one batch differ in steps, scheduler or size. Run them in separate batches."
+            )
+        device, dtype = self.folder.device, self.folder.dtype
+        sources = [plan.source for plan in plans if plan.source is not None]
+        with torch.inference_mode():
+            embeddings = torch.stack([plan.condition.embeddings for plan in plans])
+            return Denoising(
+                make_scheduler(self._scheduler_config, first.settings.scheduler or ""),
+                draw_noise(first.shape, [plan.settings.seed or 0 for plan in plans], device).to(dtype),
+                self._prepared(embeddings.to(device, dtype)),
+                steps=first.settings.steps or 1,
+                guidance=[plan.settings.guidance_scale or 0 for plan in plans],
+                source=torch.stack(sources).to(device, dtype) if sources else None,
+                strength=first.strength,
+            )
+
+    def step(self, runs: Sequence[Denoising], *, halves_apart: bool = False) -> None:
+        """Take one denoising step of every run, as :func:`decoders.denoising.step` does."""
+        step(self._predict, runs, self._null, halves_apart=halves_apart)
+
+    def complete(self, latents: Tensor, plans: Sequence[Plan], *, sliced: bool = False) -> list[Decoded]:
+        """Turn clean latents ``(B, ...)`` into the media that were planned.
+
+        ``sliced`` sends pictures and frames through the VAE one at a time, to save memory.
+        """
+        with torch.inference_mode():
+            media = self._media(latents, [plan.settings for plan in plans], sliced=sliced)
+        return [
+            Decoded(medium, self._manifest(medium, plan)) for medium, plan in zip(media, plans, strict=True)
+        ]
+
+    def _manifest(self, medium: Medium, plan: Plan) -> dict[str, Any]:
+        manifest = {
+            "modality": self.modality.value,
+            "pipeline": self.folder.pipeline_class,
+            "weights": self.digest,
+            "seed": plan.settings.seed,
+            "scheduler": plan.settings.scheduler,
+            "steps": plan.settings.steps,
+            "guidance_scale": plan.settings.guidance_scale,
+            **self._sizes(medium),
+            "condition": digest(plan.condition.embeddings),
+        }
+        if plan.source is not None:
+            manifest |= {"source": digest(plan.source), "strength": plan.strength}
+        return manifest
 
     @abstractmethod
     def encode_source(self, medium: Medium, settings: DecodeSettings | None = None) -> Tensor:
@@ -242,11 +324,13 @@ class LatentDecoder(ABC):
         """Return the latent shape of one request; raise ValueError for sizes that cannot be made."""
 
     @abstractmethod
-    def _predict(self, latents: Tensor, timestep: Tensor, conditions: Tensor) -> Tensor:
-        """Run the denoising network."""
+    def _predict(self, latents: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
+        """Run the denoising network; each row has its own timestep."""
 
     @abstractmethod
-    def _media(self, latents: Tensor, settings: DecodeSettings) -> Sequence[Medium]:
+    def _media(
+        self, latents: Tensor, settings: Sequence[DecodeSettings], *, sliced: bool = False
+    ) -> Sequence[Medium]:
         """Turn clean latents ``(B, ...)`` into one medium per request."""
 
     @abstractmethod
@@ -272,10 +356,14 @@ def clip_states(encoder: Any, inputs: Any) -> Tensor:
     return states
 
 
-def to_pixels(vae: Any, latents: Tensor) -> NDArray[np.uint8]:
-    """Decode latents ``(N, C, h, w)`` of a StableDiffusion VAE into uint8 ``(N, H, W, 3)``."""
+def to_pixels(vae: Any, latents: Tensor, *, sliced: bool = False) -> NDArray[np.uint8]:
+    """Decode latents ``(N, C, h, w)`` of a StableDiffusion VAE into uint8 ``(N, H, W, 3)``.
+
+    ``sliced`` decodes one picture at a time.
+    """
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
-    at_once = max(1, VAE_BATCH_PIXELS // (latents.shape[2] * latents.shape[3] * scale**2))
+    pixels_each = latents.shape[2] * latents.shape[3] * scale**2
+    at_once = 1 if sliced else max(1, VAE_BATCH_PIXELS // pixels_each)
     images = torch.cat(
         [vae.decode(part / vae.config.scaling_factor).sample for part in latents.split(at_once)]
     )  # (N, 3, H, W)
