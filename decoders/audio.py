@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import ClapTextModelWithProjection, SpeechT5HifiGan
 
@@ -88,6 +89,11 @@ class AudioDecoder(LatentDecoder):
             Audio(np.ascontiguousarray(waveform[:length]), rate)
             for waveform, length in zip(waveforms, lengths, strict=True)
         ]
+
+    def _shown(self, pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
+        mel = pixels[:, ::-1, 0].T  # (M, N), low tones at the bottom
+        grey = (mel - mel.min()) / max(float(np.ptp(mel)), 1e-6) * 255
+        return np.repeat(grey.round().astype(np.uint8)[..., None], 3, axis=2)
 
     def _sizes(self, medium: Audio) -> dict[str, Any]:
         return {"duration_s": len(medium.samples) / medium.rate, "rate_hz": medium.rate}

@@ -35,8 +35,9 @@ from decoders.denoising import (
     steps_run,
 )
 from decoders.pipeline_folder import DEFAULTS_FILE, PipelineFolder
+from decoders.preview import LinearPreview
 from decoders.settings import DecoderDefaults, DecodeSettings
-from encoders.media import Medium, Modality
+from encoders.media import Image, Medium, Modality
 
 VAE_BATCH_PIXELS = 2**21
 """Pixels that go through the VAE's decoder at once; more are split, to bound its memory."""
@@ -85,6 +86,7 @@ class LatentDecoder(ABC):
     modality: ClassVar[Modality]
     pipelines: ClassVar[tuple[str, ...]]
     usual: ClassVar[DecoderDefaults]
+    vae: Any
 
     def __init__(self, folder: PipelineFolder) -> None:
         folder.expect_pipeline(*self.pipelines)
@@ -94,6 +96,7 @@ class LatentDecoder(ABC):
         make_scheduler(self._scheduler_config, self.defaults.scheduler)
         self._load_networks()
         self._text: tuple[Any, Any] | None = None
+        self._linear: LinearPreview | None = None
         null = folder.saved_null()
         self._null = self.embed_captions([""])[0] if null is None else null  # (S, E)
         if self._null.ndim != 2 or self._null.shape[1] != self._condition_width():
@@ -279,6 +282,18 @@ class LatentDecoder(ABC):
             Decoded(medium, self._manifest(medium, plan)) for medium, plan in zip(media, plans, strict=True)
         ]
 
+    def preview(self, latents: Tensor) -> Image:
+        """Show roughly what latents ``(...)`` of one request will be: a picture, without the VAE.
+
+        The middle frame of a video; for a sound its mel spectrum, low tones at the bottom. The first
+        call fits a linear map to the VAE.
+        """
+        if self._linear is None:
+            with torch.inference_mode():
+                channels = int(self.vae.config.latent_channels)
+                self._linear = LinearPreview.fit(self._pictures, channels, self.folder.device)
+        return Image(self._shown(self._linear(self._still(latents))))
+
     def _manifest(self, medium: Medium, plan: Plan) -> dict[str, Any]:
         manifest = {
             "modality": self.modality.value,
@@ -332,6 +347,20 @@ class LatentDecoder(ABC):
         self, latents: Tensor, settings: Sequence[DecodeSettings], *, sliced: bool = False
     ) -> Sequence[Medium]:
         """Turn clean latents ``(B, ...)`` into one medium per request."""
+
+    def _still(self, latents: Tensor) -> Tensor:
+        """Return the latents ``(C, h, w)`` of one picture to show for those of a medium."""
+        return latents
+
+    def _pictures(self, latents: Tensor) -> Tensor:
+        """Decode latents ``(N, C, h, w)`` with the VAE alone."""
+        pictures: Tensor = self.vae.decode(latents / self.vae.config.scaling_factor).sample
+        return pictures
+
+    def _shown(self, pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """Return what the VAE gives ``(H, W, c)`` as a picture ``(H, W, 3)``."""
+        shown: NDArray[np.uint8] = ((pixels / 2 + 0.5).clip(0, 1) * 255).round().astype(np.uint8)
+        return shown
 
     @abstractmethod
     def _sizes(self, medium: Any) -> dict[str, Any]:

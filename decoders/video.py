@@ -97,6 +97,9 @@ class VideoDecoder(LatentDecoder):
         fps = self.defaults.fps or self._usual_fps
         return [Video(clip, fps) for clip in pixels.reshape(len(latents), frames, *pixels.shape[1:])]
 
+    def _still(self, latents: Tensor) -> Tensor:
+        return latents[:, latents.shape[1] // 2]
+
     def _sizes(self, medium: Video) -> dict[str, Any]:
         frames, height, width = medium.frames.shape[:3]
         return {"width_px": width, "height_px": height, "num_frames": frames, "fps": medium.fps}

@@ -93,6 +93,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--sheets", metavar="DIR", help="write a contact sheet per direction there")
     evaluate.set_defaults(run=eval_command)
 
+    bench = commands.add_parser("bench", help=bench_command.__doc__, description=bench_command.__doc__)
+    bench.add_argument("name", metavar="NAME", help="decode; a wrong one lists them")
+    _preset_option(bench)
+    bench.add_argument("--quick", action="store_true", help="end within a minute on two cores")
+    bench.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    bench.set_defaults(run=bench_command)
+
     train = commands.add_parser("train", help=train_command.__doc__, description=train_command.__doc__)
     train.add_argument("stage", metavar="STAGE", help="a step, export, or all; a wrong one lists them")
     _preset_option(train)
@@ -182,6 +189,15 @@ def eval_command(args: argparse.Namespace) -> int:
     directions = None if args.directions == "all" else args.directions.split(",")
     sheets = Path(args.sheets) if args.sheets else None
     result: dict[str, Any] = main_toybox(folders, directions, args.samples, args.seed, sheets)
+    print(json.dumps(result) if args.json else table(result))
+    return 0
+
+
+def bench_command(args: argparse.Namespace) -> int:
+    """Measure the speed of a part beside its peer, in one run."""
+    from services.benches import run_bench, table
+
+    result = run_bench(args.name, load_preset(args.preset), args.quick)
     print(json.dumps(result) if args.json else table(result))
     return 0
 
