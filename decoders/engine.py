@@ -346,9 +346,7 @@ class DenoisingEngine:
         except Exception as error:  # noqa: BLE001  (handed to the stream of the request that caused it)
             request.error = _told(error)
 
-    def _attempt(
-        self, do: _Deed, batch: list[_Request], frugal: bool = False
-    ) -> bool:
+    def _attempt(self, do: _Deed, batch: list[_Request], frugal: bool = False) -> bool:
         """Do something for a batch; if it fails, for its halves, so that only the guilty are lost.
 
         Returns whether it worked at once. A request that lacks memory alone is tried again frugally.
@@ -382,9 +380,7 @@ class DenoisingEngine:
     def _make(self, batch: Sequence[_Request], frugal: bool) -> None:
         latents = torch.cat([request.state().latents for request in batch])
         plans = [request.plan for request in batch]
-        for request, decoded in zip(
-            batch, self.decoder.complete(latents, plans, sliced=frugal), strict=True
-        ):
+        for request, decoded in zip(batch, self.decoder.complete(latents, plans, sliced=frugal), strict=True):
             request.say(decoded)
             request.say(_End(None))
             request.stopped = True
@@ -409,7 +405,11 @@ class DenoisingEngine:
     def _foresee(self, *, anew: bool = False) -> dict[Work, float]:
         """Return when each request will be done, in seconds from :attr:`_forecast_at`. The lock is held."""
         now = time.perf_counter()
-        if anew or now - self._forecast_at > FORECAST_KEPT_S or self._forecast.keys() != self._requests.keys():
+        if (
+            anew
+            or now - self._forecast_at > FORECAST_KEPT_S
+            or self._forecast.keys() != self._requests.keys()
+        ):
             self._forecast = self._queue.forecast(self._batch_limit)
             self._forecast_at = now
         return self._forecast
@@ -430,9 +430,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _error_of(
-    do: _Deed, batch: Sequence[_Request], frugal: bool
-) -> Exception | None:
+def _error_of(do: _Deed, batch: Sequence[_Request], frugal: bool) -> Exception | None:
     try:
         do(batch, frugal)
     except Exception as error:  # noqa: BLE001  (handed to the stream of the request that caused it)

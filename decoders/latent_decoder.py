@@ -203,11 +203,10 @@ class LatentDecoder(ABC):
             raise ValueError(f"There are {len(conditions)} conditions and {len(settings)} settings.")
         if sources is not None and len(sources) != len(conditions):
             raise ValueError(f"There are {len(conditions)} conditions and {len(sources)} sources.")
+        starts: Sequence[Tensor | None] = [None] * len(conditions) if sources is None else sources
         plans = [
             self.plan(condition, wish, source=source, strength=strength)
-            for condition, wish, source in zip(
-                conditions, settings, sources or [None] * len(conditions), strict=True
-            )
+            for condition, wish, source in zip(conditions, settings, starts, strict=True)
         ]
         run = self.begin(plans)
         run_to_end(self._predict, run, self._null, on_step, stop)

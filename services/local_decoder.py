@@ -113,6 +113,7 @@ class LocalDecoder:
 
 
 def decoder_class(modality: Modality) -> type[LatentDecoder]:
+    """Return the class that makes ``modality``; importing it loads diffusers."""
     match modality:
         case Modality.IMAGE:
             from decoders.image import ImageDecoder

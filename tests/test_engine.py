@@ -237,7 +237,8 @@ async def test_the_time_left_of_a_request_that_waits_holds_the_wait(
 
     one, other = await anext(first), await anext(second)
     await first.aclose()
-    after = [value async for value in second if isinstance(value, StepDone)][0]
+    rest = [value async for value in second]
+    after = next(value for value in rest if isinstance(value, StepDone))
     engine.close()
 
     assert other.left_s > one.left_s > 0.6
