@@ -72,8 +72,12 @@ class AudioDecoder(LatentDecoder):
         rows = math.ceil(round(seconds / (self._seconds_per_frame * self._factor), 6))
         return (self.unet.config.in_channels, rows, self.vocoder.config.model_in_dim // self._factor)
 
-    def _predict(self, latents: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
-        predicted: Tensor = self.unet(
+    @property
+    def _network(self) -> Any:
+        return self.unet
+
+    def _run(self, network: Any, latents: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
+        predicted: Tensor = network(
             latents, timesteps, encoder_hidden_states=None, class_labels=conditions[:, 0], return_dict=False
         )[0]
         return predicted

@@ -57,7 +57,7 @@ class CostModel:
         self._ratios.clear()
         self._finish_ratios.clear()
 
-    def step_s(self, shape: Shape, rows: int) -> float:
+    def step_s(self, shape: Shape, rows: float) -> float:
         """Return the seconds of one step of ``rows`` rows; 0 while nothing is known."""
         return self._step_s(shape, rows) * _ratio(self._ratios, shape)
 
@@ -65,11 +65,11 @@ class CostModel:
         """Return the seconds that the media of ``requests`` clean latents take."""
         return self.finish_unit_s * math.prod(shape) * requests * _ratio(self._finish_ratios, shape)
 
-    def request_s(self, shape: Shape, halves: int, steps: int) -> float:
-        """Return the seconds of one request alone; ``halves`` 2 with guidance, else 1."""
-        return steps * self.step_s(shape, halves) + self.finish_s(shape)
+    def request_s(self, shape: Shape, rows: float, steps: int) -> float:
+        """Return the seconds of one request alone; ``rows`` are those of one step."""
+        return steps * self.step_s(shape, rows) + self.finish_s(shape)
 
-    def observe_step(self, shape: Shape, rows: int, seconds: float) -> None:
+    def observe_step(self, shape: Shape, rows: float, seconds: float) -> None:
         """Learn from a step of ``rows`` rows."""
         if self.unit_s is None:
             self.unit_s = seconds / (math.prod(shape) * rows)
@@ -87,7 +87,7 @@ class CostModel:
         """Return the median of ``|predicted - actual| / actual`` over the last steps."""
         return median(self._errors) if self._errors else None
 
-    def _step_s(self, shape: Shape, rows: int) -> float:
+    def _step_s(self, shape: Shape, rows: float) -> float:
         return 0.0 if self.unit_s is None else self.fixed_s + self.unit_s * math.prod(shape) * rows
 
 

@@ -116,6 +116,8 @@ class Denoising:
             if not isinstance(scheduler, DDIMScheduler):
                 scheduler.set_begin_index(skipped)
             self.latents = scheduler.add_noise(source, noise, self.timesteps[:1].repeat(len(source)))
+        self.kept: tuple[Tensor, Tensor] | None = None
+        """What the network may want back in the next step: for the guided rows, and for all."""
         self.estimate = self.latents
         """What the clean latents seem to be after the last step, ``(R, ...)``."""
         self.guided = [row for row, scale in enumerate(guidance) if scale > 1]
@@ -224,23 +226,12 @@ def denoise(
     run = Denoising(
         scheduler, noise, conditions, steps=steps, guidance=guidance, source=source, strength=strength
     )
-    run_to_end(predict, run, null, on_step, stop)
-    return run.latents
-
-
-def run_to_end(
-    predict: Predict,
-    run: Denoising,
-    null: Tensor,
-    on_step: OnStep | None = None,
-    stop: threading.Event | None = None,
-) -> None:
-    """Take all steps that are left of one run; arguments as in :func:`denoise`."""
     while not run.finished:
         check_stop(stop)
         step(predict, [run], null)
         if on_step is not None:
             on_step(run.done, run.total)
+    return run.latents
 
 
 def check_source(source: Tensor, shape: Sequence[int]) -> None:

@@ -191,7 +191,7 @@ class DenoisingEngine:
         def tell(value: Heard | _End) -> None:
             loop.call_soon_threadsafe(heard.put_nowait, value)
 
-        request = _Request(plan, Work(user, plan.shape, plan.halves, plan.steps), preview_every, tell)
+        request = _Request(plan, Work(user, plan.shape, plan.rows, plan.steps), preview_every, tell)
         self._admit(request)
         try:
             while True:
@@ -250,7 +250,7 @@ class DenoisingEngine:
         with self._lock:
             self._queue.add(work)
             done_in_s = self._foresee(anew=True).get(work, 0.0)
-            wait_s = done_in_s - self.cost.request_s(plan.shape, plan.halves, plan.steps)
+            wait_s = done_in_s - self.cost.request_s(plan.shape, plan.rows, plan.steps)
             if self._requests and wait_s > self.config.max_wait_s:
                 self._queue.remove(work)
                 raise QueueFull(wait_s, self.config.max_wait_s)
@@ -329,12 +329,12 @@ class DenoisingEngine:
             request.work.steps_left = run.total - run.done
             if request.preview_every and run.done % request.preview_every == 0 and not run.finished:
                 request.say(Preview(run.done, run.total, self.decoder.preview(run.estimate[0])))
-        if not whole:
+        if not whole or any(request.plan.deep_every > 1 for request in batch):
             return
         if is_last:
             self.cost.observe_finish(shape, len(batch), seconds)
         else:
-            self.cost.observe_step(shape, sum(request.work.halves for request in batch), seconds)
+            self.cost.observe_step(shape, sum(request.work.rows for request in batch), seconds)
         self._good_turns += 1
         if self._good_turns >= TURNS_TO_REGROW and self._batch_limit < self.config.max_batch:
             self._batch_limit += 1
@@ -374,7 +374,8 @@ class DenoisingEngine:
         return False
 
     def _step(self, batch: Sequence[_Request], frugal: bool) -> None:
-        self.decoder.step([request.state() for request in batch], halves_apart=frugal)
+        runs, plans = [request.state() for request in batch], [request.plan for request in batch]
+        self.decoder.step(runs, plans, halves_apart=frugal)
         self._settle()
 
     def _make(self, batch: Sequence[_Request], frugal: bool) -> None:
@@ -399,7 +400,7 @@ class DenoisingEngine:
 
     def _media_at_once(self, work: Work) -> int:
         """Return how many media may be made in one turn, so that it takes no longer than a full step."""
-        step_s = self.cost.step_s(work.shape, work.halves * self._batch_limit)
+        step_s = self.cost.step_s(work.shape, work.rows * self._batch_limit)
         return max(1, int(step_s / max(self.cost.finish_s(work.shape), 1e-6)))
 
     def _foresee(self, *, anew: bool = False) -> dict[Work, float]:

@@ -25,7 +25,7 @@ class Work:
 
     user: str
     shape: Shape
-    halves: int
+    rows: float
     steps_left: int
 
 
@@ -80,10 +80,10 @@ class FairQueue:
 
     def charge(self, works: Iterable[Work], seconds: float) -> None:
         """Book ``seconds`` that were spent on these requests together."""
-        rows = [(work.user, work.halves) for work in works]
-        total = sum(halves for _, halves in rows)
-        for user, halves in rows:
-            self._virtual_s[user] += seconds * halves / total
+        served = list(works)
+        total = sum(work.rows for work in served)
+        for work in served:
+            self._virtual_s[work.user] += seconds * work.rows / total
 
     def forecast(self, most: int) -> dict[Work, float]:
         """Return in how many seconds each request will be done if no other comes."""
@@ -103,7 +103,7 @@ class FairQueue:
             picked = play.pick(most)
             shape = picked[0].shape
             steps = min(turn_steps, *(work.steps_left for work in picked))
-            spent_s = steps * self.cost.step_s(shape, sum(work.halves for work in picked))
+            spent_s = steps * self.cost.step_s(shape, sum(work.rows for work in picked))
             for work in picked:
                 work.steps_left -= steps
             finished = [work for work in picked if not work.steps_left]
@@ -116,4 +116,4 @@ class FairQueue:
         return done_s
 
     def _price_s(self, work: Work) -> float:
-        return self.cost.step_s(work.shape, work.halves) or float(work.halves)
+        return self.cost.step_s(work.shape, work.rows) or float(work.rows)

@@ -50,8 +50,12 @@ class ImageDecoder(LatentDecoder):
         columns = check_multiple("width_px", width, self._factor)
         return (self.unet.config.in_channels, rows, columns)
 
-    def _predict(self, latents: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
-        predicted: Tensor = self.unet(latents, timesteps, conditions, return_dict=False)[0]
+    @property
+    def _network(self) -> Any:
+        return self.unet
+
+    def _run(self, network: Any, latents: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
+        predicted: Tensor = network(latents, timesteps, conditions, return_dict=False)[0]
         return predicted
 
     def _media(

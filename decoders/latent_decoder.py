@@ -13,16 +13,19 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import PIL.Image
 import torch
+from diffusers import UNet2DConditionModel
 from numpy.typing import NDArray
 from torch import Tensor
 
 from decoders.condition import Condition, ConditionSpec, digest
+from decoders.deep_features import DeepFeatures
 from decoders.denoising import (
     Denoising,
     OnStep,
@@ -30,7 +33,6 @@ from decoders.denoising import (
     check_stop,
     draw_noise,
     make_scheduler,
-    run_to_end,
     step,
     steps_run,
 )
@@ -38,6 +40,9 @@ from decoders.pipeline_folder import DEFAULTS_FILE, PipelineFolder
 from decoders.preview import LinearPreview
 from decoders.settings import DecoderDefaults, DecodeSettings
 from encoders.media import Image, Medium, Modality
+
+SHALLOW_SHARE = 0.5
+"""What a step with kept features costs of a whole one, about."""
 
 VAE_BATCH_PIXELS = 2**21
 """Pixels that go through the VAE's decoder at once; more are split, to bound its memory."""
@@ -72,9 +77,15 @@ class Plan:
         return steps if self.source is None else steps_run(steps, self.strength)
 
     @property
-    def halves(self) -> int:
-        """Rows in one call of the network: 2 with guidance, 1 without."""
-        return 2 if (self.settings.guidance_scale or 0) > 1 else 1
+    def deep_every(self) -> int:
+        """In every how many steps deep features are computed; 1 is always."""
+        return self.settings.deep_every or 1
+
+    @property
+    def rows(self) -> float:
+        """Rows that a step takes in the network: 2 with guidance, else 1; fewer if features are reused."""
+        halves = 2 if (self.settings.guidance_scale or 0) > 1 else 1
+        return halves * (1 + SHALLOW_SHARE * (self.deep_every - 1)) / self.deep_every
 
 
 class LatentDecoder(ABC):
@@ -97,6 +108,7 @@ class LatentDecoder(ABC):
         self._load_networks()
         self._text: tuple[Any, Any] | None = None
         self._linear: LinearPreview | None = None
+        self._deep: DeepFeatures | None = None
         null = folder.saved_null()
         self._null = self.embed_captions([""])[0] if null is None else null  # (S, E)
         if self._null.ndim != 2 or self._null.shape[1] != self._condition_width():
@@ -209,7 +221,11 @@ class LatentDecoder(ABC):
             for condition, wish, source in zip(conditions, settings, starts, strict=True)
         ]
         run = self.begin(plans)
-        run_to_end(self._predict, run, self._null, on_step, stop)
+        while not run.finished:
+            check_stop(stop)
+            self.step([run], plans[:1])
+            if on_step is not None:
+                on_step(run.done, run.total)
         check_stop(stop)
         return self.complete(run.latents, plans)
 
@@ -225,6 +241,8 @@ class LatentDecoder(ABC):
         self.condition_spec.check(condition)
         wishes, usual = settings or DecodeSettings(), self.defaults
         shape = self._latent_shape(wishes)
+        if (wishes.deep_every or 1) > 1:
+            self._deep_features()
         if source is not None:
             check_source(source, shape)
             steps_run(1, strength)
@@ -246,7 +264,8 @@ class LatentDecoder(ABC):
         """
         first = plans[0]
         alike = {
-            (p.shape, p.settings.steps, p.settings.scheduler, p.source is None, p.strength) for p in plans
+            (p.shape, p.settings.steps, p.settings.scheduler, p.source is None, p.strength, p.deep_every)
+            for p in plans
         }
         if len(alike) > 1:
             raise ValueError(
@@ -266,9 +285,45 @@ class LatentDecoder(ABC):
                 strength=first.strength,
             )
 
-    def step(self, runs: Sequence[Denoising], *, halves_apart: bool = False) -> None:
-        """Take one denoising step of every run, as :func:`decoders.denoising.step` does."""
-        step(self._predict, runs, self._null, halves_apart=halves_apart)
+    def step(
+        self, runs: Sequence[Denoising], plans: Sequence[Plan] | None = None, *, halves_apart: bool = False
+    ) -> None:
+        """Take one denoising step of every run, as :func:`decoders.denoising.step` does.
+
+        Where ``plans`` ask for it, deep features of the network are kept and reused; that takes a second,
+        cheaper call for the runs that reuse them.
+        """
+        every = [plan.deep_every for plan in plans] if plans else [1] * len(runs)
+        pairs = list(zip(runs, every, strict=True))
+        shallow = [run for run, n in pairs if run.done % n and run.kept is not None]
+        whole = [(run, n) for run, n in pairs if run not in shallow]
+        keeping = [run for run, n in whole if n > 1]
+        if not keeping and whole:
+            step(self._predict, [run for run, _ in whole], self._null, halves_apart=halves_apart)
+        elif whole:
+            with self._deep_features().recording() as recorded:
+                step(self._predict, [run for run, _ in whole], self._null, halves_apart=halves_apart)
+            _keep([run for run, _ in whole], keeping, torch.cat(recorded))
+        if shallow:
+            deep = self._deep_features()
+            kept = [run.kept for run in shallow if run.kept is not None]
+            deep.recall(torch.cat([guided for guided, _ in kept] + [rows for _, rows in kept]))
+            predict = partial(self._run, deep.shallow)
+            step(predict, shallow, self._null, halves_apart=halves_apart)
+
+    def _deep_features(self) -> DeepFeatures:
+        if self._deep is None:
+            if not isinstance(self._network, UNet2DConditionModel):
+                raise ValueError(
+                    f"deep_every needs a UNet2DConditionModel; this decoder has a "
+                    f"{type(self._network).__name__}. Leave it out."
+                )
+            self._deep = DeepFeatures(self._network)
+        return self._deep
+
+    def _predict(self, latents: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
+        """Run the denoising network; each row has its own timestep."""
+        return self._run(self._network, latents, timesteps, conditions)
 
     def complete(self, latents: Tensor, plans: Sequence[Plan], *, sliced: bool = False) -> list[Decoded]:
         """Turn clean latents ``(B, ...)`` into the media that were planned.
@@ -305,6 +360,8 @@ class LatentDecoder(ABC):
             **self._sizes(medium),
             "condition": digest(plan.condition.embeddings),
         }
+        if plan.deep_every > 1:
+            manifest["deep_every"] = plan.deep_every
         if plan.source is not None:
             manifest |= {"source": digest(plan.source), "strength": plan.strength}
         return manifest
@@ -337,9 +394,14 @@ class LatentDecoder(ABC):
     def _latent_shape(self, settings: DecodeSettings) -> tuple[int, ...]:
         """Return the latent shape of one request; raise ValueError for sizes that cannot be made."""
 
+    @property
     @abstractmethod
-    def _predict(self, latents: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
-        """Run the denoising network; each row has its own timestep."""
+    def _network(self) -> Any:
+        """The denoising network."""
+
+    @abstractmethod
+    def _run(self, network: Any, latents: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
+        """Run ``network`` as the denoising network wants to be run; each row has its own timestep."""
 
     @abstractmethod
     def _media(
@@ -374,6 +436,15 @@ class LatentDecoder(ABC):
             raise ValueError(
                 f"The source is {medium.modality}; this decoder starts from {self.modality} only."
             )
+
+
+def _keep(runs: Sequence[Denoising], keeping: Sequence[Denoising], features: Tensor) -> None:
+    """Give each run that keeps features its own: those of all guided rows come first, as in ``step``."""
+    guided = [len(run.guided) for run in runs]
+    parts = features.split([*guided, *(len(run.latents) for run in runs)])
+    for place, run in enumerate(runs):
+        if run in keeping:
+            run.kept = parts[place], parts[len(runs) + place]
 
 
 def clip_states(encoder: Any, inputs: Any) -> Tensor:

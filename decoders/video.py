@@ -82,10 +82,14 @@ class VideoDecoder(LatentDecoder):
         check_multiple("width_px", width, self._factor)
         return (self._channels, frames, height // self._factor, width // self._factor)
 
-    def _predict(self, latents: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
+    @property
+    def _network(self) -> Any:
+        return self.network
+
+    def _run(self, network: Any, latents: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
         if self._is_stacked:
-            return predict_stacked(self.network, latents, timesteps, conditions, self._alphas_cumprod)
-        predicted: Tensor = self.network(latents, timesteps, conditions, return_dict=False)[0]
+            return predict_stacked(network, latents, timesteps, conditions, self._alphas_cumprod)
+        predicted: Tensor = network(latents, timesteps, conditions, return_dict=False)[0]
         return predicted
 
     def _media(

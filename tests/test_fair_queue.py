@@ -16,8 +16,8 @@ def queue() -> FairQueue:
     return FairQueue(cost)
 
 
-def work(user: str = "ann", steps: int = 10, shape: tuple[int, ...] = SHAPE, halves: int = 1) -> Work:
-    return Work(user, shape, halves, steps)
+def work(user: str = "ann", steps: int = 10, shape: tuple[int, ...] = SHAPE, rows: float = 1) -> Work:
+    return Work(user, shape, rows, steps)
 
 
 def filled(*works: Work) -> FairQueue:
@@ -116,7 +116,7 @@ def test_clean_latents_go_before_steps() -> None:
 
 
 def test_guidance_is_paid_for_twice() -> None:
-    guided, plain = work("ann", halves=2), work("ben")
+    guided, plain = work("ann", rows=2), work("ben")
     line = filled(guided, plain)
 
     line.charge([guided, plain], 3.0)
@@ -125,7 +125,7 @@ def test_guidance_is_paid_for_twice() -> None:
 
 
 def test_the_forecast_of_a_request_alone_is_its_cost() -> None:
-    only = work(steps=10, halves=2)
+    only = work(steps=10, rows=2)
     line = filled(only)
 
     assert line.forecast(4) == {only: pytest.approx(10 * (STEP_S + 2 * ROW_S) + FINISH_S)}
