@@ -46,7 +46,8 @@ class DeepFeatures:
     @contextmanager
     def recording(self) -> Iterator[list[Tensor]]:
         """Collect the features of each call of the whole U-Net, ``(rows, channels, h, w)``."""
-        self._recorded = recorded = []
+        recorded: list[Tensor] = []
+        self._recorded = recorded
         try:
             yield recorded
         finally:

@@ -328,7 +328,7 @@ class DenoisingEngine:
             run = request.state()
             request.work.steps_left = run.total - run.done
             if request.preview_every and run.done % request.preview_every == 0 and not run.finished:
-                request.say(Preview(run.done, run.total, self.decoder.preview(run.estimate[0])))
+                self._show(request, run)
         if not whole or any(request.plan.deep_every > 1 for request in batch):
             return
         if is_last:
@@ -339,6 +339,13 @@ class DenoisingEngine:
         if self._good_turns >= TURNS_TO_REGROW and self._batch_limit < self.config.max_batch:
             self._batch_limit += 1
             self._good_turns = 0
+
+    def _show(self, request: _Request, run: Denoising) -> None:
+        try:
+            request.say(Preview(run.done, run.total, self.decoder.preview(run.estimate[0])))
+        except Exception:  # a medium is worth more than a look at it
+            logger.warning("A preview failed; its request goes on without.", exc_info=True)
+            request.preview_every = 0
 
     def _begin(self, request: _Request) -> None:
         try:

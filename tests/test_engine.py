@@ -524,6 +524,20 @@ async def test_previews_come_only_when_asked_for_and_look_like_the_end(
         assert not any(isinstance(value, Preview) for value in silent)
 
 
+async def test_a_preview_that_fails_does_not_cost_the_medium(
+    engine: DenoisingEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(latents: Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(engine.decoder, "preview", broken)
+
+    result = await made(engine, condition(engine.decoder), DecodeSettings(steps=4), preview_every=1)
+
+    assert result.manifest["steps"] == 4
+    assert caplog.text.count("A preview failed") == 1
+
+
 async def test_calls_run_between_the_steps_of_a_long_request(engine: DenoisingEngine) -> None:
     stream = engine.decode(condition(engine.decoder), DecodeSettings(steps=1000))
     await anext(stream)
