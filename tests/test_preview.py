@@ -43,10 +43,13 @@ def test_the_map_of_a_linear_autoencoder_is_found_exactly() -> None:
     np.testing.assert_allclose(pixels, expected, atol=1e-3)
 
 
-def test_the_same_map_is_fitted_every_time() -> None:
-    one, other = (LinearPreview.fit(decoded, channels=5) for _ in range(2))
+def test_the_fit_draws_the_same_latents_every_time() -> None:
+    def curved(latents: Tensor) -> Tensor:
+        return decoded(latents).sin()  # no linear map fits this, so which latents are drawn matters
 
-    torch.testing.assert_close(one.weights, other.weights, rtol=0, atol=0)
+    one, other = (LinearPreview.fit(curved, channels=5) for _ in range(2))
+
+    torch.testing.assert_close(one.weights, other.weights, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["image", "audio"])
