@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import ClapTextModelWithProjection, SpeechT5HifiGan
 
@@ -71,18 +72,32 @@ class AudioDecoder(LatentDecoder):
         rows = math.ceil(round(seconds / (self._seconds_per_frame * self._factor), 6))
         return (self.unet.config.in_channels, rows, self.vocoder.config.model_in_dim // self._factor)
 
-    def _predict(self, latents: Tensor, timestep: Tensor, conditions: Tensor) -> Tensor:
-        predicted: Tensor = self.unet(
-            latents, timestep, encoder_hidden_states=None, class_labels=conditions[:, 0], return_dict=False
+    @property
+    def _network(self) -> Any:
+        return self.unet
+
+    def _run(self, network: Any, latents: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
+        predicted: Tensor = network(
+            latents, timesteps, encoder_hidden_states=None, class_labels=conditions[:, 0], return_dict=False
         )[0]
         return predicted
 
-    def _media(self, latents: Tensor, settings: DecodeSettings) -> Sequence[Audio]:
+    def _media(
+        self, latents: Tensor, settings: Sequence[DecodeSettings], *, sliced: bool = False
+    ) -> Sequence[Audio]:
         mels = self.vae.decode(latents / self.vae.config.scaling_factor).sample[:, 0]  # (B, N, M)
         waveforms = self.vocoder(mels).float().clamp(-1, 1).cpu().numpy()  # (B, T)
         rate = self.vocoder.config.sampling_rate
-        length = round(self._seconds(settings) * rate)
-        return [Audio(np.ascontiguousarray(waveform[:length]), rate) for waveform in waveforms]
+        lengths = [round(self._seconds(wish) * rate) for wish in settings]
+        return [
+            Audio(np.ascontiguousarray(waveform[:length]), rate)
+            for waveform, length in zip(waveforms, lengths, strict=True)
+        ]
+
+    def _shown(self, pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
+        mel = pixels[:, ::-1, 0].T  # (M, N), low tones at the bottom
+        grey = (mel - mel.min()) / max(float(np.ptp(mel)), 1e-6) * 255
+        return np.repeat(grey.round().astype(np.uint8)[..., None], 3, axis=2)
 
     def _sizes(self, medium: Audio) -> dict[str, Any]:
         return {"duration_s": len(medium.samples) / medium.rate, "rate_hz": medium.rate}

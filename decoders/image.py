@@ -50,12 +50,18 @@ class ImageDecoder(LatentDecoder):
         columns = check_multiple("width_px", width, self._factor)
         return (self.unet.config.in_channels, rows, columns)
 
-    def _predict(self, latents: Tensor, timestep: Tensor, conditions: Tensor) -> Tensor:
-        predicted: Tensor = self.unet(latents, timestep, conditions, return_dict=False)[0]
+    @property
+    def _network(self) -> Any:
+        return self.unet
+
+    def _run(self, network: Any, latents: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
+        predicted: Tensor = network(latents, timesteps, conditions, return_dict=False)[0]
         return predicted
 
-    def _media(self, latents: Tensor, settings: DecodeSettings) -> Sequence[Image]:
-        return [Image(pixels) for pixels in to_pixels(self.vae, latents)]
+    def _media(
+        self, latents: Tensor, settings: Sequence[DecodeSettings], *, sliced: bool = False
+    ) -> Sequence[Image]:
+        return [Image(pixels) for pixels in to_pixels(self.vae, latents, sliced=sliced)]
 
     def _sizes(self, medium: Image) -> dict[str, Any]:
         height, width = medium.pixels.shape[:2]

@@ -1,5 +1,9 @@
 """What the three latent diffusion decoders have in common: from a condition to a medium.
 
+A request becomes a :class:`Plan`, in which nothing is left open; :meth:`LatentDecoder.begin`,
+:meth:`~LatentDecoder.step` and :meth:`~LatentDecoder.complete` carry plans out, one denoising step at a
+time. :meth:`LatentDecoder.decode_batch` does so for one batch and :mod:`decoders.engine` for many callers.
+
 Shape letters in this file:
     B requests in the batch   S condition tokens   E condition width   ... latent shape, channels first
 """
@@ -8,21 +12,37 @@ import secrets
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import PIL.Image
 import torch
+from diffusers import UNet2DConditionModel
 from numpy.typing import NDArray
 from torch import Tensor
 
 from decoders.condition import Condition, ConditionSpec, digest
-from decoders.denoising import OnStep, check_stop, denoise, draw_noise, make_scheduler
+from decoders.deep_features import DeepFeatures
+from decoders.denoising import (
+    Denoising,
+    OnStep,
+    check_source,
+    check_stop,
+    draw_noise,
+    make_scheduler,
+    step,
+    steps_run,
+)
 from decoders.pipeline_folder import DEFAULTS_FILE, PipelineFolder
+from decoders.preview import LinearPreview
 from decoders.settings import DecoderDefaults, DecodeSettings
-from encoders.media import Medium, Modality
+from encoders.media import Image, Medium, Modality
+
+SHALLOW_SHARE = 0.5
+"""What a step with kept features costs of a whole one, about."""
 
 VAE_BATCH_PIXELS = 2**21
 """Pixels that go through the VAE's decoder at once; more are split, to bound its memory."""
@@ -36,6 +56,38 @@ class Decoded:
     manifest: dict[str, Any]
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Plan:
+    """One request with every choice made; made by :meth:`LatentDecoder.plan`.
+
+    ``settings`` have seed, steps, guidance and scheduler, ``shape`` is that of the latents, ``source``
+    and ``strength`` are those of :meth:`LatentDecoder.decode`.
+    """
+
+    condition: Condition
+    settings: DecodeSettings
+    shape: tuple[int, ...]
+    source: Tensor | None
+    strength: float
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps that will run."""
+        steps = self.settings.steps or 1
+        return steps if self.source is None else steps_run(steps, self.strength)
+
+    @property
+    def deep_every(self) -> int:
+        """In every how many steps deep features are computed; 1 is always."""
+        return self.settings.deep_every or 1
+
+    @property
+    def rows(self) -> float:
+        """Rows that a step takes in the network: 2 with guidance, else 1; fewer if features are reused."""
+        halves = 2 if (self.settings.guidance_scale or 0) > 1 else 1
+        return halves * (1 + SHALLOW_SHARE * (self.deep_every - 1)) / self.deep_every
+
+
 class LatentDecoder(ABC):
     """A frozen latent diffusion model that takes embeddings in place of a prompt.
 
@@ -45,6 +97,7 @@ class LatentDecoder(ABC):
     modality: ClassVar[Modality]
     pipelines: ClassVar[tuple[str, ...]]
     usual: ClassVar[DecoderDefaults]
+    vae: Any
 
     def __init__(self, folder: PipelineFolder) -> None:
         folder.expect_pipeline(*self.pipelines)
@@ -54,6 +107,8 @@ class LatentDecoder(ABC):
         make_scheduler(self._scheduler_config, self.defaults.scheduler)
         self._load_networks()
         self._text: tuple[Any, Any] | None = None
+        self._linear: LinearPreview | None = None
+        self._deep: DeepFeatures | None = None
         null = folder.saved_null()
         self._null = self.embed_captions([""])[0] if null is None else null  # (S, E)
         if self._null.ndim != 2 or self._null.shape[1] != self._condition_width():
@@ -160,58 +215,156 @@ class LatentDecoder(ABC):
             raise ValueError(f"There are {len(conditions)} conditions and {len(settings)} settings.")
         if sources is not None and len(sources) != len(conditions):
             raise ValueError(f"There are {len(conditions)} conditions and {len(sources)} sources.")
-        for condition in conditions:
-            self.condition_spec.check(condition)
-        first = settings[0]
-        shape = self._latent_shape(first)
-        steps = first.steps or self.defaults.steps
-        name = first.scheduler or self.defaults.scheduler
-        for other in settings[1:]:
-            same = (other.steps or self.defaults.steps, other.scheduler or self.defaults.scheduler)
-            if same != (steps, name) or self._latent_shape(other) != shape:
-                raise ValueError(
-                    "Requests of one batch differ in steps, scheduler or size. Run them in separate batches."
-                )
-        seeds = [secrets.randbelow(2**32) if wish.seed is None else wish.seed for wish in settings]
-        guidance = [
-            self.defaults.guidance_scale if wish.guidance_scale is None else wish.guidance_scale
-            for wish in settings
+        starts: Sequence[Tensor | None] = [None] * len(conditions) if sources is None else sources
+        plans = [
+            self.plan(condition, wish, source=source, strength=strength)
+            for condition, wish, source in zip(conditions, settings, starts, strict=True)
         ]
-        device, dtype = self.folder.device, self.folder.dtype
-        embeddings = torch.stack([condition.embeddings for condition in conditions])
-        with torch.inference_mode():
-            latents = denoise(
-                self._predict,
-                make_scheduler(self._scheduler_config, name),
-                draw_noise(shape, seeds, device).to(dtype),
-                self._prepared(embeddings.to(device, dtype)),
-                self._null,
-                steps=steps,
-                guidance=guidance,
-                source=None if sources is None else torch.stack(list(sources)).to(device, dtype),
-                strength=strength,
-                on_step=on_step,
-                stop=stop,
-            )
+        run = self.begin(plans)
+        while not run.finished:
             check_stop(stop)
-            media = self._media(latents, first)
-        results = []
-        for row, medium in enumerate(media):
-            manifest = {
-                "modality": self.modality.value,
-                "pipeline": self.folder.pipeline_class,
-                "weights": self.digest,
-                "seed": seeds[row],
-                "scheduler": name,
-                "steps": steps,
-                "guidance_scale": guidance[row],
-                **self._sizes(medium),
-                "condition": digest(conditions[row].embeddings),
-            }
-            if sources is not None:
-                manifest |= {"source": digest(sources[row]), "strength": strength}
-            results.append(Decoded(medium, manifest))
-        return results
+            self.step([run], plans[:1])
+            if on_step is not None:
+                on_step(run.done, run.total)
+        check_stop(stop)
+        return self.complete(run.latents, plans)
+
+    def plan(
+        self,
+        condition: Condition,
+        settings: DecodeSettings | None = None,
+        *,
+        source: Tensor | None = None,
+        strength: float = 0.6,
+    ) -> Plan:
+        """Make all choices of one request; arguments and errors as in :meth:`decode`."""
+        self.condition_spec.check(condition)
+        wishes, usual = settings or DecodeSettings(), self.defaults
+        shape = self._latent_shape(wishes)
+        if (wishes.deep_every or 1) > 1:
+            self._deep_features()
+        if source is not None:
+            check_source(source, shape)
+            steps_run(1, strength)
+        chosen = replace(
+            wishes,
+            seed=secrets.randbelow(2**32) if wishes.seed is None else wishes.seed,
+            steps=wishes.steps or usual.steps,
+            guidance_scale=usual.guidance_scale if wishes.guidance_scale is None else wishes.guidance_scale,
+            scheduler=wishes.scheduler or usual.scheduler,
+        )
+        return Plan(condition, chosen, shape, source, strength)
+
+    def begin(self, plans: Sequence[Plan]) -> Denoising:
+        """Return the state before the first step of plans that take every step together.
+
+        Raises:
+            ValueError: the plans differ in steps, scheduler, size, or in whether they have a source.
+
+        """
+        first = plans[0]
+        alike = {
+            (p.shape, p.settings.steps, p.settings.scheduler, p.source is None, p.strength, p.deep_every)
+            for p in plans
+        }
+        if len(alike) > 1:
+            raise ValueError(
+                "Requests of one batch differ in steps, scheduler or size. Run them in separate batches."
+            )
+        device, dtype = self.folder.device, self.folder.dtype
+        sources = [plan.source for plan in plans if plan.source is not None]
+        with torch.inference_mode():
+            embeddings = torch.stack([plan.condition.embeddings for plan in plans])
+            return Denoising(
+                make_scheduler(self._scheduler_config, first.settings.scheduler or ""),
+                draw_noise(first.shape, [plan.settings.seed or 0 for plan in plans], device).to(dtype),
+                self._prepared(embeddings.to(device, dtype)),
+                steps=first.settings.steps or 1,
+                guidance=[plan.settings.guidance_scale or 0 for plan in plans],
+                source=torch.stack(sources).to(device, dtype) if sources else None,
+                strength=first.strength,
+            )
+
+    def step(
+        self, runs: Sequence[Denoising], plans: Sequence[Plan] | None = None, *, halves_apart: bool = False
+    ) -> None:
+        """Take one denoising step of every run, as :func:`decoders.denoising.step` does.
+
+        Where ``plans`` ask for it, deep features of the network are kept and reused; that takes a second,
+        cheaper call for the runs that reuse them.
+        """
+        every = [plan.deep_every for plan in plans] if plans else [1] * len(runs)
+        pairs = list(zip(runs, every, strict=True))
+        shallow = [run for run, n in pairs if run.done % n and run.kept is not None]
+        whole = [(run, n) for run, n in pairs if run not in shallow]
+        keeping = [run for run, n in whole if n > 1]
+        if not keeping and whole:
+            step(self._predict, [run for run, _ in whole], self._null, halves_apart=halves_apart)
+        elif whole:
+            with self._deep_features().recording() as recorded:
+                step(self._predict, [run for run, _ in whole], self._null, halves_apart=halves_apart)
+            _keep([run for run, _ in whole], keeping, torch.cat(recorded))
+        if shallow:
+            deep = self._deep_features()
+            kept = [run.kept for run in shallow if run.kept is not None]
+            deep.recall(torch.cat([guided for guided, _ in kept] + [rows for _, rows in kept]))
+            predict = partial(self._run, deep.shallow)
+            step(predict, shallow, self._null, halves_apart=halves_apart)
+
+    def _deep_features(self) -> DeepFeatures:
+        if self._deep is None:
+            if not isinstance(self._network, UNet2DConditionModel):
+                raise ValueError(
+                    f"deep_every needs a UNet2DConditionModel; this decoder has a "
+                    f"{type(self._network).__name__}. Leave it out."
+                )
+            self._deep = DeepFeatures(self._network)
+        return self._deep
+
+    def _predict(self, latents: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
+        """Run the denoising network; each row has its own timestep."""
+        return self._run(self._network, latents, timesteps, conditions)
+
+    def complete(self, latents: Tensor, plans: Sequence[Plan], *, sliced: bool = False) -> list[Decoded]:
+        """Turn clean latents ``(B, ...)`` into the media that were planned.
+
+        ``sliced`` sends pictures and frames through the VAE one at a time, to save memory.
+        """
+        with torch.inference_mode():
+            media = self._media(latents, [plan.settings for plan in plans], sliced=sliced)
+        return [
+            Decoded(medium, self._manifest(medium, plan)) for medium, plan in zip(media, plans, strict=True)
+        ]
+
+    def preview(self, latents: Tensor) -> Image:
+        """Show roughly what latents ``(...)`` of one request will be: a picture, without the VAE.
+
+        The middle frame of a video; for a sound its mel spectrum, low tones at the bottom. The first
+        call fits a linear map to the VAE.
+        """
+        if self._linear is None:
+            with torch.inference_mode():
+                channels = int(self.vae.config.latent_channels)
+                self._linear = LinearPreview.fit(self._pictures, channels, self.folder.device)
+        return Image(self._shown(self._linear(self._still(latents))))
+
+    def _manifest(self, medium: Medium, plan: Plan) -> dict[str, Any]:
+        manifest = {
+            "modality": self.modality.value,
+            "pipeline": self.folder.pipeline_class,
+            "weights": self.digest,
+            "seed": plan.settings.seed,
+            "scheduler": plan.settings.scheduler,
+            "steps": plan.settings.steps,
+            "guidance_scale": plan.settings.guidance_scale,
+            **self._sizes(medium),
+            "condition": digest(plan.condition.embeddings),
+        }
+        if plan.deep_every > 1:
+            manifest["deep_every"] = plan.deep_every
+        if plan.source is not None:
+            manifest |= {"source": digest(plan.source), "strength": plan.strength}
+        return manifest
 
     @abstractmethod
     def encode_source(self, medium: Medium, settings: DecodeSettings | None = None) -> Tensor:
@@ -241,13 +394,34 @@ class LatentDecoder(ABC):
     def _latent_shape(self, settings: DecodeSettings) -> tuple[int, ...]:
         """Return the latent shape of one request; raise ValueError for sizes that cannot be made."""
 
+    @property
     @abstractmethod
-    def _predict(self, latents: Tensor, timestep: Tensor, conditions: Tensor) -> Tensor:
-        """Run the denoising network."""
+    def _network(self) -> Any:
+        """The denoising network."""
 
     @abstractmethod
-    def _media(self, latents: Tensor, settings: DecodeSettings) -> Sequence[Medium]:
+    def _run(self, network: Any, latents: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
+        """Run ``network`` as the denoising network wants to be run; each row has its own timestep."""
+
+    @abstractmethod
+    def _media(
+        self, latents: Tensor, settings: Sequence[DecodeSettings], *, sliced: bool = False
+    ) -> Sequence[Medium]:
         """Turn clean latents ``(B, ...)`` into one medium per request."""
+
+    def _still(self, latents: Tensor) -> Tensor:
+        """Return the latents ``(C, h, w)`` of one picture to show for those of a medium."""
+        return latents
+
+    def _pictures(self, latents: Tensor) -> Tensor:
+        """Decode latents ``(N, C, h, w)`` with the VAE alone."""
+        pictures: Tensor = self.vae.decode(latents / self.vae.config.scaling_factor).sample
+        return pictures
+
+    def _shown(self, pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """Return what the VAE gives ``(H, W, c)`` as a picture ``(H, W, 3)``."""
+        shown: NDArray[np.uint8] = ((pixels / 2 + 0.5).clip(0, 1) * 255).round().astype(np.uint8)
+        return shown
 
     @abstractmethod
     def _sizes(self, medium: Any) -> dict[str, Any]:
@@ -264,6 +438,15 @@ class LatentDecoder(ABC):
             )
 
 
+def _keep(runs: Sequence[Denoising], keeping: Sequence[Denoising], features: Tensor) -> None:
+    """Give each run that keeps features its own: those of all guided rows come first, as in ``step``."""
+    guided = [len(run.guided) for run in runs]
+    parts = features.split([*guided, *(len(run.latents) for run in runs)])
+    for place, run in enumerate(runs):
+        if run in keeping:
+            run.kept = parts[place], parts[len(runs) + place]
+
+
 def clip_states(encoder: Any, inputs: Any) -> Tensor:
     """Return CLIP's last hidden states ``(B, S, E)`` as StableDiffusionPipeline uses them."""
     uses_mask = getattr(encoder.config, "use_attention_mask", None)
@@ -272,10 +455,14 @@ def clip_states(encoder: Any, inputs: Any) -> Tensor:
     return states
 
 
-def to_pixels(vae: Any, latents: Tensor) -> NDArray[np.uint8]:
-    """Decode latents ``(N, C, h, w)`` of a StableDiffusion VAE into uint8 ``(N, H, W, 3)``."""
+def to_pixels(vae: Any, latents: Tensor, *, sliced: bool = False) -> NDArray[np.uint8]:
+    """Decode latents ``(N, C, h, w)`` of a StableDiffusion VAE into uint8 ``(N, H, W, 3)``.
+
+    ``sliced`` decodes one picture at a time.
+    """
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
-    at_once = max(1, VAE_BATCH_PIXELS // (latents.shape[2] * latents.shape[3] * scale**2))
+    pixels_each = latents.shape[2] * latents.shape[3] * scale**2
+    at_once = 1 if sliced else max(1, VAE_BATCH_PIXELS // pixels_each)
     images = torch.cat(
         [vae.decode(part / vae.config.scaling_factor).sample for part in latents.split(at_once)]
     )  # (N, 3, H, W)

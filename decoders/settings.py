@@ -16,6 +16,7 @@ _INTEGERS = {
     "width_px": (8, 4096),
     "height_px": (8, 4096),
     "num_frames": (1, 512),
+    "deep_every": (1, 16),
 }
 _NUMBERS = {"guidance_scale": (0.0, 50.0), "duration_s": (0.05, 120.0), "fps": (0.1, 240.0)}
 
@@ -50,7 +51,9 @@ class DecodeSettings:
     """The wishes of one request; None means the decoder's default (a drawn seed, for ``seed``).
 
     ``guidance_scale`` up to 1 turns classifier-free guidance off, as in diffusers. Sizes are in pixels,
-    ``duration_s`` in seconds (sound only), ``num_frames`` for video only. Immutable; checked when made.
+    ``duration_s`` in seconds (sound only), ``num_frames`` for video only. ``deep_every`` n above 1 computes
+    the deep features of a 2-D U-Net in every n-th step only, which is faster and less exact (see
+    :mod:`decoders.deep_features`); nothing else turns that on. Immutable; checked when made.
     """
 
     seed: int | None = None
@@ -61,6 +64,7 @@ class DecodeSettings:
     height_px: int | None = None
     num_frames: int | None = None
     duration_s: float | None = None
+    deep_every: int | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):

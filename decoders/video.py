@@ -82,18 +82,27 @@ class VideoDecoder(LatentDecoder):
         check_multiple("width_px", width, self._factor)
         return (self._channels, frames, height // self._factor, width // self._factor)
 
-    def _predict(self, latents: Tensor, timestep: Tensor, conditions: Tensor) -> Tensor:
+    @property
+    def _network(self) -> Any:
+        return self.network
+
+    def _run(self, network: Any, latents: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
         if self._is_stacked:
-            return predict_stacked(self.network, latents, timestep, conditions, self._alphas_cumprod)
-        predicted: Tensor = self.network(latents, timestep, conditions, return_dict=False)[0]
+            return predict_stacked(network, latents, timesteps, conditions, self._alphas_cumprod)
+        predicted: Tensor = network(latents, timesteps, conditions, return_dict=False)[0]
         return predicted
 
-    def _media(self, latents: Tensor, settings: DecodeSettings) -> Sequence[Video]:
+    def _media(
+        self, latents: Tensor, settings: Sequence[DecodeSettings], *, sliced: bool = False
+    ) -> Sequence[Video]:
         frames = latents.shape[2]
         flat = latents.transpose(1, 2).flatten(0, 1)  # (B * F, C, h, w)
-        pixels = to_pixels(self.vae, flat)  # (B * F, H, W, 3)
+        pixels = to_pixels(self.vae, flat, sliced=sliced)  # (B * F, H, W, 3)
         fps = self.defaults.fps or self._usual_fps
         return [Video(clip, fps) for clip in pixels.reshape(len(latents), frames, *pixels.shape[1:])]
+
+    def _still(self, latents: Tensor) -> Tensor:
+        return latents[:, latents.shape[1] // 2]
 
     def _sizes(self, medium: Video) -> dict[str, Any]:
         frames, height, width = medium.frames.shape[:3]

@@ -24,6 +24,9 @@ from services.deployments import (
 )
 from services.presets import load_preset
 
+QUEUED_BATCHES = 4
+"""Batches that wait in a decoder's replica: there their seconds are known, and too many are refused."""
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -63,13 +66,17 @@ def build_app(args: AppArgs) -> Application:
         "logging_config": {"log_level": "WARNING", "enable_access_log": False},
     }
     model: dict[str, Any] = {**usual, "max_ongoing_requests": 1}
+    decoder = {
+        modality: {**usual, "max_ongoing_requests": QUEUED_BATCHES * chosen.max_batch}
+        for modality, chosen in preset.decoders.items()
+    }
     door: dict[str, Any] = {**usual, "max_ongoing_requests": 256}
 
     encoder = serve.deployment(name="Encoder", **model)(EncoderReplica).bind(replica)
     speaking = {**model, "max_ongoing_requests": preset.language_model.slots}
     language_model = serve.deployment(name="LanguageModel", **speaking)(LanguageModelReplica).bind(replica)
     decoders = {
-        modality: serve.deployment(name=decoder_name(modality), **model)(DecoderReplica).bind(
+        modality: serve.deployment(name=decoder_name(modality), **decoder[modality])(DecoderReplica).bind(
             replica, modality
         )
         for modality in preset.decoders

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from typing import Any
 
+from decoders.failures import DecoderOutOfMemory, QueueFull
 from encoders.media import MediaError
 
 
@@ -108,6 +109,13 @@ class Unavailable(ServiceError):
     status = 503
 
 
+class TooManyRequests(ServiceError):
+    """More is asked for than can be made in a reasonable time."""
+
+    status = 429
+    type = "rate_limit_error"
+
+
 class PresetProblem(ServiceError):
     """A preset is unknown, wrong, or its weights are not what it says."""
 
@@ -124,6 +132,7 @@ KINDS: dict[str, type[ServiceError]] = {
         RangeNotSatisfiable,
         Internal,
         Unavailable,
+        TooManyRequests,
         PresetProblem,
     )
 }
@@ -137,6 +146,10 @@ def translate(error: BaseException) -> ServiceError:
     if isinstance(error, MediaError):
         kind = TooLarge if error.code == "media_limit_exceeded" else BadRequest
         return kind(message, code=error.code)
+    if isinstance(error, QueueFull):
+        return TooManyRequests(message, code="queue_full", retry_after_s=error.retry_after_s)
+    if isinstance(error, DecoderOutOfMemory):
+        return Unavailable(message, code="decoder_oom")
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return Unavailable(
             "Not enough memory for this request. Ask for less at once, or try again later.",

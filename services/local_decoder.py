@@ -1,69 +1,68 @@
-"""The decode box of one modality in this process, with a thread of its own.
+"""The decode box of one modality in this process: a denoising engine, and what comes before and after it.
 
 The model is loaded at the first use, or by :meth:`LocalDecoder.load`.
 """
 
 from __future__ import annotations
 
-import threading
-import time
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from decoders.condition import Condition
-from decoders.latent_decoder import LatentDecoder
+from decoders.engine import DenoisingEngine, EngineConfig, StepDone
+from decoders.latent_decoder import Decoded, LatentDecoder
 from decoders.settings import DecodeSettings
 from decoders.writing import to_mp4, to_png, to_wav
 from encoders.media import Audio, Image, Medium, Modality, Video
 from services.artefacts import ArtefactStore
 from services.boxes import Made, Progress, SpokenSignal
 from services.links import CaptionLink, Link, SignalLink
-from services.loading import loading
+from services.loading import LOADING, loading
 from services.presets import Preset
-from services.worker import Emit, Worker
 
 
 class LocalDecoder:
-    """Makes media of one kind and stores them."""
+    """Makes media of one kind, several at a time, and stores them."""
 
     def __init__(self, preset: Preset, modality: Modality, store: ArtefactStore) -> None:
         self.preset = preset
         self.modality = modality
         self.store = store
-        self.worker: Worker[Progress | Made] = Worker(f"{modality.value}-decoder")
-        self.decoder: LatentDecoder | None = None
+        self.engine: DenoisingEngine | None = None
         self.link: Link | None = None
 
     def load(self) -> None:
         """Load the decoder and the link to it, unless they are loaded."""
-        if self.link is not None:
+        if self.engine is not None:
             return
-        with loading(f"{self.modality.value} decoder"):
-            self.decoder = _decoder_class(self.modality).load(
-                self.preset.decoder_folder(self.modality), self.preset.device
-            )
-            if self.preset.decoders[self.modality].link == "caption":
-                self.link = CaptionLink(self.decoder)
-            else:
-                folder = self.preset.projections_folder / self.modality.value
-                self.link = SignalLink(folder, self.decoder.condition_spec, self.preset.device)
+        with LOADING:
+            if self.engine is not None:
+                return
+            with loading(f"{self.modality.value} decoder"):
+                decoder = decoder_class(self.modality).load(
+                    self.preset.decoder_folder(self.modality), self.preset.device
+                )
+                if self.preset.decoders[self.modality].link == "caption":
+                    self.link = CaptionLink(decoder)
+                else:
+                    folder = self.preset.projections_folder / self.modality.value
+                    self.link = SignalLink(folder, decoder.condition_spec, self.preset.device)
+            chosen = self.preset.decoders[self.modality]
+            config = EngineConfig(max_batch=chosen.max_batch, max_wait_s=chosen.max_wait_s)
+            self.engine = DenoisingEngine(decoder, config)
 
     def warm_up(self) -> None:
-        """Take one denoising step from an empty condition, so that the first real ones come fast."""
-        decoder, _ = self._loaded()
-        spec = decoder.condition_spec
-        empty = Condition(torch.zeros(spec.tokens, spec.width))
-        decoder.decode(empty, DecodeSettings(seed=0, steps=1))
+        """Take a few denoising steps, so that the first real ones come fast and their time is known."""
+        engine, _ = self._loaded()
+        engine.calibrate()
 
-    def _loaded(self) -> tuple[LatentDecoder, Link]:
+    def _loaded(self) -> tuple[DenoisingEngine, Link]:
         self.load()
-        assert self.decoder is not None
+        assert self.engine is not None
         assert self.link is not None
-        return self.decoder, self.link
+        return self.engine, self.link
 
     async def available(self) -> bool:
         """Whether the decoder can work: in this process it always can."""
@@ -73,41 +72,30 @@ class LocalDecoder:
         self, signal: SpokenSignal, settings: DecodeSettings
     ) -> AsyncGenerator[Progress | Made, None]:
         """Stream progress and the medium."""
-
-        def job(emit: Emit[Progress | Made], stop: threading.Event) -> None:
-            emit(self._run(signal, settings, emit, stop))
-
-        async with aclosing(self.worker.stream(job)) as stream:
-            async for step in stream:
-                yield step
-
-    def _run(
-        self,
-        signal: SpokenSignal,
-        settings: DecodeSettings,
-        emit: Emit[Progress | Made],
-        stop: threading.Event,
-    ) -> Made:
-        decoder, link = self._loaded()
-        defaults = self.preset.decoders[self.modality]
+        engine, link = await asyncio.to_thread(self._loaded)
+        condition = await engine.call(lambda: link.condition(signal))
+        usual = self.preset.decoders[self.modality]
         settings = replace(
             settings,
-            steps=defaults.steps if settings.steps is None else settings.steps,
+            steps=usual.steps if settings.steps is None else settings.steps,
             guidance_scale=(
-                defaults.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
+                usual.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
             ),
         )
-        began = time.monotonic()
+        async with aclosing(engine.decode(condition, settings)) as stream:
+            async for value in stream:
+                match value:
+                    case StepDone(step=step, total=total, left_s=left_s):
+                        yield Progress(step, total, None if left_s is None else round(left_s, 2))
+                    case Decoded():
+                        yield await asyncio.to_thread(self._kept, signal, value)
 
-        def on_step(step: int, total: int) -> None:
-            spent = time.monotonic() - began
-            emit(Progress(step, total, round(spent / step * (total - step), 2) if step else None))
-
-        decoded = decoder.decode(link.condition(signal), settings, on_step, stop)
+    def _kept(self, signal: SpokenSignal, decoded: Decoded) -> Made:
+        """Write a medium to the store."""
         manifest = {
             **decoded.manifest,
             "caption": signal.caption,
-            "link": defaults.link,
+            "link": self.preset.decoders[self.modality].link,
             "preset": self.preset.name,
             "made_by": "patchbay",
         }
@@ -124,7 +112,8 @@ class LocalDecoder:
         return Made(artefact, manifest)
 
 
-def _decoder_class(modality: Modality) -> type[LatentDecoder]:
+def decoder_class(modality: Modality) -> type[LatentDecoder]:
+    """Return the class that makes ``modality``; importing it loads diffusers."""
     match modality:
         case Modality.IMAGE:
             from decoders.image import ImageDecoder

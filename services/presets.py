@@ -74,13 +74,16 @@ class DecoderPreset(_Strict):
 
     ``link`` ``signal`` sends the model's hidden states through the output projection; ``caption``
     sends the words before the medium through the decoder's own text encoder. ``steps`` and
-    ``guidance_scale`` None leave the choice to the pipeline's folder.
+    ``guidance_scale`` None leave the choice to the pipeline's folder. ``max_batch`` media are made at the
+    same time; a request that would wait longer than ``max_wait_s`` for others is refused.
     """
 
     folder: str
     link: Literal["signal", "caption"] = "signal"
     steps: int | None = Field(default=None, ge=1)
     guidance_scale: float | None = Field(default=None, ge=0)
+    max_batch: int = Field(default=16, ge=1)
+    max_wait_s: float = Field(default=60.0, gt=0)
     limits: CostLimits = CostLimits()
 
 

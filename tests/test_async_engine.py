@@ -12,8 +12,8 @@ import pytest
 from llm.async_engine import AsyncEngine
 from llm.engine import Engine
 from llm.generate import ContextTooLong, Finished, GenerationOptions, TextDelta, generate
-from tests.test_engine import assert_same
 from tests.test_generate import eager_model
+from tests.test_language_engine import assert_same
 from tests.tiny_llm import tiny_model, user
 
 LONG = GenerationOptions(allowed=frozenset(), max_new_tokens=200, temperature=1.0, seed=0)

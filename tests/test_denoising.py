@@ -14,14 +14,14 @@ CENTRES = torch.tensor([[3.0, -1.0, 0.5, 2.0], [-2.0, 2.0, 1.0, -1.0], [0.0, 1.0
 SPREAD = 0.1
 
 
-def exact_v(latents: Tensor, timestep: Tensor, zero_terminal_snr: bool) -> Tensor:
+def exact_v(latents: Tensor, timesteps: Tensor, zero_terminal_snr: bool) -> Tensor:
     """Velocity of the best possible denoiser for a mixture of Gaussians at CENTRES."""
-    signal = saved_scheduler(rescale_betas_zero_snr=zero_terminal_snr).alphas_cumprod[int(timestep)]
-    a, s = signal.sqrt(), (1 - signal).sqrt()
+    signal = saved_scheduler(rescale_betas_zero_snr=zero_terminal_snr).alphas_cumprod[timesteps.long()]
+    a, s = signal.sqrt()[:, None], (1 - signal).sqrt()[:, None]  # (B, 1)
     variance = a**2 * SPREAD**2 + s**2
-    offsets = latents[:, None] - a * CENTRES  # (B, 3, 4)
+    offsets = latents[:, None] - a[..., None] * CENTRES  # (B, 3, 4)
     weights = (-(offsets**2).sum(-1) / (2 * variance)).softmax(-1)  # (B, 3)
-    means = CENTRES + a * SPREAD**2 / variance * offsets
+    means = CENTRES + (a * SPREAD**2 / variance)[..., None] * offsets
     clean = (weights[..., None] * means).sum(1)
     return a * (latents - a * clean) / s - s * clean
 
@@ -33,7 +33,7 @@ def test_twelve_trailing_steps_land_on_the_data(name: str, zero_terminal_snr: bo
     count = 300
 
     clean = denoise(
-        lambda latents, timestep, _: exact_v(latents, timestep, zero_terminal_snr),
+        lambda latents, timesteps, _: exact_v(latents, timesteps, zero_terminal_snr),
         make_scheduler(config, name),
         draw_noise((4,), list(range(count))),
         torch.zeros(count, 1),
@@ -62,7 +62,7 @@ def run(guidance: list[float]) -> tuple[Tensor, list[int]]:
     """Denoise with a network that predicts its condition; return results and the batch sizes it saw."""
     sizes: list[int] = []
 
-    def predict(latents: Tensor, timestep: Tensor, conditions: Tensor) -> Tensor:
+    def predict(latents: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
         sizes.append(len(latents))
         return conditions.expand_as(latents).clone()
 
@@ -83,7 +83,7 @@ def test_guidance_moves_away_from_the_null_in_each_row_by_its_own_scale() -> Non
     latents, sizes = run([1.0, 3.0, 0.0])
 
     torch.testing.assert_close(latents[:, 0], torch.tensor([2.0, 4.0, 2.0]))
-    assert sizes == [6, 6]
+    assert sizes == [4, 4]
 
 
 def test_without_guidance_the_null_is_not_computed() -> None:

@@ -3,8 +3,18 @@ import pickle
 
 import pytest
 
+from decoders.failures import DecoderOutOfMemory, QueueFull
 from encoders.media import MediaError
-from services.errors import KINDS, BadRequest, NotFound, ServiceError, TooLarge, Unavailable, translate
+from services.errors import (
+    KINDS,
+    BadRequest,
+    NotFound,
+    ServiceError,
+    TooLarge,
+    TooManyRequests,
+    Unavailable,
+    translate,
+)
 
 
 def test_every_error_becomes_the_four_keys_that_clients_know() -> None:
@@ -36,6 +46,8 @@ def test_an_error_is_the_same_in_another_process(kind: type[ServiceError]) -> No
         (MediaError("media_limit_exceeded", "Huge."), TooLarge, "media_limit_exceeded"),
         (ValueError("steps is 0."), BadRequest, "invalid_value"),
         (MemoryError(), Unavailable, "out_of_memory"),
+        (DecoderOutOfMemory("Too large."), Unavailable, "decoder_oom"),
+        (QueueFull(90, 60), TooManyRequests, "queue_full"),
         (OSError(errno.ENOSPC, "No space left on device"), Unavailable, "storage_full"),
     ],
 )
@@ -43,6 +55,12 @@ def test_known_errors_keep_their_meaning(error: Exception, kind: type, code: str
     known = translate(error)
     assert type(known) is kind
     assert known.code == code
+
+
+def test_a_full_queue_says_when_to_come_back() -> None:
+    known = translate(QueueFull(wait_s=72.4, allowed_s=60))
+    assert (known.status, known.retry_after_s) == (429, 13)
+    assert "would wait 72 s" in known.message
 
 
 def test_an_unknown_error_is_a_500_that_gives_nothing_away() -> None:

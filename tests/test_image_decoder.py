@@ -251,7 +251,7 @@ def test_a_weak_edit_stays_nearer_to_the_source_than_a_strong_one(decoder: Image
 
     weak = decoder.decode(condition, settings, source=source, strength=0.1)
     strong = decoder.decode(condition, settings, source=source, strength=1.0)
-    unchanged = decoder._media(source[None], settings)[0]
+    unchanged = decoder._media(source[None], [settings])[0]
 
     def distance(image: Image) -> float:
         return float(np.abs(image.pixels.astype(int) - unchanged.pixels).mean())

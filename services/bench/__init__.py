@@ -15,7 +15,7 @@ from typing import Any
 
 from services.presets import Preset
 
-BENCHES: Mapping[str, str] = {"llm": "services.bench.llm"}
+BENCHES: Mapping[str, str] = {"decode": "services.bench.decode", "llm": "services.bench.llm"}
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,14 @@ class BenchRow:
     peer: str
     peer_value: float
 
+    @property
+    def ratio(self) -> float:
+        """How many times the peer's value ours is."""
+        return self.value / self.peer_value
+
     def as_json(self) -> dict[str, Any]:
         """Return the row as ``--json`` prints it, with the ratio of ours to the peer's."""
-        return asdict(self) | {"ratio": round(self.value / self.peer_value, 3)}
+        return asdict(self) | {"ratio": round(self.ratio, 3)}
 
 
 def run_bench(name: str, preset: Preset, quick: bool) -> dict[str, Any]:
@@ -50,6 +55,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load_average_1min": load,
     }
 
@@ -62,5 +68,5 @@ def table(result: Mapping[str, Any]) -> str:
         f"| {row['peer']} |"
         for row in result["rows"]
     ]
-    facts = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
+    facts = ", ".join(f"{name} {value}" for name, value in result["machine"].items() if value is not None)
     return "\n".join([*lines, f"\n{facts}"])

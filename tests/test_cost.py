@@ -1,0 +1,80 @@
+import pytest
+
+from decoders.cost import SHAPES_KEPT, CostModel
+
+SHAPE = (4, 8, 8)
+
+
+def calibrated() -> CostModel:
+    """Return a model of 0.1 s per step, 0.05 s per row and 0.2 s per medium."""
+    cost = CostModel()
+    cost.calibrate(SHAPE, [(4, 0.3), (1, 0.15)], 0.2)
+    return cost
+
+
+def test_nothing_is_known_before_the_first_step() -> None:
+    cost = CostModel()
+    assert not cost.known
+    assert cost.step_s(SHAPE, 2) == 0
+
+    cost.observe_step(SHAPE, 2, 0.4)
+
+    assert cost.known
+    assert cost.step_s(SHAPE, 2) == pytest.approx(0.4)
+
+
+def test_a_step_costs_a_fixed_part_and_one_that_grows_with_rows_and_size() -> None:
+    cost = calibrated()
+
+    assert cost.step_s(SHAPE, 16) == pytest.approx(0.1 + 16 * 0.05)
+    assert cost.step_s((4, 16, 16), 1) == pytest.approx(0.1 + 4 * 0.05)
+    assert cost.step_s((4, 3, 8, 8), 1) == pytest.approx(0.1 + 3 * 0.05)
+    assert cost.finish_s(SHAPE, 3) == pytest.approx(0.6)
+
+
+def test_a_request_costs_its_steps_with_both_halves_and_its_medium() -> None:
+    assert calibrated().request_s(SHAPE, 2, 10) == pytest.approx(10 * 0.2 + 0.2)
+
+
+def test_a_batch_measured_faster_than_one_row_still_costs_something_per_row() -> None:
+    cost = CostModel()
+    cost.calibrate(SHAPE, [(1, 0.2), (4, 0.1)], 0.0)
+
+    assert 0 < cost.step_s(SHAPE, 1) < cost.step_s(SHAPE, 8)
+
+
+def test_predictions_follow_a_machine_that_got_slower() -> None:
+    cost = calibrated()
+    for _ in range(9):
+        cost.observe_step(SHAPE, 2, 0.4)
+        cost.observe_finish(SHAPE, 1, 0.3)
+
+    assert cost.step_s(SHAPE, 2) == pytest.approx(0.4)
+    assert cost.step_s((4, 16, 16), 1) == pytest.approx(2 * 0.3)  # a new shape too
+    assert cost.finish_s(SHAPE) == pytest.approx(0.3)
+
+
+def test_one_slow_step_is_not_believed() -> None:
+    cost = calibrated()
+    for seconds in (0.2, 0.2, 5.0, 0.2):
+        cost.observe_step(SHAPE, 2, seconds)
+
+    assert cost.step_s(SHAPE, 2) == pytest.approx(0.2)
+
+
+def test_the_error_is_the_median_of_how_far_predictions_were_off() -> None:
+    cost = calibrated()
+    assert cost.error() is None
+    for seconds in (0.2, 0.2, 0.25, 0.2):
+        cost.observe_step(SHAPE, 2, seconds)
+
+    assert cost.error() == pytest.approx(0.0)
+    assert max(cost._errors) == pytest.approx(0.2)
+
+
+def test_sizes_that_people_ask_for_do_not_pile_up() -> None:
+    cost = calibrated()
+    for side in range(1, 100):
+        cost.observe_step((4, side, 8), 1, 0.1)
+
+    assert len(cost._ratios) == SHAPES_KEPT
