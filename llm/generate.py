@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from encoders.media import Modality
 from llm.batch import collate_rows
 from llm.model import LanguageModel
+from llm.role_words import EndOfReply
 from llm.signals import Signal
 from llm.template import Dialogue
 from llm.tokenizer import TextStream
@@ -148,6 +149,7 @@ class Reply:
     ids: list[int] = field(default_factory=list)
     num_signals: int = 0
     caption: list[int] = field(default_factory=list)
+    has_ended: bool = False  # in words; an end token ends the reply by itself
 
     def __post_init__(self) -> None:
         tokenizer, options = self.model.tokenizer, self.options
@@ -188,7 +190,7 @@ class Reply:
         spent = len(self.ids) >= self.options.max_new_tokens or self._room <= self._owed
         masked = logits.masked_fill(~self._speakable(), float("-inf"))
         token = None if spent else _sample(masked, self.options, self._generator)
-        if self.missing and token in (None, self.model.tokenizer.eos_id):
+        if self.missing and (self.has_ended or token in (None, self.model.tokenizer.eos_id)):
             token = self._starts[self.missing[0]]
         return token, 0.0 if token is None else float(masked.softmax(dim=-1)[token])
 
@@ -219,9 +221,11 @@ class Reply:
 
     def take_caption(self) -> str:
         """Return the text since the previous medium, and start the next."""
-        text = self.model.tokenizer.decode_text(self.caption).strip()
+        text = self.model.tokenizer.decode_text(self.caption)
         self.caption.clear()
-        return text
+        if (words := self.model.tokenizer.role_words) is not None:
+            text = text.partition(words.mark)[0]
+        return text.strip()
 
     def finished(self, reason: FinishReason) -> Finished:
         """Return the last event."""
@@ -256,7 +260,7 @@ def generate(
 def _replies(
     model: LanguageModel, reply: Reply, embeddings: Tensor, stop: threading.Event
 ) -> Iterator[GenerationEvent]:
-    session, text = Session(model), TextStream(model.tokenizer)
+    session, text = Session(model), _Text(model)
     block: Modality | None = None
     reason: FinishReason = "cancelled"
     confidence = 0.0
@@ -279,10 +283,35 @@ def _replies(
             break
         if delta := text.push(token):
             yield TextDelta(delta)
+        reply.has_ended = text.has_ended
+        if reply.has_ended and not reply.missing:
+            reason = "stop"
+            break
         embeddings = _embed(model, (token,))
     if held := text.flush():
         yield TextDelta(held)
     yield reply.finished(reason)
+
+
+class _Text:
+    """The text of a reply as it becomes certain, up to the end that the model says in words, if it does."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._stream = TextStream(model.tokenizer)
+        words = model.tokenizer.role_words
+        self._end = None if words is None else EndOfReply(words)
+
+    @property
+    def has_ended(self) -> bool:
+        return self._end is not None and self._end.reached
+
+    def push(self, token: int) -> str:
+        delta = self._stream.push(token)
+        return delta if self._end is None else self._end.push(delta)
+
+    def flush(self) -> str:
+        delta = self._stream.flush()
+        return delta if self._end is None else self._end.push(delta) + self._end.flush()
 
 
 def _embed(model: LanguageModel, ids: tuple[int, ...]) -> Tensor:

@@ -103,6 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--small", action="store_true", help="render small pools only, for a rehearsal")
     train.set_defaults(run=train_command)
 
+    _convert_commands(commands)
+
     presets = commands.add_parser(
         "presets", help=presets_command.__doc__, description=presets_command.__doc__
     )
@@ -114,6 +116,39 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--port", type=_port, default=8000, help="port to look at (default %(default)s)")
     doctor.set_defaults(run=doctor_command)
     return parser
+
+
+def _convert_commands(commands: Any) -> None:
+    convert = commands.add_parser(
+        "convert", help=convert_command.__doc__, description=convert_command.__doc__
+    )
+    kinds = convert.add_subparsers(title="what", metavar="WHAT", required=True)
+
+    nextgpt = kinds.add_parser("nextgpt", help="pytorch_model.pt of NExT-GPT, into llm/ and projections/")
+    nextgpt.add_argument("file", metavar="FILE", help="the released pytorch_model.pt")
+    nextgpt.add_argument("--base", metavar="DIR_OR_HUB_ID", help="the base model, Vicuna-7B v0")
+    nextgpt.add_argument(
+        "--signal-rows-only",
+        action="store_true",
+        help="leave the trained rows of the base's own tokens out: 525 MB less, and a little less faithful",
+    )
+
+    imagebind = kinds.add_parser("imagebind", help="imagebind_huge.pth, into encoder/")
+    imagebind.add_argument("file", metavar="FILE", help="the released imagebind_huge.pth")
+    imagebind.add_argument(
+        "--towers", default="vision,audio", help="what to keep, with commas (default %(default)s)"
+    )
+    imagebind.add_argument("--tokenizer", metavar="DIR", help="CLIP's vocabulary, for the text tower")
+    imagebind.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"], help="of the weights written (default: theirs)"
+    )
+    for parser in (nextgpt, imagebind):
+        parser.add_argument("--out", metavar="DIR", required=True, help="the preset's folder of weights")
+
+    pickles = kinds.add_parser("pickles", help="the .bin files of a saved model or pipeline, in place")
+    pickles.add_argument("folder", metavar="DIR", help="safetensors are written beside the .bin files there")
+    for kind, parser in (("nextgpt", nextgpt), ("imagebind", imagebind), ("pickles", pickles)):
+        parser.set_defaults(run=convert_command, kind=kind)
 
 
 def _preset_option(parser: argparse.ArgumentParser) -> None:
@@ -198,6 +233,37 @@ def train_command(args: argparse.Namespace) -> int:
         small=args.small,
     )
     run(args.stage, load_preset(args.preset).weights_folder, options)
+    return 0
+
+
+def convert_command(args: argparse.Namespace) -> int:
+    """Turn released weights of others into this program's own layout."""
+    from services.convert import RECORD, convert_imagebind, convert_nextgpt
+    from services.pickles import convert_pickles
+
+    if args.kind == "pickles":
+        for path in convert_pickles(Path(args.folder)):
+            print(path)
+        return 0
+    file, out = Path(args.file), Path(args.out)
+    if args.kind == "nextgpt":
+        record = convert_nextgpt(file, out, args.base, whole_tables=not args.signal_rows_only)
+    else:
+        import torch
+
+        tokenizer = Path(args.tokenizer) if args.tokenizer else None
+        dtype = getattr(torch, args.dtype) if args.dtype else None
+        record = convert_imagebind(file, out, args.towers.split(","), tokenizer, dtype)
+    for part, count in record["tensors"].items():
+        print(f"{part:28} {count:5} tensors")
+    for part in record.get("absent", ()):
+        print(f"{part:28} not in the file")
+    if "left_out" in record:
+        print(f"left out: {', '.join(record['left_out']['names']) or 'nothing'}")
+    print(f"licence: {record['licence']}")
+    print(f"{len(record['files'])} files in {out}; {RECORD} there has their digests")
+    if args.kind == "nextgpt" and not args.base:
+        print("The base model is not there yet: convert again with --base DIR, into another folder.")
     return 0
 
 
