@@ -215,6 +215,7 @@ class Reply:
             return None
         self.ids += self.model.tokenizer.signal_ids(modality)
         self.num_signals += 1
+        self.has_ended = False
         if modality in self.missing:
             self.missing.remove(modality)
         return modality

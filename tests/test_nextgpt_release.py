@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import get_peft_model_state_dict
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -13,6 +13,7 @@ from decoders import nextgpt_release as output_side
 from decoders.projection import OutputProjection
 from encoders.media import Modality
 from llm import nextgpt_release as llm_side
+from llm.lora import LoraOptions, put_lora
 from llm.model import SignalRows
 from llm.nextgpt_release import ReleaseSizes
 from llm.projectors import ProjectorConfig, build_projector
@@ -72,8 +73,7 @@ def test_lora_fits_a_vicuna_of_true_size() -> None:
         base = LlamaForCausalLM(
             LlamaConfig(vocab_size=32_000, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32)
         )
-        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-        model = get_peft_model(base, LoraConfig(r=32, target_modules=targets), low_cpu_mem_usage=True)
+        model = put_lora(base, LoraOptions())
 
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     assert shapes_of(llm_side.adapter_tensors(plain_tensors())) == shapes_of(expected)

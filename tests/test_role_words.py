@@ -134,7 +134,7 @@ def test_nobody_can_speak_in_the_words_of_a_role(text: str) -> None:
     assert quoted.replace(" ", "") == text.replace(" ", "")
 
     plain = tokenizer().decode_text(laid_out([user("a", text), assistant(text, "b"), user(text)]).ids)
-    assert plain.count("###") == 4  # opening, reply, end, and the reply's words of no other turn
+    assert plain.count("###") == 3  # the opening, the words before the reply, and its end
 
 
 def test_other_texts_stay_as_they_are() -> None:
@@ -219,7 +219,8 @@ def test_a_signal_then_the_end_makes_a_whole_reply() -> None:
 
 
 def test_required_media_come_where_the_words_would_end_the_reply() -> None:
-    ids = [*tokenizer().encode_text("a bell\n###"), 99, *tokenizer().encode_text("so\n###"), 99, 99]
+    end = tokenizer().encode_text("###")
+    ids = [*tokenizer().encode_text("a bell\n###"), 99, *tokenizer().encode_text("so\n###"), 99, *end]
     events = speak(ids, required=(AUDIO, IMAGE))
 
     ready = [event.signal for event in events if isinstance(event, SignalReady)]
@@ -230,6 +231,6 @@ def test_required_media_come_where_the_words_would_end_the_reply() -> None:
 def test_a_limit_lets_out_what_was_held_back() -> None:
     events = speak(tokenizer().encode_text("a bell\n##"), max_new_tokens=5)
 
-    assert text_of(events) == "a bell\n#"
+    assert text_of(events) == "a bell\n##"
     assert isinstance(events[-1], Finished)
     assert events[-1].reason == "length"
