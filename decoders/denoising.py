@@ -86,7 +86,7 @@ def denoise(
     """Turn noise into clean latents, guided and unguided halves in one batch.
 
     Args:
-        predict: the network.
+        predict: the network. It is asked in the dtype of ``conditions``; the latents keep that of ``noise``.
         scheduler: a scheduler of its own for this call; its state is changed.
         noise: ``(B, ...)`` standard normal.
         conditions: ``(B, ...)``, one per request.
@@ -137,7 +137,7 @@ def denoise(
         check_stop(stop)
         batch = torch.cat([latents, latents]) if guided else latents
         batch = scheduler.scale_model_input(batch, timestep)
-        predicted = predict(batch, timestep, conditions)
+        predicted = predict(batch.to(conditions.dtype), timestep, conditions).to(latents.dtype)
         if guided:
             unconditional, conditional = predicted.chunk(2)
             predicted = unconditional + scales * (conditional - unconditional)

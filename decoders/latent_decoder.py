@@ -183,18 +183,18 @@ class LatentDecoder(ABC):
             latents = denoise(
                 self._predict,
                 make_scheduler(self._scheduler_config, name),
-                draw_noise(shape, seeds, device).to(dtype),
+                draw_noise(shape, seeds, device),  # float32: many small steps add up
                 self._prepared(embeddings.to(device, dtype)),
                 self._null,
                 steps=steps,
                 guidance=guidance,
-                source=None if sources is None else torch.stack(list(sources)).to(device, dtype),
+                source=None if sources is None else torch.stack(list(sources)).to(device, torch.float32),
                 strength=strength,
                 on_step=on_step,
                 stop=stop,
             )
             check_stop(stop)
-            media = self._media(latents, first)
+            media = self._media(latents.to(dtype), first)
         results = []
         for row, medium in enumerate(media):
             manifest = {

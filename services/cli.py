@@ -114,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     _preset_option(doctor)
     doctor.add_argument("--host", default="127.0.0.1", help="address to look at (default %(default)s)")
     doctor.add_argument("--port", type=_port, default=8000, help="port to look at (default %(default)s)")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     doctor.set_defaults(run=doctor_command)
     return parser
 
@@ -269,7 +270,7 @@ def convert_command(args: argparse.Namespace) -> int:
 
 def presets_command(args: argparse.Namespace) -> int:
     """List the presets that come with the program."""
-    from services.doctor import missing_files
+    from services.footprint import missing_files
 
     for name in shipped_presets():
         preset = load_preset(name)
@@ -280,12 +281,19 @@ def presets_command(args: argparse.Namespace) -> int:
 
 def doctor_command(args: argparse.Namespace) -> int:
     """Look whether this machine can run a preset, and say what is missing."""
-    from services.doctor import examine
+    from services.doctor import examine, survey
 
-    bad = 0
-    for check in examine(load_preset(args.preset), args.host, args.port):
+    preset, bad, checks = load_preset(args.preset), 0, []
+    found = survey(preset)
+    if not args.json:
+        print(found.table(), flush=True)
+    for check in examine(preset, args.host, args.port):
         bad += not check.ok
-        print(f"{'ok ' if check.ok else 'BAD'} {check.name:16} {check.detail}", flush=True)
+        checks.append({"name": check.name, "ok": check.ok, "detail": check.detail})
+        if not args.json:
+            print(f"{'ok ' if check.ok else 'BAD'} {check.name:16} {check.detail}", flush=True)
+    if args.json:
+        print(json.dumps({**found.to_json(), "checks": checks}, indent=2))
     if bad:
         print(f"patchbay: {bad} of the checks failed; the lines marked BAD say why.", file=sys.stderr)
     return 1 if bad else 0

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,10 +42,12 @@ class LocalDecoder:
         if self.link is not None:
             return
         with loading(f"{self.modality.value} decoder"):
+            preset = self.preset.decoders[self.modality]
+            dtype = getattr(torch, preset.dtype or "float32")
             self.decoder = _decoder_class(self.modality).load(
-                self.preset.decoder_folder(self.modality), self.preset.device
+                self.preset.decoder_folder(self.modality), self.preset.device, dtype
             )
-            if self.preset.decoders[self.modality].link == "caption":
+            if preset.link == "caption":
                 self.link = CaptionLink(self.decoder)
             else:
                 folder = self.preset.projections_folder / self.modality.value
@@ -90,13 +91,7 @@ class LocalDecoder:
     ) -> Made:
         decoder, link = self._loaded()
         defaults = self.preset.decoders[self.modality]
-        settings = replace(
-            settings,
-            steps=defaults.steps if settings.steps is None else settings.steps,
-            guidance_scale=(
-                defaults.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
-            ),
-        )
+        settings = defaults.fill(settings)
         began = time.monotonic()
 
         def on_step(step: int, total: int) -> None:

@@ -46,7 +46,12 @@ class LocalLanguageModel:
         """Load the weights, unless they are loaded, with LoRA merged for speed."""
         if self.model is None:
             with loading("language model"):
-                self.model = LanguageModel.load(self.preset.language_model_folder, self.preset.device)
+                name = self.preset.language_model.dtype
+                self.model = LanguageModel.load(
+                    self.preset.language_model_folder,
+                    self.preset.device,
+                    dtype=getattr(torch, name) if name else None,
+                )
             self.model.merge_adapter()
 
     def warm_up(self) -> None:

@@ -7,8 +7,9 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from services.doctor import examine, expect_files, expect_free_port, missing_files
+from services.doctor import examine, expect_files, expect_free_port
 from services.errors import PresetProblem
+from services.footprint import missing_files
 from services.presets import SHIPPED, load_preset, shipped_presets
 from services.session import Session
 from tests.tiny import tiny_values
