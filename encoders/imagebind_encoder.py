@@ -212,7 +212,7 @@ def write_config(
     folder: Path, model: ImageBindConfig, preprocessing: PreprocessConfig, pooled: Pooled = "unit"
 ) -> None:
     """Write ``config.json``, which :meth:`ImageBindEncoder.load` reads."""
-    values = {"model": model.to_json(), "preprocessing": preprocessing.to_json()}
+    values: dict[str, Any] = {"model": model.to_json(), "preprocessing": preprocessing.to_json()}
     if pooled != "unit":
         values["pooled"] = pooled
     (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -40,7 +41,8 @@ def keep_towers(config: ImageBindConfig, towers: Sequence[str]) -> ImageBindConf
     known = [name for name in TOWER_CONFIGS if getattr(config, name) is not None]
     if not towers or not set(towers) <= set(known):
         raise ValueError(f"towers is {', '.join(towers) or 'empty'}; choose from {', '.join(known)}.")
-    return replace(config, **{name: None for name in known if name not in towers})
+    left_out: dict[str, Any] = {name: None for name in known if name not in towers}
+    return replace(config, **left_out)
 
 
 def write_folder(

@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -140,7 +140,8 @@ def replace_tables(model: PreTrainedModel, path: Path, num_rows: int) -> None:
         ValueError: the file is missing or broken, or holds tensors of other names or shapes.
 
     """
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    embedding = cast(Tensor, model.get_input_embeddings().weight)
+    head = cast(Tensor, model.get_output_embeddings().weight)
     rows = {"embedding": embedding[:num_rows], "head": head[:num_rows]}
     tables = load_tensors(path, rows)
     with torch.no_grad():

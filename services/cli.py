@@ -264,7 +264,9 @@ def convert_command(args: argparse.Namespace) -> int:
     print(f"licence: {record['licence']}")
     print(f"{len(record['files'])} files in {out}; {RECORD} there has their digests")
     if args.kind == "nextgpt" and not args.base:
-        print("The base model is not there yet: convert again with --base DIR, into another folder.")
+        print(
+            f"The base model is not there yet. Remove {out}/llm and {out}/projections, then add --base DIR."
+        )
     return 0
 
 

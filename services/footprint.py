@@ -10,6 +10,7 @@ import json
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def _decoder(preset: Preset, modality: Modality) -> Box:
     parts = []
     for part in _models(index):
         config = _configured(preset, folder / part)
-        count = _counted(folder / part, config, lambda c, kind=index[part][1]: _count_class(kind, c))
+        count = _counted(folder / part, config, partial(_count_class, index[part][1]))
         missing = needed.get(f"{name}/{part}", [folder / part / "config.json"])
         parts.append(Part(part, count, dtype, _weight(folder / part), tuple(missing)))
     if not parts:

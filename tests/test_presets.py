@@ -57,6 +57,8 @@ def test_a_preset_name_is_not_a_path(name: str) -> None:
         ({"decoders": {"text": {"folder": "x"}}}, "text needs no decoder"),
         ({"decoders": {"image": {"folder": "x", "link": "magic"}}}, "decoders.image.link"),
         ({"generation": {"temperature": 9}}, "generation.temperature"),
+        ({"decoders": {"audio": {"folder": "x", "width_px": 64}}}, "audio has no width_px"),
+        ({"encoder": {"dtype": "int4"}}, "encoder.dtype"),
     ],
 )
 def test_a_wrong_preset_file_is_refused_with_the_key(
