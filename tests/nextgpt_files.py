@@ -15,6 +15,7 @@ from decoders.projection import OutputProjectionConfig
 from encoders.media import Modality
 from llm.lora import LoraOptions
 from llm.nextgpt_release import ReleaseSizes
+from tests import tiny_pipelines
 
 VOCABULARY = 300
 LETTERS = [chr(c) for c in range(33, 127)]
@@ -33,9 +34,9 @@ SMALL_OUTPUTS = {
         llm_width=32, out_width=out_width, num_queries=queries, hidden_width=16, ffn_width=24
     )
     for modality, out_width, queries in (
-        (Modality.IMAGE, 10, 3),
-        (Modality.VIDEO, 12, 3),
-        (Modality.AUDIO, 8, 1),
+        (Modality.IMAGE, tiny_pipelines.WIDTH, tiny_pipelines.TOKENS),
+        (Modality.VIDEO, tiny_pipelines.WIDTH, tiny_pipelines.TOKENS),
+        (Modality.AUDIO, tiny_pipelines.WIDTH, 1),
     )
 }
 FULL_OUTPUTS = {"": (77, 768), "_video": (77, 1024), "_audio": (1, 512)}

@@ -9,15 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from decoders.projection import OutputProjection
+from decoders.writing import to_png
 from encoders.imagebind import ImageBind
 from encoders.imagebind_encoder import ImageBindEncoder
 from encoders.media import Image, Modality, Video
@@ -27,6 +30,8 @@ from llm.model import LanguageModel
 from llm.template import MediaTokens
 from services.cli import main
 from services.convert import convert_imagebind, convert_nextgpt
+from services.session import Session
+from tests import tiny_pipelines
 from tests.nextgpt_files import (
     SMALL,
     SMALL_OUTPUTS,
@@ -306,7 +311,7 @@ def without(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
         ),
         (
             lambda t: t | {"gen_text_hidden_fcs.0.model.weight": torch.zeros(12, 16)},
-            r"image.model.weight has shape \(12, 16\); expected \(10, 16\)",
+            r"image.model.weight has shape \(12, 16\); expected \(16, 16\)",
         ),
         (
             lambda t: t | {"llama_proj.bias": torch.full((32,), torch.nan)},
@@ -460,6 +465,51 @@ def test_the_command_refuses_another_size_and_says_which_it_wants(
 
     assert code == 1
     assert "has shape (338, 32); expected (32038, 4096)" in capsys.readouterr().err
+
+
+def test_a_preset_of_converted_weights_answers_a_picture_with_words_and_media(
+    converted: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(converted, tmp_path / "weights")
+    imagebind_file(tmp_path / "i.pth")
+    convert_imagebind(
+        tmp_path / "i.pth", tmp_path / "weights", release=TINY, preprocessing=tiny_preprocessing()
+    )
+    for modality, pipeline in (
+        ("image", tiny_pipelines.image_pipeline()),
+        ("video", tiny_pipelines.unet_video_pipeline()),
+        ("audio", tiny_pipelines.audio_pipeline()),
+    ):
+        tiny_pipelines.saved(pipeline, tmp_path / "weights" / modality)
+    decoder = {"steps": 2, "guidance_scale": 2.0}
+    values = {
+        "name": "converted",
+        "description": "Converted weights.",
+        "weights": "weights",
+        "decoders": {
+            "image": decoder | {"folder": "image"},
+            "video": decoder | {"folder": "video", "num_frames": 2},
+            "audio": decoder | {"folder": "audio"},
+        },
+        "generation": {"temperature": 1.5, "max_new_tokens": 150},
+    }
+    (tmp_path / "converted.yaml").write_text(yaml.safe_dump(values))
+    bridge = load_file(tmp_path / "weights" / "llm" / "bridge.safetensors")
+    head = bridge["signal_rows.head"]
+    head[[2, 6, 30]] = 4 * head[6]  # so that random weights ask for media often, and as often for each kind
+    save_file(bridge, tmp_path / "weights" / "llm" / "bridge.safetensors")
+    content = [
+        {"type": "image", "data": to_png(Image(np.zeros((20, 20, 3), np.uint8)), {})},
+        {"type": "text", "text": "what is it?"},
+    ]
+
+    with Session.open(str(tmp_path / "converted.yaml")) as session:
+        replies = [session.chat([{"role": "user", "content": content}], seed=seed) for seed in range(6)]
+
+    parts = [part for reply in replies for part in reply.parts]
+    assert [part.error for part in parts if part.error] == []
+    assert {part.type for part in parts if part.data} == {IMAGE, VIDEO, AUDIO}
+    assert any(part.text for part in parts)
 
 
 def imagebind_file(path: Path) -> dict[str, Tensor]:
