@@ -157,7 +157,7 @@ def step(predict: Predict, runs: Sequence[Denoising], null: Tensor, *, halves_ap
     raises, no run has changed.
 
     Args:
-        predict: the network.
+        predict: the network. It is asked in the dtype of the conditions; latents keep that of the noise.
         runs: unfinished, with latents of one shape; each is at a step of its own.
         null: the unconditional condition of one request, without the batch dimension.
         halves_apart: call the network once for each half, which takes half the memory.
@@ -170,6 +170,8 @@ def step(predict: Predict, runs: Sequence[Denoising], null: Tensor, *, halves_ap
     sizes = [len(run.latents) for run in runs]
     starts = [sum(sizes[:place]) for place in range(len(runs))]
     guided = [start + row for start, run in zip(starts, runs, strict=True) for row in run.guided]
+
+    precision, latents = latents.dtype, latents.to(conditions.dtype)
 
     if not guided:
         predicted = predict(latents, timesteps, conditions)
@@ -184,7 +186,7 @@ def step(predict: Predict, runs: Sequence[Denoising], null: Tensor, *, halves_ap
         scales = torch.cat([run.scales for run in runs]).to(predicted)
         predicted[guided] = unconditional + scales * (predicted[guided] - unconditional)
 
-    for run, part in zip(runs, predicted.split(sizes), strict=True):
+    for run, part in zip(runs, predicted.to(precision).split(sizes), strict=True):
         run.advance(part)
 
 
@@ -206,7 +208,7 @@ def denoise(
     """Turn noise into clean latents: one :class:`Denoising`, from its first step to its last.
 
     Args:
-        predict: the network.
+        predict: the network. It is asked in the dtype of the conditions; latents keep that of the noise.
         scheduler, noise, conditions, steps, guidance, source, strength: as in :class:`Denoising`.
         null: the unconditional condition of one request, without the batch dimension.
         on_step: called after each step.

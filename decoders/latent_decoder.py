@@ -277,11 +277,11 @@ class LatentDecoder(ABC):
             embeddings = torch.stack([plan.condition.embeddings for plan in plans])
             return Denoising(
                 make_scheduler(self._scheduler_config, first.settings.scheduler or ""),
-                draw_noise(first.shape, [plan.settings.seed or 0 for plan in plans], device).to(dtype),
+                draw_noise(first.shape, [plan.settings.seed or 0 for plan in plans], device),
                 self._prepared(embeddings.to(device, dtype)),
                 steps=first.settings.steps or 1,
                 guidance=[plan.settings.guidance_scale or 0 for plan in plans],
-                source=torch.stack(sources).to(device, dtype) if sources else None,
+                source=torch.stack(sources).to(device, torch.float32) if sources else None,
                 strength=first.strength,
             )
 
@@ -331,7 +331,8 @@ class LatentDecoder(ABC):
         ``sliced`` sends pictures and frames through the VAE one at a time, to save memory.
         """
         with torch.inference_mode():
-            media = self._media(latents, [plan.settings for plan in plans], sliced=sliced)
+            settings = [plan.settings for plan in plans]
+            media = self._media(latents.to(self.folder.dtype), settings, sliced=sliced)
         return [
             Decoded(medium, self._manifest(medium, plan)) for medium, plan in zip(media, plans, strict=True)
         ]

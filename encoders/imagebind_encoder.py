@@ -1,7 +1,7 @@
 """An ImageBind with its preprocessing and tokenizer, as one thing that reads media and text.
 
 Folder layout:
-    config.json: ``{"model": sizes, "preprocessing": numbers}``
+    config.json: ``{"model": sizes, "preprocessing": numbers}``, and perhaps ``"pooled": "mean"``
     model.safetensors: the state dict of :class:`~encoders.imagebind.ImageBind`
     tokenizer.json: when there is a text tower; or CLIP's vocab.json and merges.txt
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +29,9 @@ from encoders.media import Audio, Image, Medium, Modality, Video
 from encoders.preprocess import PreprocessConfig, prepare_images, prepare_sounds, prepare_videos
 from encoders.text_tokens import TextTokens
 
+Pooled = Literal["unit", "mean"]
+"""What stands for a medium: the mean of its clips' unit embeddings, made unit again or left as it is."""
+
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TOWER_OF = {Modality.IMAGE: "vision", Modality.VIDEO: "vision", Modality.AUDIO: "audio"}
@@ -40,13 +44,20 @@ class ImageBindEncoder:
     :meth:`prepare` and :attr:`tokens`. Methods here run without gradients.
     """
 
-    def __init__(self, model: ImageBind, preprocessing: PreprocessConfig, tokens: TextTokens | None) -> None:
+    def __init__(
+        self,
+        model: ImageBind,
+        preprocessing: PreprocessConfig,
+        tokens: TextTokens | None,
+        pooled: Pooled = "unit",
+    ) -> None:
         """Join the parts.
 
         Raises:
             ValueError: they do not fit together.
 
         """
+        self.pooled = pooled
         _check_fit(model.config, preprocessing, tokens)
         self.model = model
         self.preprocessing = preprocessing
@@ -80,14 +91,13 @@ class ImageBindEncoder:
         model.load_state_dict(weights, strict=True, assign=True)
         model.to(device=device, dtype=dtype).eval().requires_grad_(False)
         tokens = TextTokens.load(folder, config.text.context_length) if config.text else None
-        return cls(model, preprocessing, tokens)
+        return cls(model, preprocessing, tokens, values["pooled"])
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
         """Write the encoder into a folder, which is made if needed."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        values = {"model": self.model.config.to_json(), "preprocessing": self.preprocessing.to_json()}
-        (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_config(folder, self.model.config, self.preprocessing, self.pooled)
         state = {name: value.to(dtype).contiguous() for name, value in self.model.state_dict().items()}
         save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         if self.tokens is not None:
@@ -135,7 +145,8 @@ class ImageBindEncoder:
 
         Returns:
             One :class:`~encoders.features.Features` per medium, on the CPU: its patch tokens (not the
-            class token), and the unit class embeddings averaged over the clips and made unit again.
+            class token), and the unit class embeddings averaged over the clips and, unless the config says
+            ``"pooled": "mean"``, made unit again.
 
         Raises:
             ValueError: no media, several modalities, or one that this encoder does not read.
@@ -146,7 +157,9 @@ class ImageBindEncoder:
         tower = TOWER_OF[modality]
         tokens = self.model.embed_tokens({tower: self._on_device(prepared)})[tower].float().cpu()
         clips = tokens if tokens.ndim == 4 else tokens.unsqueeze(1)  # (N, S, 1 + L, E)
-        pooled = F.normalize(F.normalize(clips[:, :, 0], dim=-1).mean(dim=1), dim=-1)  # (N, E)
+        pooled = F.normalize(clips[:, :, 0], dim=-1).mean(dim=1)  # (N, E)
+        if self.pooled == "unit":
+            pooled = F.normalize(pooled, dim=-1)
         patches = clips[:, :, 1:].flatten(1, 2)  # (N, S * L, E)
         grid = self._grid(modality, clips.shape[1])
         return [Features(modality, t.clone(), p.clone(), grid) for t, p in zip(patches, pooled, strict=True)]
@@ -195,6 +208,16 @@ class ImageBindEncoder:
         return value.to(self._device, next(self.model.parameters()).dtype)
 
 
+def write_config(
+    folder: Path, model: ImageBindConfig, preprocessing: PreprocessConfig, pooled: Pooled = "unit"
+) -> None:
+    """Write ``config.json``, which :meth:`ImageBindEncoder.load` reads."""
+    values: dict[str, Any] = {"model": model.to_json(), "preprocessing": preprocessing.to_json()}
+    if pooled != "unit":
+        values["pooled"] = pooled
+    (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
 def _check_fit(model: ImageBindConfig, numbers: PreprocessConfig, tokens: TextTokens | None) -> None:
     pairs: list[tuple[str, object, object]] = []
     if model.vision:
@@ -218,7 +241,7 @@ def _check_fit(model: ImageBindConfig, numbers: PreprocessConfig, tokens: TextTo
             )
 
 
-def _read_config(path: Path) -> dict[str, dict[str, object]]:
+def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; it holds the sizes of the encoder.")
     try:
@@ -228,7 +251,10 @@ def _read_config(path: Path) -> dict[str, dict[str, object]]:
     for name in ("model", "preprocessing"):
         if not isinstance(values, dict) or not isinstance(values.get(name), dict):
             raise ValueError(f"{path} has no object {name!r}; expected the entries model and preprocessing.")
-    return {name: values[name] for name in ("model", "preprocessing")}
+    pooled = values.get("pooled", "unit")
+    if pooled not in get_args(Pooled):
+        raise ValueError(f"{path} has pooled {pooled!r}; expected {' or '.join(get_args(Pooled))}.")
+    return {"model": values["model"], "preprocessing": values["preprocessing"], "pooled": pooled}
 
 
 def _read_weights(path: Path, model: ImageBind) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ base/                 the causal LM and its tokenizer, as ``from_pretrained`` re
 adapter/              LoRA, in peft's layout (absent without LoRA)
 bridge.safetensors    projectors, signal rows, parameters of adapters
 bridge.json           what the bridge was trained for
+tables.safetensors    embedding and head of the base's own tokens, in place of those in base/ (seldom there)
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -25,26 +26,34 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from encoders.media import Modality
 from llm.adapters import is_adapter_name
 from llm.projectors import ProjectorConfig
+from llm.role_words import RoleWords
 from llm.signals import SignalVocabulary
 
 BASE, ADAPTER = "base", "adapter"
-MANIFEST, BRIDGE = "bridge.json", "bridge.safetensors"
+MANIFEST, BRIDGE, TABLES = "bridge.json", "bridge.safetensors", "tables.safetensors"
 _UNTRUE_OF_THE_MODEL = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
 
 
 class Manifest(BaseModel):
-    """``bridge.json``: which base the bridge belongs to, and the sizes of its parts."""
+    """``bridge.json``: which base the bridge belongs to, and the sizes of its parts.
+
+    ``base_config_sha256`` is None where the base was not at hand when the bridge was converted; then shapes
+    alone tell a wrong one. ``base_tables`` says that there is a ``tables.safetensors``. ``role_words`` None
+    stands for role tokens.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: int = 1
-    base_config_sha256: str
+    base_config_sha256: str | None
     llm_width: int
     base_vocabulary: int
     added_tokens: list[str]
     signals: dict[str, int]
     projectors: dict[Modality, dict[str, Any]]
     lora: bool
+    base_tables: bool = False
+    role_words: RoleWords | None = None
 
     @property
     def signal_vocabulary(self) -> SignalVocabulary:
@@ -86,7 +95,7 @@ def read_manifest(folder: Path) -> Manifest:
     except ValidationError as error:
         raise ValueError(f"{path} is not a bridge manifest: {error}") from error
     digest = config_digest(folder / BASE)
-    if digest != manifest.base_config_sha256:
+    if manifest.base_config_sha256 not in (None, digest):
         raise ValueError(
             f"{path} was written for a base whose config has SHA-256 {manifest.base_config_sha256}; "
             f"{folder / BASE} has {digest}. Put the base there that the bridge was trained on."
@@ -122,6 +131,22 @@ def load_base(base: Path, dtype: torch.dtype) -> PreTrainedModel:
     if info["missing_keys"]:
         raise ValueError(f"The weights in {base} lack {', '.join(sorted(info['missing_keys']))}.")
     return model
+
+
+def replace_tables(model: PreTrainedModel, path: Path, num_rows: int) -> None:
+    """Put the first ``num_rows`` rows of embedding and head from ``path``, as safetensors, into ``model``.
+
+    Raises:
+        ValueError: the file is missing or broken, or holds tensors of other names or shapes.
+
+    """
+    embedding = cast(Tensor, model.get_input_embeddings().weight)
+    head = cast(Tensor, model.get_output_embeddings().weight)
+    rows = {"embedding": embedding[:num_rows], "head": head[:num_rows]}
+    tables = load_tensors(path, rows)
+    with torch.no_grad():
+        for name, table in tables.items():
+            rows[name].copy_(table)
 
 
 def save_base(model: PreTrainedModel, base: Path, dtype: torch.dtype) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm.adapters import is_adapter_name
@@ -39,15 +41,19 @@ def put_lora(base: PreTrainedModel, options: LoraOptions) -> PeftModel:
         ValueError: a target is no module of the base.
 
     """
-    config = LoraConfig(
+    config = _config(options)
+    config.exclude_modules = [name for name, _ in base.named_modules() if is_adapter_name(name)] or None
+    return _wrapped(base, config)
+
+
+def _config(options: LoraOptions) -> LoraConfig:
+    return LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,
         lora_dropout=options.dropout,
         target_modules=list(options.targets),
-        exclude_modules=[name for name, _ in base.named_modules() if is_adapter_name(name)] or None,
         task_type="CAUSAL_LM",
     )
-    return _wrapped(base, config)
 
 
 def _wrapped(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
@@ -59,11 +65,19 @@ def _wrapped(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
 
 def save_lora(model: PeftModel, folder: Path, dtype: torch.dtype) -> None:
     """Write the LoRA of ``model`` in peft's layout."""
+    config = cast(LoraConfig, model.peft_config["default"])
+    _write(get_peft_model_state_dict(model, save_embedding_layers=False), config, folder, dtype)
+
+
+def write_lora(state: Mapping[str, Tensor], options: LoraOptions, folder: Path, dtype: torch.dtype) -> None:
+    """Write LoRA that no model holds: ``state`` has peft's names, ``base_model.model.*.lora_A.weight``."""
+    _write(state, _config(options), folder, dtype)
+
+
+def _write(state: Mapping[str, Tensor], config: LoraConfig, folder: Path, dtype: torch.dtype) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    config = model.peft_config["default"]
     config.base_model_name_or_path = _BASE_FROM_HERE
     config.save_pretrained(str(folder))
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
     save_tensors(state, folder / _WEIGHTS, dtype)
 
 

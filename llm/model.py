@@ -358,17 +358,22 @@ class LanguageModel(nn.Module):
             signals={str(m): self.tokenizer.signals.count(m) for m in Modality if m != Modality.TEXT},
             projectors=checkpoint.Manifest.describe(self.projector_configs),
             lora=isinstance(self.base, PeftModel),
+            role_words=self.tokenizer.role_words,
         )
         (folder / checkpoint.MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def load(
-        cls, folder: Path, device: torch.device | str = "cpu", adapters: Sequence[LMAdapter] = ()
+        cls,
+        folder: Path,
+        device: torch.device | str = "cpu",
+        adapters: Sequence[LMAdapter] = (),
+        dtype: torch.dtype | None = None,
     ) -> LanguageModel:
-        """Read a folder written by :meth:`save`, in evaluation mode.
+        """Read a folder written by :meth:`save` or converted from a release, in evaluation mode.
 
-        On the CPU everything is float32, whatever the files hold; elsewhere the base is bfloat16 and the
-        bridge float32. ``adapters`` are the ones that the model was saved with.
+        The base is in ``dtype``; None stands for float32 on the CPU and bfloat16 elsewhere, whatever the
+        files hold. The bridge is float32. ``adapters`` are the ones that the model was saved with.
 
         Raises:
             ValueError: a file is missing (named), was written for another base, or holds a tensor of
@@ -376,8 +381,11 @@ class LanguageModel(nn.Module):
 
         """
         manifest = checkpoint.read_manifest(folder)
-        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-        tokenizer = ConversationTokenizer.load(folder / checkpoint.BASE, manifest.signal_vocabulary)
+        if dtype is None:
+            dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        tokenizer = ConversationTokenizer.load(
+            folder / checkpoint.BASE, manifest.signal_vocabulary, manifest.role_words
+        )
         n, added = tokenizer.base_vocabulary, list(tokenizer.added_tokens)
         if (n, added) != (manifest.base_vocabulary, manifest.added_tokens):
             raise ValueError(
@@ -385,6 +393,8 @@ class LanguageModel(nn.Module):
                 f"the manifest expects {manifest.base_vocabulary} and {manifest.added_tokens}."
             )
         base = checkpoint.load_base(folder / checkpoint.BASE, dtype)
+        if manifest.base_tables:
+            checkpoint.replace_tables(base, folder / checkpoint.TABLES, n)
         model = cls(base, tokenizer, manifest.projector_configs, adapters)
         if manifest.lora:
             model.base = load_lora(base, folder / checkpoint.ADAPTER)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from encoders.media import Modality
+from llm.role_words import EndOfReply
 from llm.signals import Signal
 from llm.tokenizer import ConversationTokenizer, TextStream
 
@@ -169,12 +170,19 @@ class Reply:
             raise ContextTooLong(needed, context)
         self._text = TextStream(tokenizer)
         self._stops = StopStrings(options.stop)
+        words = tokenizer.role_words
+        self._end = None if words is None else EndOfReply(words)
         self._caption: list[str] = []
         self._confidence = 0.0
         self.used: Tensor | None = None  # (V,) bool: the words that a repetition penalty is for
         if options.repetition_penalty != 1:
             self.used = torch.zeros(len(tokenizer), dtype=torch.bool)
             self.used[[token for token in prompt if token not in tokenizer.live_ids]] = True
+
+    @property
+    def _has_ended(self) -> bool:
+        """Whether the words so far ended the reply: with a stop string, or as the model marks its end."""
+        return self._stops.hit or (self._end is not None and self._end.reached)
 
     @property
     def _room(self) -> int:
@@ -204,7 +212,7 @@ class Reply:
         An end is put off while media are missing: the first of them comes instead.
         """
         spent = len(self.ids) >= self.options.max_new_tokens or self._room <= self._owed
-        token = None if spent or self._stops.hit else sampled
+        token = None if spent or self._has_ended else sampled
         if self.missing and token in (None, self._tokenizer.eos_id):
             token = self._starts[self.missing[0]]
         return token
@@ -216,7 +224,7 @@ class Reply:
         has grown by what the model must be fed.
         """
         if token is None:
-            return self.finish("stop" if self._stops.hit else "length")
+            return self.finish("stop" if self._has_ended else "length")
         if (modality := self._tokenizer.signal_starts.get(token)) is not None:
             self.ids += self._tokenizer.signal_ids(modality)
             self.num_signals += 1
@@ -230,8 +238,9 @@ class Reply:
             return self.finish("stop")
         if self.used is not None:
             self.used[token] = True
-        events = self._spoken(self._stops.push(self._text.push(token)))
-        if self._stops.hit and not self.missing:
+        text = self._text.push(token)
+        events = self._spoken(self._stops.push(text if self._end is None else self._end.push(text)))
+        if self._has_ended and not self.missing:
             return [*events, *self.finish("stop")]
         return events
 
@@ -250,7 +259,10 @@ class Reply:
         return [*self._flushed(), Finished(reason, usage, tuple(self.ids))]
 
     def _flushed(self) -> list[GenerationEvent]:
-        return self._spoken(self._stops.push(self._text.flush()) + self._stops.flush())
+        text = self._text.flush()
+        if self._end is not None:
+            text = self._end.push(text) + self._end.flush()
+        return self._spoken(self._stops.push(text) + self._stops.flush())
 
     def _spoken(self, text: str) -> list[GenerationEvent]:
         if not text:

@@ -3,7 +3,8 @@
     <s>  <|user|> text <Img> media </Img> text <|end|>  <|assistant|> text [IMG0][IMG1].. text </s>  ...
 
 There is one layout, for training and for generation. Media are slots here, filled with projected
-encoder tokens by the model; the ids under them are padding.
+encoder tokens by the model; the ids under them are padding. A model that knows no role tokens has words
+in their place (:mod:`llm.role_words`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Literal
 from torch import Tensor
 
 from encoders.media import Modality
+from llm.role_words import RoleWords
 from llm.tokenizer import ROLES, ConversationTokenizer
 
 LossOn = Literal["assistant", "last_assistant", "all"]
@@ -128,26 +130,86 @@ def encode_dialogue(
         raise ValueError("The dialogue is empty; expected at least one message.")
     row = Row()
     row.add([tokenizer.bos_id], False)
+    if tokenizer.role_words is not None:
+        _add_turns(row, dialogue, tokenizer, tokenizer.role_words, slot_length, loss_on, open_reply)
+        return row
     last = max((i for i, m in enumerate(dialogue) if m.role == "assistant"), default=-1)
     for index, message in enumerate(dialogue):
         speaks = message.role == "assistant" and (loss_on != "last_assistant" or index == last)
-        _add_message(row, message, tokenizer, slot_length, trained=speaks or loss_on == "all")
+        trained = speaks or loss_on == "all"
+        row.add([tokenizer.role_ids[message.role]], False)
+        _add_parts(row, _joined(message.parts), message.parts, tokenizer, slot_length, trained)
+        row.add([tokenizer.eos_id if message.role == "assistant" else tokenizer.end_id], trained)
     if open_reply:
         row.add([tokenizer.role_ids["assistant"]], False)
     return row
 
 
-def _add_message(
+def _add_turns(
     row: Row,
-    message: Message,
+    dialogue: Dialogue,
+    tokenizer: ConversationTokenizer,
+    words: RoleWords,
+    slot_length: Callable[[MediaTokens], int],
+    loss_on: LossOn,
+    open_reply: bool,
+) -> None:
+    turns = _turns(dialogue, words) or [([], None)]
+    last = max((i for i, (_, replies) in enumerate(turns) if replies is not None), default=-1)
+    for index, (said, replies) in enumerate(turns):
+        trained = loss_on != "last_assistant" or index == last
+        if index == 0:
+            opening = words.first if said and isinstance(said[0], str) else words.first.rstrip()
+            row.add(tokenizer.encode_text(opening), loss_on == "all")
+        answered = replies is not None or (open_reply and index == len(turns) - 1)
+        lead, close = words.user if index else "", words.reply if answered else ""
+        asked = _stripped([lead, *said, close])
+        _add_parts(row, asked, said, tokenizer, slot_length, loss_on == "all")
+        if replies is not None:
+            _add_parts(row, _stripped([*replies, words.end]), replies, tokenizer, slot_length, trained)
+
+
+def _turns(dialogue: Dialogue, words: RoleWords) -> list[tuple[list[Part], list[Part] | None]]:
+    """Pair what is said to the assistant with its reply; what the system says goes to the next user turn."""
+    turns: list[tuple[list[Part], list[Part] | None]] = []
+    for message in dialogue:
+        parts: list[Part] = [words.quoted(p) if isinstance(p, str) else p for p in _joined(message.parts)]
+        if message.role == "assistant":
+            said = turns.pop()[0] if turns and turns[-1][1] is None else []
+            turns.append((said, parts))
+        elif turns and turns[-1][1] is None:
+            turns[-1][0].extend(["\n", *parts])
+        else:
+            turns.append((parts, None))
+    return turns
+
+
+def _stripped(parts: list[Part]) -> list[Part]:
+    """Join texts, and take the white space off where they touch a medium or a signal.
+
+    The tokenizer that such models were trained with drops white space beside added tokens.
+    """
+    joined = _joined(parts)
+    stripped: list[Part] = []
+    for i, part in enumerate(joined):
+        if isinstance(part, str):
+            part = part.lstrip() if i else part
+            part = part.rstrip() if i + 1 < len(joined) else part
+        stripped.append(part)
+    return [part for part in stripped if part != ""]
+
+
+def _add_parts(
+    row: Row,
+    parts: list[Part],
+    spoken: list[Part],
     tokenizer: ConversationTokenizer,
     slot_length: Callable[[MediaTokens], int],
     trained: bool,
 ) -> None:
-    parts = _joined(message.parts)
+    """Add ``parts``; ``spoken`` are those of them that somebody said, less the words of a role."""
     texts = [tokenizer.encode_text(part) if isinstance(part, str) else [] for part in parts]
-    prompt_ids = [i for ids in texts for i in ids]
-    row.add([tokenizer.role_ids[message.role]], False)
+    prompt_ids = [i for text in _joined(spoken) if isinstance(text, str) for i in tokenizer.encode_text(text)]
     caption: list[int] = []
     for part, ids in zip(parts, texts, strict=True):
         if isinstance(part, SignalPart):
@@ -167,8 +229,6 @@ def _add_message(
         else:
             row.add(ids, trained)
             caption += ids
-    end = tokenizer.eos_id if message.role == "assistant" else tokenizer.end_id
-    row.add([end], trained)
 
 
 def _joined(parts: list[Part]) -> list[Part]:

@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from encoders.media import Modality
+from llm.role_words import RoleWords
 from llm.signals import MEDIA_CLOSE, MEDIA_OPEN, SignalVocabulary
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
@@ -29,7 +30,8 @@ class ConversationTokenizer:
 
     Begin, end and padding are the base tokenizer's own where it has them (padding falls back to
     the end token). Role tokens and ``<|end|>`` that the base lacks are added, then the media and
-    signal tokens. Everything added has an id of at least :attr:`base_vocabulary`.
+    signal tokens. Everything added has an id of at least :attr:`base_vocabulary`. With ``role_words``
+    there are neither role tokens nor ``<|end|>``: words mark the roles.
 
     Raises:
         ValueError: the tokenizer has some of the media and signal tokens but not all of them in
@@ -37,11 +39,18 @@ class ConversationTokenizer:
 
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, signals: SignalVocabulary | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        signals: SignalVocabulary | None = None,
+        role_words: RoleWords | None = None,
+    ) -> None:
         self.signals = signals or SignalVocabulary()
+        self.role_words = role_words
         self.backing = cast(Any, copy.deepcopy(tokenizer))  # transformers types few of its methods
         bos, eos = self.backing.bos_token or BOS, self.backing.eos_token or EOS
-        control = dict.fromkeys((*self.signals.tokens, bos, eos, *ROLE_TOKENS.values(), END))
+        role_tokens = () if role_words else (*ROLE_TOKENS.values(), END)
+        control = dict.fromkeys((*self.signals.tokens, bos, eos, *role_tokens))
         known: dict[str, int] = self.backing.get_vocab()
         for name in control:
             if name not in known or known[name] not in self.backing.added_tokens_decoder:
@@ -62,11 +71,13 @@ class ConversationTokenizer:
                 f"{self.signals.tokens} and nothing foreign behind them. Use the base model's own tokenizer."
             )
 
-        self.bos_id, self.eos_id, self.end_id = ids[bos], ids[eos], ids[END]
+        self.bos_id, self.eos_id = ids[bos], ids[eos]
         pad_id = self.backing.pad_token_id
         self.pad_id: int = self.eos_id if pad_id is None else pad_id
         self.media_open_id, self.media_close_id = ids[MEDIA_OPEN], ids[MEDIA_CLOSE]
-        self.role_ids = {role: ids[name] for role, name in ROLE_TOKENS.items()}
+        if role_words is None:
+            self.end_id = ids[END]
+            self.role_ids = {role: ids[name] for role, name in ROLE_TOKENS.items()}
         self._signal_ids = {m: tuple(ids[n] for n in self.signals.names(m)) for m in self.signals.modalities}
         self.signal_starts = {block[0]: modality for modality, block in self._signal_ids.items()}
 
@@ -78,7 +89,9 @@ class ConversationTokenizer:
         self._plain = _without_added_tokens(self.backing.backend_tokenizer)
 
     @classmethod
-    def load(cls, folder: Path, signals: SignalVocabulary | None = None) -> ConversationTokenizer:
+    def load(
+        cls, folder: Path, signals: SignalVocabulary | None = None, role_words: RoleWords | None = None
+    ) -> ConversationTokenizer:
         """Read ``tokenizer.json`` (and its neighbours) from ``folder``.
 
         Raises:
@@ -88,7 +101,7 @@ class ConversationTokenizer:
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(f"{folder / 'tokenizer.json'} is missing; expected a fast tokenizer there.")
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        return cls(cast(PreTrainedTokenizerFast, tokenizer), signals)
+        return cls(cast(PreTrainedTokenizerFast, tokenizer), signals, role_words)
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer, added tokens included, in the layout of ``from_pretrained``."""

@@ -118,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     bench.set_defaults(run=bench_command)
 
+    _convert_commands(commands)
+
     presets = commands.add_parser(
         "presets", help=presets_command.__doc__, description=presets_command.__doc__
     )
@@ -127,8 +129,42 @@ def _parser() -> argparse.ArgumentParser:
     _preset_option(doctor)
     doctor.add_argument("--host", default="127.0.0.1", help="address to look at (default %(default)s)")
     doctor.add_argument("--port", type=_port, default=8000, help="port to look at (default %(default)s)")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     doctor.set_defaults(run=doctor_command)
     return parser
+
+
+def _convert_commands(commands: Any) -> None:
+    convert = commands.add_parser(
+        "convert", help=convert_command.__doc__, description=convert_command.__doc__
+    )
+    kinds = convert.add_subparsers(title="what", metavar="WHAT", required=True)
+
+    nextgpt = kinds.add_parser("nextgpt", help="pytorch_model.pt of NExT-GPT, into llm/ and projections/")
+    nextgpt.add_argument("file", metavar="FILE", help="the released pytorch_model.pt")
+    nextgpt.add_argument("--base", metavar="DIR_OR_HUB_ID", help="the base model, Vicuna-7B v0")
+    nextgpt.add_argument(
+        "--signal-rows-only",
+        action="store_true",
+        help="leave the trained rows of the base's own tokens out: 525 MB less, and a little less faithful",
+    )
+
+    imagebind = kinds.add_parser("imagebind", help="imagebind_huge.pth, into encoder/")
+    imagebind.add_argument("file", metavar="FILE", help="the released imagebind_huge.pth")
+    imagebind.add_argument(
+        "--towers", default="vision,audio", help="what to keep, with commas (default %(default)s)"
+    )
+    imagebind.add_argument("--tokenizer", metavar="DIR", help="CLIP's vocabulary, for the text tower")
+    imagebind.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"], help="of the weights written (default: theirs)"
+    )
+    for parser in (nextgpt, imagebind):
+        parser.add_argument("--out", metavar="DIR", required=True, help="the preset's folder of weights")
+
+    pickles = kinds.add_parser("pickles", help="the .bin files of a saved model or pipeline, in place")
+    pickles.add_argument("folder", metavar="DIR", help="safetensors are written beside the .bin files there")
+    for kind, parser in (("nextgpt", nextgpt), ("imagebind", imagebind), ("pickles", pickles)):
+        parser.set_defaults(run=convert_command, kind=kind)
 
 
 def _preset_option(parser: argparse.ArgumentParser) -> None:
@@ -227,9 +263,42 @@ def bench_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def convert_command(args: argparse.Namespace) -> int:
+    """Turn released weights of others into this program's own layout."""
+    from services.convert import RECORD, convert_imagebind, convert_nextgpt
+    from services.pickles import convert_pickles
+
+    if args.kind == "pickles":
+        for path in convert_pickles(Path(args.folder)):
+            print(path)
+        return 0
+    file, out = Path(args.file), Path(args.out)
+    if args.kind == "nextgpt":
+        record = convert_nextgpt(file, out, args.base, whole_tables=not args.signal_rows_only)
+    else:
+        import torch
+
+        tokenizer = Path(args.tokenizer) if args.tokenizer else None
+        dtype = getattr(torch, args.dtype) if args.dtype else None
+        record = convert_imagebind(file, out, args.towers.split(","), tokenizer, dtype)
+    for part, count in record["tensors"].items():
+        print(f"{part:28} {count:5} tensors")
+    for part in record.get("absent", ()):
+        print(f"{part:28} not in the file")
+    if "left_out" in record:
+        print(f"left out: {', '.join(record['left_out']['names']) or 'nothing'}")
+    print(f"licence: {record['licence']}")
+    print(f"{len(record['files'])} files in {out}; {RECORD} there has their digests")
+    if args.kind == "nextgpt" and not args.base:
+        print(
+            f"The base model is not there yet. Remove {out}/llm and {out}/projections, then add --base DIR."
+        )
+    return 0
+
+
 def presets_command(args: argparse.Namespace) -> int:
     """List the presets that come with the program."""
-    from services.doctor import missing_files
+    from services.footprint import missing_files
 
     for name in shipped_presets():
         preset = load_preset(name)
@@ -240,12 +309,19 @@ def presets_command(args: argparse.Namespace) -> int:
 
 def doctor_command(args: argparse.Namespace) -> int:
     """Look whether this machine can run a preset, and say what is missing."""
-    from services.doctor import examine
+    from services.doctor import examine, survey
 
-    bad = 0
-    for check in examine(load_preset(args.preset), args.host, args.port):
+    preset, bad, checks = load_preset(args.preset), 0, []
+    found = survey(preset)
+    if not args.json:
+        print(found.table(), flush=True)
+    for check in examine(preset, args.host, args.port):
         bad += not check.ok
-        print(f"{'ok ' if check.ok else 'BAD'} {check.name:16} {check.detail}", flush=True)
+        checks.append({"name": check.name, "ok": check.ok, "detail": check.detail})
+        if not args.json:
+            print(f"{'ok ' if check.ok else 'BAD'} {check.name:16} {check.detail}", flush=True)
+    if args.json:
+        print(json.dumps({**found.to_json(), "checks": checks}, indent=2))
     if bad:
         print(f"patchbay: {bad} of the checks failed; the lines marked BAD say why.", file=sys.stderr)
     return 1 if bad else 0

@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any
+
+import torch
 
 from decoders.engine import DenoisingEngine, EngineConfig, StepDone
 from decoders.latent_decoder import Decoded, LatentDecoder
@@ -40,16 +41,18 @@ class LocalDecoder:
         with LOADING:
             if self.engine is not None:
                 return
+            chosen = self.preset.decoders[self.modality]
             with loading(f"{self.modality.value} decoder"):
                 decoder = decoder_class(self.modality).load(
-                    self.preset.decoder_folder(self.modality), self.preset.device
+                    self.preset.decoder_folder(self.modality),
+                    self.preset.device,
+                    getattr(torch, chosen.dtype or "float32"),
                 )
-                if self.preset.decoders[self.modality].link == "caption":
+                if chosen.link == "caption":
                     self.link = CaptionLink(decoder)
                 else:
                     folder = self.preset.projections_folder / self.modality.value
                     self.link = SignalLink(folder, decoder.condition_spec, self.preset.device)
-            chosen = self.preset.decoders[self.modality]
             config = EngineConfig(max_batch=chosen.max_batch, max_wait_s=chosen.max_wait_s)
             self.engine = DenoisingEngine(decoder, config)
 
@@ -74,14 +77,7 @@ class LocalDecoder:
         """Stream progress and the medium."""
         engine, link = await asyncio.to_thread(self._loaded)
         condition = await engine.call(lambda: link.condition(signal))
-        usual = self.preset.decoders[self.modality]
-        settings = replace(
-            settings,
-            steps=usual.steps if settings.steps is None else settings.steps,
-            guidance_scale=(
-                usual.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
-            ),
-        )
+        settings = self.preset.decoders[self.modality].fill(settings)
         async with aclosing(engine.decode(condition, settings)) as stream:
             async for value in stream:
                 match value:

@@ -32,11 +32,14 @@ class LocalEncoder:
 
     def load(self) -> ImageBindEncoder:
         """Return the encoder; its weights are loaded unless they are loaded already."""
+        import torch
+
         from encoders.imagebind_encoder import ImageBindEncoder
 
         if self.encoder is None:
             with loading("encoder"):
-                self.encoder = ImageBindEncoder.load(self.preset.encoder_folder, self.preset.device)
+                dtype = getattr(torch, self.preset.encoder.dtype or "float32")
+                self.encoder = ImageBindEncoder.load(self.preset.encoder_folder, self.preset.device, dtype)
         return self.encoder
 
     async def encode(self, artefact_id: str, expect: Modality | None) -> Encoded:

@@ -48,7 +48,11 @@ class LocalLanguageModel:
         with loading("language model"):
             if self.engine is None:
                 options = self.preset.language_model
-                model = LanguageModel.load(self.preset.language_model_folder, self.preset.device)
+                model = LanguageModel.load(
+                    self.preset.language_model_folder,
+                    self.preset.device,
+                    dtype=getattr(torch, options.dtype) if options.dtype else None,
+                )
                 model.merge_adapter()
                 engine = Engine(
                     model, slots=options.slots, context=options.context, step_tokens=options.step_tokens

@@ -6,6 +6,7 @@ in it are relative to the file itself. Nothing in the program asks which preset 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,14 +24,40 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class EncoderPreset(_Strict):
+DtypeName = Literal["float32", "float16", "bfloat16"]
+
+
+class Origin(_Strict):
+    """Where the weights of a box come from, and under what terms.
+
+    ``source`` is a hub id or an address; ``get`` a command, in which ``{weights}`` stands for the preset's
+    folder and ``{revision}`` for the revision. ``commercial`` says whether the licence allows such use.
+    """
+
+    model: str
+    source: str
+    revision: str | None = None
+    licence: str
+    commercial: bool
+    get: str
+
+
+class BoxPreset(_Strict):
+    """What every box has. ``dtype`` None leaves the choice to the box."""
+
+    folder: str
+    dtype: DtypeName | None = None
+    origins: tuple[Origin, ...] = ()
+
+
+class EncoderPreset(BoxPreset):
     """Which encoder reads media, and what it can read."""
 
     folder: str = "encoder"
     modalities: tuple[Modality, ...] = (Modality.IMAGE, Modality.VIDEO, Modality.AUDIO)
 
 
-class LanguageModelPreset(_Strict):
+class LanguageModelPreset(BoxPreset):
     """Which language model thinks, and how many replies at once.
 
     ``context`` None is all that the model sees; less saves memory. ``step_tokens`` is the most that one
@@ -69,22 +96,31 @@ class CostLimits(_Strict):
                 )
 
 
-class DecoderPreset(_Strict):
+class DecoderPreset(BoxPreset):
     """One decoder: its pipeline, the link that conditions it, and its defaults.
 
     ``link`` ``signal`` sends the model's hidden states through the output projection; ``caption``
-    sends the words before the medium through the decoder's own text encoder. ``steps`` and
-    ``guidance_scale`` None leave the choice to the pipeline's folder. ``max_batch`` media are made at the
-    same time; a request that would wait longer than ``max_wait_s`` for others is refused.
+    sends the words before the medium through the decoder's own text encoder. ``steps``,
+    ``guidance_scale`` and sizes of None leave the choice to the pipeline's folder. ``max_batch`` media
+    are made at the same time; a request that would wait longer than ``max_wait_s`` for others is refused.
     """
 
-    folder: str
     link: Literal["signal", "caption"] = "signal"
     steps: int | None = Field(default=None, ge=1)
     guidance_scale: float | None = Field(default=None, ge=0)
     max_batch: int = Field(default=16, ge=1)
     max_wait_s: float = Field(default=60.0, gt=0)
+    width_px: int | None = Field(default=None, ge=8)
+    height_px: int | None = Field(default=None, ge=8)
+    num_frames: int | None = Field(default=None, ge=1)
+    duration_s: float | None = Field(default=None, gt=0)
     limits: CostLimits = CostLimits()
+
+    def fill(self, settings: DecodeSettings) -> DecodeSettings:
+        """Return ``settings`` with the preset's choice wherever the request made none."""
+        names = ("steps", "guidance_scale", "width_px", "height_px", "num_frames", "duration_s")
+        silent = [name for name in names if getattr(settings, name) is None]
+        return replace(settings, **{name: getattr(self, name) for name in silent})
 
 
 class GenerationDefaults(_Strict):
@@ -137,6 +173,10 @@ class Preset(_Strict):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     description: str
     weights: str = Field(description="folder of the weights, relative to the preset's file")
+    sizes: str | None = Field(
+        default=None,
+        description="folder of the boxes' configurations, for when the weights are not there yet",
+    )
     encoder: EncoderPreset = EncoderPreset()
     language_model: LanguageModelPreset = LanguageModelPreset()
     decoders: dict[Modality, DecoderPreset] = {}
@@ -149,15 +189,29 @@ class Preset(_Strict):
 
     @field_validator("decoders")
     @classmethod
-    def _no_text_decoder(cls, decoders: dict[Modality, DecoderPreset]) -> dict[Modality, DecoderPreset]:
+    def _only_sizes_of_its_own(cls, decoders: dict[Modality, DecoderPreset]) -> dict[Modality, DecoderPreset]:
         if Modality.TEXT in decoders:
             raise ValueError("text needs no decoder; name image, video or audio")
+        own = {
+            Modality.IMAGE: {"width_px", "height_px"},
+            Modality.VIDEO: {"width_px", "height_px", "num_frames"},
+            Modality.AUDIO: {"duration_s"},
+        }
+        for modality, decoder in decoders.items():
+            for name in ("width_px", "height_px", "num_frames", "duration_s"):
+                if getattr(decoder, name) is not None and name not in own[modality]:
+                    raise ValueError(f"{modality.value} has no {name}; leave it out")
         return decoders
 
     @property
     def weights_folder(self) -> Path:
         """Where the weights are."""
         return (self.file.parent / self.weights).resolve()
+
+    @property
+    def sizes_folder(self) -> Path | None:
+        """Where configurations of the boxes are, in the folders that the weights have."""
+        return None if self.sizes is None else (self.file.parent / self.sizes).resolve()
 
     @property
     def encoder_folder(self) -> Path:

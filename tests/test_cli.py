@@ -129,13 +129,15 @@ def test_every_command_has_a_sentence_of_help(capsys: Captured) -> None:
         run("--help")
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    for command in ("chat", "serve", "eval", "train", "presets", "doctor"):
+    for command in ("chat", "serve", "eval", "train", "convert", "presets", "doctor"):
         assert f"    {command} " in out
 
 
 def test_presets_are_listed_with_their_state(capsys: Captured) -> None:
     assert run("presets") == 0
-    assert "toybox" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "toybox" in out
+    assert "nextgpt-7b" in out
 
 
 def test_doctor_says_what_is_missing(tiny_preset: Path, tmp_path: Path, capsys: Captured) -> None:

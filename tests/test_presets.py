@@ -7,8 +7,9 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from services.doctor import examine, expect_files, expect_free_port, missing_files
+from services.doctor import examine, expect_files, expect_free_port
 from services.errors import PresetProblem
+from services.footprint import missing_files
 from services.presets import SHIPPED, load_preset, shipped_presets
 from services.session import Session
 from tests.tiny import tiny_values
@@ -56,6 +57,8 @@ def test_a_preset_name_is_not_a_path(name: str) -> None:
         ({"decoders": {"text": {"folder": "x"}}}, "text needs no decoder"),
         ({"decoders": {"image": {"folder": "x", "link": "magic"}}}, "decoders.image.link"),
         ({"generation": {"temperature": 9}}, "generation.temperature"),
+        ({"decoders": {"audio": {"folder": "x", "width_px": 64}}}, "audio has no width_px"),
+        ({"encoder": {"dtype": "int4"}}, "encoder.dtype"),
     ],
 )
 def test_a_wrong_preset_file_is_refused_with_the_key(

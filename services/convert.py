@@ -1,0 +1,264 @@
+"""Released checkpoints of others, checked tensor by tensor and written in this program's own layout.
+
+Nothing is written before everything is known to fit. Beside the result stands ``converted.json``: where
+it came from, what is in it, what was left out and why, and a SHA-256 of every file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from decoders import nextgpt_release as output_side
+from decoders.projection import OutputProjectionConfig
+from encoders import imagebind_release
+from encoders.imagebind_config import ImageBindConfig
+from encoders.media import Modality
+from encoders.preprocess import PreprocessConfig
+from llm import nextgpt_release as llm_side
+from llm.nextgpt_release import ReleaseSizes
+from services.pickles import read_pickle
+
+RECORD = "converted.json"
+LICENCES = {
+    "nextgpt": "CC-BY-NC-SA-4.0: not for commercial use",
+    "imagebind": "CC-BY-NC-4.0: not for commercial use",
+}
+NAMES_SHOWN = 6
+
+Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
+
+
+def convert_nextgpt(
+    file: Path,
+    out: Path,
+    base: str | None = None,
+    *,
+    whole_tables: bool = True,
+    sizes: ReleaseSizes | None = None,
+    outputs: Mapping[Modality, OutputProjectionConfig] = output_side.RELEASED,
+    rewritten: Mapping[Modality, OutputProjectionConfig] = output_side.REWRITTEN,
+) -> dict[str, Any]:
+    """Convert a NExT-GPT checkpoint into ``out/llm`` and ``out/projections``; return the record of it.
+
+    Args:
+        file: ``pytorch_model.pt`` of the 2023 code, or ``mm_output_projector.bin`` of the 2024 rewrite.
+        out: folder of a preset's weights.
+        base: folder of the base model, or the hub id of one that is in the local cache.
+        whole_tables: keep all rows of embedding and head, and not only those of the added tokens.
+        sizes: what the language model's share must measure; the release's if None.
+        outputs: what the output projections must measure.
+        rewritten: the same for the rewrite.
+
+    Raises:
+        ValueError: the file, a tensor of it, or the base is not what it must be; or ``out`` has a result.
+
+    """
+    sizes = sizes or ReleaseSizes()
+    tensors = read_pickle(file)
+    if any(".mm_" in f".{name}" for name in tensors):
+        return _convert_rewritten(file, tensors, out, rewritten)
+    plain = _named(file, tensors, lambda name: output_side.plain_name(llm_side.plain_name(name)))
+    shapes = {**llm_side.released_shapes(sizes), **output_side.released_shapes(outputs)}
+    groups = check_tensors(file, plain, shapes, needed=("tables",))
+    base_folder = None if base is None else find_base(base)
+    agreement = None if base_folder is None else llm_side.check_base(base_folder, plain, sizes)
+    record = {
+        **_source(file, "nextgpt", "2023 code" if "lora" in groups else "2023 code, before LoRA"),
+        "tensors": groups,
+        "absent": [name for name in shapes if name not in groups],
+        "tables": "whole" if whole_tables else "rows of the added tokens",
+        "base": {"needed": llm_side.BASE_NAME, "given": base, "mean_cosine_of_embeddings": agreement},
+    }
+    with _unfinished(out, ("llm", "projections")) as folder:
+        llm_side.write_folder(plain, folder / "llm", sizes, base_folder, whole_tables)
+        output_side.write_folders(plain, folder / "projections", outputs)
+        return _with_digests(folder, record)
+
+
+def _convert_rewritten(
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    out: Path,
+    outputs: Mapping[Modality, OutputProjectionConfig],
+) -> dict[str, Any]:
+    plain = _named(file, tensors, output_side.plain_name)
+    ours = {name: value for name, value in plain.items() if name.split(".")[0] in {str(m) for m in outputs}}
+    if not ours:
+        raise ValueError(
+            f"{file} is of the 2024 rewrite and holds {_some(sorted(plain))}; expected "
+            f"mm_output_*_projector. Of that code only the output projections have a counterpart here: "
+            f"its input projector reads patch tokens in groups, and its signals have other words and "
+            f"positions. Use the 2023 release."
+        )
+    left_out = sorted(plain.keys() - ours.keys())
+    known = ("embed_tokens", "embed_in", "lm_head", "mm_input_projector", "lora_")
+    if foreign := [name for name in left_out if not any(part in name for part in known)]:
+        raise ValueError(f"{file} holds {_some(foreign)}, which no NExT-GPT code is known to save.")
+    groups = check_tensors(file, ours, output_side.released_shapes(outputs))
+    record = {
+        **_source(file, "nextgpt", "2024 rewrite"),
+        "tensors": groups,
+        "left_out": {"why": "the rewrite's language model side has no counterpart here", "names": left_out},
+    }
+    with _unfinished(out, ("projections",)) as folder:
+        output_side.write_folders(ours, folder / "projections", outputs)
+        return _with_digests(folder, record)
+
+
+def convert_imagebind(
+    file: Path,
+    out: Path,
+    towers: Sequence[str] = ("vision", "audio"),
+    tokenizer: Path | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    release: ImageBindConfig | None = None,
+    preprocessing: PreprocessConfig | None = None,
+) -> dict[str, Any]:
+    """Convert ``imagebind_huge.pth`` into ``out/encoder``; return the record of it.
+
+    All six towers of the file are checked; ``towers`` are kept, in ``dtype`` or the file's own.
+
+    Raises:
+        ValueError: the file or a tensor of it is not what it must be; an unknown tower; a text tower
+            without ``tokenizer``; or ``out`` has an encoder.
+
+    """
+    release = release or ImageBindConfig.huge()
+    kept = imagebind_release.keep_towers(release, towers)
+    tensors = read_pickle(file)
+    check_tensors(file, tensors, {"ImageBind": imagebind_release.released_shapes(release)}, ("ImageBind",))
+    wanted = imagebind_release.released_shapes(kept)
+    record = {
+        **_source(file, "imagebind", "imagebind_huge.pth"),
+        "towers": list(towers),
+        "tensors": {"kept": len(wanted), "left out with their towers": len(tensors) - len(wanted)},
+    }
+    with _unfinished(out, ("encoder",)) as folder:
+        imagebind_release.write_folder(
+            tensors, folder / "encoder", kept, preprocessing or PreprocessConfig.huge(), tokenizer, dtype
+        )
+        return _with_digests(folder, record, "encoder")
+
+
+def check_tensors(
+    file: Path, tensors: Mapping[str, Tensor], shapes: Shapes, needed: Sequence[str] = ()
+) -> dict[str, int]:
+    """Account for every tensor: each belongs to a group, and each group is there whole or not at all.
+
+    Returns:
+        The number of tensors of each group that is there.
+
+    Raises:
+        ValueError: a foreign, missing or misshapen tensor, or a needed group that is absent.
+
+    """
+    expected = {name: shape for group in shapes.values() for name, shape in group.items()}
+    if foreign := sorted(tensors.keys() - expected.keys()):
+        raise ValueError(
+            f"{file} holds {_some(foreign)}, which this layout has no place for. "
+            f"Give the file as its authors published it."
+        )
+    found: dict[str, int] = {}
+    for title, group in shapes.items():
+        missing = [name for name in group if name not in tensors]
+        if len(missing) == len(group) and title not in needed:
+            continue
+        if missing:
+            raise ValueError(
+                f"{file} lacks {_some(missing)} of its {title} ({len(missing)} of {len(group)} tensors). "
+                f"Download it again; if that does not help, take a later upload of it."
+            )
+        found[title] = len(group)
+    for name, value in tensors.items():
+        if tuple(value.shape) != expected[name]:
+            raise ValueError(
+                f"{file}: {name} has shape {tuple(value.shape)}; expected {expected[name]}. "
+                f"This is the checkpoint of another model size; use the one that this layout belongs to."
+            )
+        if any(bool(part.isnan().any()) for part in value.reshape(-1).split(2**24)):
+            raise ValueError(f"{file}: {name} holds values that are no numbers (NaN). Download it again.")
+    return found
+
+
+def find_base(name: str) -> Path:
+    """Return the folder ``name``, or that of the hub id ``name`` in the local cache.
+
+    Raises:
+        ValueError: it is neither.
+
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError) as error:
+        raise ValueError(
+            f"{name} is no folder here, and no model of that name is in the local cache. Expected "
+            f"{llm_side.BASE_NAME}. Give its folder, or fetch it first: hf download {name}"
+        ) from error
+
+
+def _named(file: Path, tensors: Mapping[str, Tensor], plain_name: Callable[[str], str]) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        plain = plain_name(name)
+        if plain in named and not torch.equal(named[plain], value):
+            raise ValueError(f"{file} holds {plain} under two names, one of them {name}, with other values.")
+        named[plain] = value
+    return named
+
+
+def _source(file: Path, kind: str, layout: str) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "made_by": f"patchbay {importlib.metadata.version('patchbay')}",
+        "layout": layout,
+        "licence": LICENCES[kind],
+        "source": {"name": file.name, **_digest(file)},
+    }
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _with_digests(folder: Path, record: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """Add every file of ``folder`` to ``record``, and write it into ``folder / where``."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    root = folder / where
+    whole = {**record, "files": {str(path.relative_to(root)): _digest(path) for path in paths}}
+    (root / RECORD).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    return whole
+
+
+@contextmanager
+def _unfinished(out: Path, names: Sequence[str]) -> Iterator[Path]:
+    """Give a folder to write into; what is in it moves to ``out`` when all of it is written."""
+    for name in names:
+        if (out / name).exists():
+            raise ValueError(f"{out / name} is there already. Remove it, or choose another --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=out) as folder:
+        yield Path(folder)
+        for path in sorted(Path(folder).iterdir()):
+            path.replace(out / path.name)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more

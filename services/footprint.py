@@ -1,0 +1,283 @@
+"""What the boxes of a preset take, before anything is loaded: files, terms, and bytes of memory.
+
+Shapes come from the configurations: those beside the weights, or where there are no weights yet, those
+that come with the preset. The models are built on the meta device, which holds no numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from encoders.media import Modality
+from services.presets import BoxPreset, Origin, Preset
+
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+NOT_MODELS = ("scheduler", "tokenizer", "feature_extractor", "safety_checker", "image_encoder")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One model of a box.
+
+    ``parameters`` is None where neither weights nor a configuration tell. ``dtype`` is that in which the
+    box will hold them, ``missing`` are files that it needs and does not have.
+    """
+
+    name: str
+    parameters: int | None
+    dtype: str
+    on_disk: int
+    missing: tuple[Path, ...]
+
+    @property
+    def in_memory(self) -> int:
+        """Bytes of its weights once it is loaded."""
+        return (self.parameters or 0) * BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box, its parts, and where they come from. ``cache`` is what a whole conversation adds, in bytes."""
+
+    name: str
+    parts: tuple[Part, ...]
+    origins: tuple[Origin, ...]
+    cache: int = 0
+
+    @property
+    def in_memory(self) -> int:
+        """Bytes of all weights and of the cache."""
+        return sum(part.in_memory for part in self.parts) + self.cache
+
+    @property
+    def missing(self) -> tuple[Path, ...]:
+        """All files that are not there."""
+        return tuple(path for part in self.parts for path in part.missing)
+
+
+def boxes_of(preset: Preset) -> list[Box]:
+    """Look at every box of ``preset``. Nothing is loaded; files that are not there are named."""
+    boxes = [_encoder(preset), _language_model(preset)]
+    return boxes + [_decoder(preset, modality) for modality in preset.decoders]
+
+
+def missing_files(preset: Preset) -> list[Path]:
+    """Return the files that a preset needs and does not have; no model is built for it."""
+    return [path for name in _needed(preset).values() for path in name]
+
+
+def _needed(preset: Preset) -> dict[str, list[Path]]:
+    """Return the missing files of each part, by ``box/part``."""
+    encoder, llm = preset.encoder_folder, preset.language_model_folder
+    bridge = [llm / "bridge.json", llm / "bridge.safetensors"]
+    manifest = _json(llm / "bridge.json")
+    if manifest.get("lora"):
+        bridge += [llm / "adapter" / "adapter_config.json", llm / "adapter" / "adapter_model.safetensors"]
+    if manifest.get("base_tables"):
+        bridge.append(llm / "tables.safetensors")
+    base = [llm / "base" / "config.json", llm / "base" / "tokenizer.json"]
+    missing = {
+        "encoder/towers": _absent([encoder / "config.json", encoder / "model.safetensors"]),
+        "language model/bridge": _absent(bridge),
+        "language model/base": _absent(base) + _without_weights(llm / "base"),
+    }
+    for modality, decoder in preset.decoders.items():
+        box = f"{modality.value} decoder"
+        folder = preset.decoder_folder(modality)
+        if not (folder / "model_index.json").is_file():
+            missing[f"{box}/pipeline"] = [folder / "model_index.json"]
+        for part in _models(_json(folder / "model_index.json")):
+            config = _absent([folder / part / "config.json"])
+            missing[f"{box}/{part}"] = config or _without_weights(folder / part)
+        if decoder.link == "signal":
+            link = preset.projections_folder / modality.value
+            missing[f"{box}/projection"] = _absent([link / "config.json", link / "model.safetensors"])
+    return missing
+
+
+def _encoder(preset: Preset) -> Box:
+    folder = preset.encoder_folder
+    count = _counted(folder, _configured(preset, folder), _count_imagebind)
+    dtype = preset.encoder.dtype or "float32"
+    part = Part("towers", count, dtype, _weight(folder), tuple(_needed(preset)["encoder/towers"]))
+    return Box("encoder", (part,), preset.encoder.origins)
+
+
+def _language_model(preset: Preset) -> Box:
+    needed, llm = _needed(preset), preset.language_model_folder
+    usual = "float32" if preset.device == "cpu" else "bfloat16"
+    dtype = preset.language_model.dtype or usual
+    config = _configured(preset, llm / "base")
+    count = _counted(llm / "base", config, _count_language_model)
+    base = Part("base", count, dtype, _weight(llm / "base"), tuple(needed["language model/base"]))
+    bridge = Part(
+        "bridge",
+        _counted(llm, _configured(preset, llm, "bridge.json"), _count_bridge),
+        "float32",
+        sum(_weight(llm / name) for name in (".", "adapter")),
+        tuple(needed["language model/bridge"]),
+    )
+    return Box("language model", (base, bridge), preset.language_model.origins, _cache(config, dtype))
+
+
+def _decoder(preset: Preset, modality: Modality) -> Box:
+    name, decoder, folder = (
+        f"{modality.value} decoder",
+        preset.decoders[modality],
+        preset.decoder_folder(modality),
+    )
+    needed, dtype = _needed(preset), decoder.dtype or "float32"
+    index = _configured(preset, folder, "model_index.json")
+    parts = []
+    for part in _models(index):
+        config = _configured(preset, folder / part)
+        count = _counted(folder / part, config, partial(_count_class, index[part][1]))
+        missing = needed.get(f"{name}/{part}", [folder / part / "config.json"])
+        parts.append(Part(part, count, dtype, _weight(folder / part), tuple(missing)))
+    if not parts:
+        parts.append(Part("pipeline", None, dtype, 0, tuple(needed.get(f"{name}/pipeline", ()))))
+    if decoder.link == "signal":
+        link = preset.projections_folder / modality.value
+        count = _counted(link, _configured(preset, link), _count_projection)
+        missing = needed[f"{name}/projection"]
+        parts.append(Part("projection", count, "float32", _weight(link), tuple(missing)))
+    return Box(name, tuple(parts), decoder.origins)
+
+
+def _configured(preset: Preset, folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """Return a configuration from beside the weights, else from the preset; empty if there is none."""
+    values = _json(folder / name)
+    if values or preset.sizes_folder is None:
+        return values
+    return _json(preset.sizes_folder / folder.relative_to(preset.weights_folder) / name)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _models(index: dict[str, Any]) -> Iterator[str]:
+    for part, value in index.items():
+        if isinstance(value, list) and len(value) == 2 and value[1] and part not in NOT_MODELS:
+            yield part
+
+
+def _absent(paths: list[Path]) -> list[Path]:
+    return [path for path in paths if not path.is_file()]
+
+
+def _without_weights(folder: Path) -> list[Path]:
+    return [] if any(folder.glob("*.safetensors")) else [folder / "model.safetensors"]
+
+
+def _weight(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _counted(
+    folder: Path, config: dict[str, Any], count: Callable[[dict[str, Any]], int | None]
+) -> int | None:
+    """Count what ``config`` describes, on the meta device; where that is not known, what the files hold."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            found = count(config) if config else None
+    except (ImportError, KeyError, TypeError, ValueError):
+        found = None
+    return _numbers_in(folder) if found is None else found
+
+
+def _numbers_in(folder: Path) -> int | None:
+    """Return how many numbers the safetensors of a folder hold, from their headers."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        for name, tensor in header.items():
+            size = 1
+            for side in tensor["shape"] if name != "__metadata__" else [0]:
+                size *= side
+            total += size
+    return total or None
+
+
+def _count_imagebind(values: dict[str, Any]) -> int:
+    from encoders.imagebind import ImageBind, ImageBindConfig
+
+    return _sum(ImageBind(ImageBindConfig.from_json(values["model"])))
+
+
+def _count_language_model(values: dict[str, Any]) -> int:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    rest = dict(values)
+    return _sum(AutoModelForCausalLM.from_config(AutoConfig.for_model(rest.pop("model_type"), **rest)))
+
+
+def _count_bridge(values: dict[str, Any]) -> int:
+    from llm.checkpoint import Manifest
+    from llm.projectors import build_projector
+
+    manifest = Manifest(**values)
+    projectors = sum(_sum(build_projector(config)) for config in manifest.projector_configs.values())
+    return projectors + 2 * len(manifest.added_tokens) * manifest.llm_width
+
+
+def _count_projection(values: dict[str, Any]) -> int:
+    from decoders.projection import OutputProjection, OutputProjectionConfig
+
+    return _sum(OutputProjection(OutputProjectionConfig(**values)))
+
+
+def _count_class(kind: str, values: dict[str, Any]) -> int | None:
+    """Count a network of one of the published pipelines; None for a class that is not one of theirs."""
+    import diffusers
+    import transformers
+
+    if kind in ("UNet2DConditionModel", "UNet3DConditionModel", "AutoencoderKL"):
+        return _sum(getattr(diffusers, kind).from_config(values))
+    if kind in ("CLIPTextModel", "ClapTextModelWithProjection", "SpeechT5HifiGan"):
+        model = getattr(transformers, kind)
+        return _sum(model(model.config_class.from_dict(values)))
+    return None
+
+
+def _sum(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _cache(config: dict[str, Any], dtype: str) -> int:
+    """Return the bytes of keys and values of a full context."""
+    try:
+        heads = config["num_attention_heads"]
+        width = config.get("head_dim") or config["hidden_size"] // heads
+        shared = config.get("num_key_value_heads") or heads
+        positions, layers = config["max_position_embeddings"], config["num_hidden_layers"]
+    except KeyError:
+        return 0
+    return int(2 * layers * shared * width * positions * BYTES[dtype])
+
+
+def commands(box: BoxPreset, preset: Preset) -> list[str]:
+    """Return what to type to get the weights of a box."""
+    weights = _shown(preset.weights_folder)
+    return [o.get.format(weights=weights, revision=o.revision) for o in box.origins]
+
+
+def _shown(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

@@ -1,0 +1,242 @@
+"""What a preset takes is known before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from decoders.settings import DecodeSettings
+from encoders.media import Modality
+from services import footprint
+from services.cli import main
+from services.doctor import fitting, survey
+from services.footprint import boxes_of, missing_files
+from services.presets import Preset, load_preset
+from services.session import Session
+from tests.tiny import tiny_values
+
+IMAGE, VIDEO, AUDIO = Modality.IMAGE, Modality.VIDEO, Modality.AUDIO
+
+
+@pytest.fixture(scope="module")
+def published() -> Preset:
+    return load_preset("nextgpt-7b")
+
+
+def counts(preset: Preset) -> dict[str, int | None]:
+    return {f"{box.name}/{part.name}": part.parameters for box in boxes_of(preset) for part in box.parts}
+
+
+def test_the_published_preset_has_the_published_sizes(published: Preset) -> None:
+    assert counts(published) == {
+        "encoder/towers": 632_829_440 + 86_235_648,
+        "language model/base": 6_738_415_616,
+        "language model/bridge": 3 * (4096 * 1024 + 4096) + 2 * 38 * 4096,
+        "image decoder/text_encoder": 123_060_480,
+        "image decoder/unet": 859_520_964,
+        "image decoder/vae": 83_653_863,
+        "image decoder/projection": 31_958_784,
+        "video decoder/text_encoder": 340_387_840,
+        "video decoder/unet": 1_411_233_860,
+        "video decoder/vae": 83_653_863,
+        "video decoder/projection": 32_090_112,
+        "audio decoder/text_encoder": 125_302_016,
+        "audio decoder/unet": 739_139_080,
+        "audio decoder/vae": 55_376_873,
+        "audio decoder/vocoder": 55_264_897,
+        "audio decoder/projection": 31_788_544,
+    }
+
+
+def test_memory_follows_from_parameters_dtype_and_context(published: Preset) -> None:
+    encoder, language_model, *_ = boxes_of(published)
+
+    assert encoder.in_memory == 2 * 719_065_088
+    assert language_model.cache == 2 * 32 * 4096 * 2048 * 2
+    base, bridge = language_model.parts
+    assert (base.dtype, base.in_memory) == ("float16", 2 * 6_738_415_616)
+    assert (bridge.dtype, bridge.in_memory) == ("float32", 4 * 12_906_496)
+
+
+def test_every_part_of_the_published_preset_says_where_it_is_from_and_under_what_terms(
+    published: Preset,
+) -> None:
+    origins = [origin for box in boxes_of(published) for origin in box.origins]
+
+    assert {origin.model for origin in origins if not origin.commercial} >= {
+        "ImageBind-Huge",
+        "Vicuna-7B v0",
+        "NExT-GPT 7B v0",
+    }
+    assert [origin.model for origin in origins if origin.commercial] == ["Stable Diffusion 1.5"]
+    assert all(origin.licence and origin.source and origin.get for origin in origins)
+
+
+def test_the_published_preset_asks_decoders_for_what_the_demo_asked(published: Preset) -> None:
+    wish = DecodeSettings(seed=1, steps=3)
+
+    assert published.decoders[IMAGE].fill(wish) == DecodeSettings(
+        seed=1, steps=3, guidance_scale=7.5, width_px=512, height_px=512
+    )
+    assert published.decoders[VIDEO].fill(DecodeSettings()) == DecodeSettings(
+        steps=50, guidance_scale=7.5, width_px=576, height_px=320, num_frames=24
+    )
+    assert published.decoders[AUDIO].fill(DecodeSettings(duration_s=2.0)).duration_s == 2.0
+    assert published.decoders[AUDIO].fill(DecodeSettings()).duration_s == 9
+    assert (published.generation.temperature, published.generation.top_p) == (1.0, 0.01)
+
+
+def test_weights_on_disk_count_what_their_files_hold(tiny_preset: Path) -> None:
+    preset = load_preset(str(tiny_preset))
+    weights = preset.weights_folder
+
+    for name, count in counts(preset).items():
+        box, part = name.split("/")
+        folder = {
+            "encoder": weights / "encoder",
+            "language model": weights / "llm" / ("base" if part == "base" else ""),
+        }.get(box, weights / box.split()[0] / part)
+        if part == "projection":
+            folder = weights / "projections" / box.split()[0]
+        held = sum(t.numel() for path in folder.glob("*.safetensors") for t in load_file(path).values())
+        assert count == pytest.approx(held, abs=200), name  # buffers are in files and are no parameters
+
+
+def test_nothing_is_missing_of_a_whole_preset_and_all_of_an_empty_one(
+    tiny_preset: Path, published: Preset, tmp_path: Path
+) -> None:
+    assert missing_files(load_preset(str(tiny_preset))) == []
+    preset = published.model_copy(update={"weights": str(tmp_path)})
+    assert {str(path.relative_to(tmp_path)) for path in missing_files(preset)} >= {
+        "encoder/model.safetensors",
+        "llm/bridge.safetensors",
+        "llm/base/model.safetensors",
+        "image/model_index.json",
+        "projections/audio/model.safetensors",
+    }
+
+
+def test_what_the_manifest_promises_is_looked_for(published: Preset, tmp_path: Path) -> None:
+    assert published.sizes_folder
+    shutil.copytree(published.sizes_folder, tmp_path / "w")
+    preset = published.model_copy(update={"weights": str(tmp_path / "w")})
+
+    missing = {str(path.relative_to(tmp_path / "w")) for path in missing_files(preset)}
+
+    assert {"llm/tables.safetensors", "llm/adapter/adapter_model.safetensors"} <= missing
+    assert "image/unet/model.safetensors" in missing
+    assert "image/unet/config.json" not in missing
+
+
+def test_no_weights_are_read_for_a_survey(tiny_preset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("a survey loaded weights")
+
+    monkeypatch.setattr("safetensors.torch.load_file", refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.setattr("services.local_language_model.LanguageModel.load", refuse)
+
+    found = survey(load_preset(str(tiny_preset)))
+    assert found.fits.ok
+    assert found.next_steps == ("patchbay serve --preset tiny",)
+
+
+def test_what_does_not_fit_is_said_with_how_much_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.doctor._free_memory", lambda: 10 * 10**9)
+
+    short = fitting("cpu", 24 * 10**9)
+
+    assert not short.ok
+    assert short.detail.startswith(
+        "24.00 GB are needed for weights and caches, 10.00 GB are free; 14.00 GB are"
+    )
+    assert "nothing is offloaded or quantised by itself" in short.detail
+    assert fitting("cpu", 9 * 10**9).ok
+
+
+def test_a_preset_that_does_not_fit_is_not_loaded(
+    tiny_preset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("services.doctor._free_memory", lambda: 1000)
+
+    assert main(["doctor", "--preset", str(tiny_preset), "--port", "8123"]) == 1
+
+    out = capsys.readouterr().out
+    assert "BAD room on cpu" in out
+    assert "loads" not in out
+    assert "next: copy tiny.yaml and, in the copy, name another device" in out
+
+
+def test_doctor_says_what_the_published_preset_lacks_and_what_to_type(
+    published: Preset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "nextgpt-7b.yaml"
+    values = yaml.safe_load(published.file.read_text())
+    path.write_text(yaml.safe_dump(values | {"weights": "nowhere", "sizes": str(published.sizes_folder)}))
+
+    assert main(["doctor", "--preset", str(path), "--port", "8123"]) == 1
+
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    (row,) = [line for line in lines if line.startswith("language model: base")]
+    assert row.split("  ")[1:] != []
+    assert "missing, 3 files" in row
+    assert "6,738,415,616" in row
+    assert "13.48 GB" in row
+    assert "ImageBind-Huge: CC-BY-NC-4.0; NOT for commercial use." in captured.out
+    assert "NExT-GPT 7B v0: CC-BY-NC-SA-4.0; NOT for commercial use." in captured.out
+    steps = [line for line in lines if line.startswith("next: ")]
+    assert (
+        f"next: patchbay convert nextgpt pytorch_model.pt --base vicuna-7b-v0 --out {tmp_path}/nowhere"
+        in steps
+    )
+    assert any("--revision 9707fa44eb3fb539e293ebc682209d0895042aa0" in step for step in steps)
+
+
+def test_doctor_prints_one_json_object(tiny_preset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["doctor", "--preset", str(tiny_preset), "--port", "8123", "--json"])
+
+    values: Any = json.loads(capsys.readouterr().out)
+    names = [box["name"] for box in values["boxes"]]
+    assert names[:2] == ["encoder", "language model"]
+    assert sorted(names[2:]) == ["audio decoder", "image decoder", "video decoder"]
+    assert all(part["missing"] == [] for box in values["boxes"] for part in box["parts"])
+    assert {check["name"] for check in values["checks"]} >= {"torch", "weights", "room on cpu", "encoder"}
+
+
+def test_an_unknown_network_is_counted_from_its_file(tiny_preset: Path) -> None:
+    preset = load_preset(str(tiny_preset))
+    folder = preset.decoder_folder(VIDEO) / "unet"
+
+    assert footprint._counted(folder, {"a": 1}, lambda config: None) == sum(
+        tensor.numel() for path in folder.glob("*.safetensors") for tensor in load_file(path).values()
+    )
+    assert footprint._counted(folder / "none", {}, lambda config: 1) is None
+
+
+def test_a_whole_turn_runs_with_every_box_in_half_precision(tiny_preset: Path) -> None:
+    values: Any = tiny_values()
+    for name in ("encoder", "language_model"):
+        values[name] = {"dtype": "bfloat16"}
+    for decoder in values["decoders"].values():
+        decoder["dtype"] = "bfloat16"
+    path = tiny_preset.parent / "half.yaml"
+    path.write_text(yaml.safe_dump(values))
+    preset = load_preset(str(path))
+    assert {part.dtype for box in boxes_of(preset) for part in box.parts if part.name != "projection"} == {
+        "bfloat16",
+        "float32",  # the bridge
+    }
+
+    with Session.open(str(path)) as session:
+        reply = session.chat([{"role": "user", "content": "draw, play and film a bell"}])
+
+    assert [part.error for part in reply.parts if part.error] == []
+    assert [part.type for part in reply.parts if part.text is None] == [IMAGE, AUDIO, VIDEO]
