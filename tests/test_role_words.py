@@ -177,9 +177,9 @@ class Speaker(LanguageModel):
     script: list[int]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        logits = super().logits(hidden) * 0
-        if hidden.ndim == 1 and self.script:
-            logits[self.script.pop(0)] = 9.0
+        logits = super().logits(hidden) * 0  # (1, V)
+        if self.script:
+            logits[0, self.script.pop(0)] = 9.0
         return logits
 
 
