@@ -80,6 +80,15 @@ def test_a_video_has_the_colour_and_the_ground_that_were_asked_for() -> None:
     assert min(attributes["colour"], attributes["ground"]) >= 0.65
 
 
+def test_an_evaluation_is_the_same_with_any_number_of_processes() -> None:
+    chosen = ["decision", "image-to-text"]
+    folders = Folders.of_weights(WEIGHTS)
+    alone, shared = (main_toybox(folders, chosen, samples=4, seed=2, jobs=jobs) for jobs in (1, 2))
+
+    assert list(alone["directions"]) == chosen
+    assert shared["directions"] == alone["directions"]
+
+
 def test_a_greeting_makes_nothing_and_a_wish_makes_what_was_wished(system: System) -> None:
     def made(text: str) -> list[Modality]:
         spoken = system.speak([Message("user", [text])])
