@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.cluster
-START_S = 240
+START_S = 420
 
 
 def free_port() -> int:

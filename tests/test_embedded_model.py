@@ -17,7 +17,10 @@ from llm.signals import Signal
 from llm.template import Message
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "deploy" / "weights" / "toybox"
-MAKES = {"text-to-image": 0.7, "text-to-audio": 0.6}
+AT_LEAST = {
+    "text-to-image": 0.85, "text-to-video": 0.6, "text-to-audio": 0.65,
+    "image-to-text": 0.85, "video-to-text": 0.65, "audio-to-text": 0.8, "decision": 0.85,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +71,10 @@ def test_the_same_seed_gives_the_same_picture(system: System) -> None:
     assert (first.pixels != other.pixels).any()
 
 
-@pytest.mark.parametrize("direction", list(MAKES))
-def test_what_is_asked_for_in_words_is_made(direction: str) -> None:
+@pytest.mark.parametrize("direction", list(AT_LEAST))
+def test_a_direction_is_about_as_good_as_measured(direction: str) -> None:
     result = main_toybox(Folders.of_weights(WEIGHTS), [direction], samples=24, seed=11)
-    assert result["directions"][direction]["seen"]["right"] >= MAKES[direction]
-
-
-def test_a_video_has_the_colour_and_the_ground_that_were_asked_for() -> None:
-    result = main_toybox(Folders.of_weights(WEIGHTS), ["text-to-video"], samples=24, seed=11)
-    attributes = result["directions"]["text-to-video"]["seen"]["attributes"]
-    assert min(attributes["colour"], attributes["ground"]) >= 0.65
+    assert result["directions"][direction]["seen"]["right"] >= AT_LEAST[direction]
 
 
 def test_an_evaluation_is_the_same_with_any_number_of_processes() -> None:
