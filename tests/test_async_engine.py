@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llm.async_engine import AsyncEngine
-from llm.engine import Engine
+from llm.engine import Engine, Request, StepEvent
 from llm.generate import ContextTooLong, Finished, GenerationOptions, TextDelta, generate
 from tests.test_generate import eager_model
 from tests.test_language_engine import assert_same
@@ -56,10 +56,19 @@ async def test_a_closed_stream_frees_its_slot_within_a_step() -> None:
     engine.close()
 
 
-async def test_a_cancelled_reader_leaves_nothing_behind() -> None:
-    engine = AsyncEngine(Engine(tiny_model(), slots=2))
+async def test_a_cancelled_reader_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = Engine(tiny_model(), slots=2)
+    step = core.step
+
+    def slow_step() -> list[tuple[Request, StepEvent]]:
+        time.sleep(0.02)  # no reply can end before its reader is cancelled
+        return step()
+
+    monkeypatch.setattr(core, "step", slow_step)
+    engine = AsyncEngine(core)
     readers = [asyncio.create_task(all_of(engine, f"say {i}", LONG)) for i in range(5)]
-    await asyncio.sleep(0.1)
+    while core.stats.running < 2:
+        await asyncio.sleep(0.001)
     for reader in readers:
         reader.cancel()
     assert all(
@@ -67,6 +76,7 @@ async def test_a_cancelled_reader_leaves_nothing_behind() -> None:
         for end in await asyncio.gather(*readers, return_exceptions=True)
     )
     await settled(engine)
+    monkeypatch.undo()
     assert isinstance((await all_of(engine, "still there?", LONG))[-1], Finished)
     engine.close()
 
