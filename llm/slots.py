@@ -56,8 +56,13 @@ class SlotLayer(CacheLayerMixin):
         self.num_positions = num_positions
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Not used: :class:`SlotCache` writes."""
-        raise NotImplementedError
+        """Refuse: rows are at different positions, so :class:`SlotCache` writes.
+
+        Raises:
+            TypeError: always.
+
+        """
+        raise TypeError("This layer does not know where each row is; update its SlotCache instead.")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the length and the offset of what a pass sees."""

@@ -88,9 +88,10 @@ def vae(blocks: int = 2, channels: int = 3) -> AutoencoderKL:
     ).eval()
 
 
-def image_pipeline() -> StableDiffusionPipeline:
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
+def picture_unet(channels: int) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        in_channels=channels,
+        out_channels=channels,
         sample_size=8,
         block_out_channels=(8, 16),
         layers_per_block=1,
@@ -100,6 +101,11 @@ def image_pipeline() -> StableDiffusionPipeline:
         attention_head_dim=4,
         norm_num_groups=4,
     )
+
+
+def image_pipeline() -> StableDiffusionPipeline:
+    torch.manual_seed(0)
+    unet = picture_unet(channels=4)
     pipeline = StableDiffusionPipeline(
         vae(),
         clip(),
@@ -133,18 +139,7 @@ def unet_video_pipeline() -> TextToVideoSDPipeline:
 
 def stacked_video_pipeline() -> TextToStackedVideoPipeline:
     torch.manual_seed(2)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=32,
-        out_channels=32,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=WIDTH,
-        attention_head_dim=4,
-        norm_num_groups=4,
-    )
+    unet = picture_unet(channels=32)
     predicts_sample = scheduler().from_config(scheduler().config, prediction_type="sample")
     pipeline = TextToStackedVideoPipeline(
         vae(), clip(), tokenizer(), unet.eval(), predicts_sample, sample_size=8, num_frames=8, fps=8.0
