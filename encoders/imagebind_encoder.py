@@ -108,6 +108,14 @@ class ImageBindEncoder:
         """Size of one token, and of the pooled embedding."""
         return self.model.config.out_width
 
+    def width_of(self, modality: Modality) -> int:
+        """Return :attr:`width`: all towers end in one space."""
+        return self.width
+
+    def grid_of(self, modality: Modality) -> tuple[int, ...]:
+        """Return rows and columns of patches; for a sound, bands and time steps."""
+        return self._grid(modality, 1)[-2:]
+
     @property
     def modalities(self) -> frozenset[Modality]:
         """What this encoder can read."""

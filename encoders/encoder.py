@@ -1,0 +1,54 @@
+"""What the rest of the program asks of an encoder, and which one a folder holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from encoders.features import Features
+from encoders.imagebind_encoder import ImageBindEncoder
+from encoders.media import Medium, Modality
+from encoders.towers import TOWER_FOLDERS, TowerEncoder
+
+
+class Encoder(Protocol):
+    """Reads media into :class:`~encoders.features.Features`; each modality may have a width of its own."""
+
+    @property
+    def modalities(self) -> frozenset[Modality]:
+        """What it can read."""
+        ...
+
+    def width_of(self, modality: Modality) -> int:
+        """Return the size of one token, and of the pooled vector, of a medium of ``modality``."""
+        ...
+
+    def grid_of(self, modality: Modality) -> tuple[int, ...]:
+        """Return the trailing axes of the grid of ``modality``: rows and columns."""
+        ...
+
+    def encode(self, medium: Medium) -> Features:
+        """Encode one medium."""
+        ...
+
+    def encode_batch(self, media: Sequence[Medium]) -> list[Features]:
+        """Encode media of one modality together."""
+        ...
+
+
+def load_encoder(
+    folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> ImageBindEncoder | TowerEncoder:
+    """Load the encoder in ``folder``: towers of transformers in folders of their own, or an ImageBind.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: a file that does not fit.
+
+    """
+    if any((folder / name / "config.json").is_file() for name in TOWER_FOLDERS):
+        return TowerEncoder.load(folder, device, dtype)
+    return ImageBindEncoder.load(folder, device, dtype)
