@@ -3,12 +3,16 @@
 The layout (names and shapes of all parameters) is that of NExT-GPT's released checkpoint, so that its
 three ``gen_text_hidden_fcs*.0`` modules load unchanged.
 
+A decoder may want more than one tensor (a pooled vector besides the text states, say). Then the queries of
+all of them go through one transformer, and each tensor has a last layer of its own.
+
 Shape letters in this file:
     B batch   K signal tokens   D LLM width   Q query tokens   W hidden width   O output width
 """
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,10 +20,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from decoders.condition import ConditionSpec
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutputProjectionConfig:
-    """Sizes of an :class:`OutputProjection`. Immutable; checked when it is made."""
+    """Sizes of an :class:`OutputProjection`. Immutable; checked when it is made.
+
+    ``named`` are the tensors that the decoder takes besides the first: name to (tokens, width).
+    """
 
     llm_width: int
     out_width: int
@@ -29,9 +38,16 @@ class OutputProjectionConfig:
     num_decoder_layers: int = 4
     num_heads: int = 4
     ffn_width: int = 2048
+    named: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
+        object.__setattr__(self, "named", {name: tuple(sizes) for name, sizes in self.named.items()})
+        numbers = {name: value for name, value in asdict(self).items() if name != "named"}
+        for name, sizes in self.named.items():
+            if len(sizes) != 2 or "." in name:
+                raise ValueError(f"named has {name!r}: {sizes!r}; expected a name and (tokens, width).")
+            numbers |= {f"tokens of {name}": sizes[0], f"width of {name}": sizes[1]}
+        for name, value in numbers.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
         if self.hidden_width % self.num_heads:
@@ -39,6 +55,27 @@ class OutputProjectionConfig:
                 f"hidden_width ({self.hidden_width}) is not a multiple of num_heads ({self.num_heads}). "
                 f"Pick num_heads from the divisors of hidden_width."
             )
+
+    @classmethod
+    def for_decoder(
+        cls, specs: Mapping[str, ConditionSpec], llm_width: int, **sizes: int
+    ) -> "OutputProjectionConfig":
+        """Return the configuration of a projection to what a decoder takes; the first spec is the main one."""
+        (_, first), *rest = specs.items()
+        return cls(
+            llm_width=llm_width,
+            out_width=first.width,
+            num_queries=first.tokens,
+            named={name: (spec.tokens, spec.width) for name, spec in rest},
+            **sizes,
+        )
+
+    def to_json(self) -> dict[str, object]:
+        """Return plain values; without further tensors, those of a projection that knows none."""
+        values = asdict(self)
+        if not self.named:
+            del values["named"]
+        return values
 
 
 class OutputProjection(nn.Module):
@@ -72,8 +109,17 @@ class OutputProjection(nn.Module):
         )
         self.model = nn.Linear(width, config.out_width)
         self.query_embs = nn.Parameter(torch.randn(1, config.num_queries, width))
+        self.named_query_embs = nn.ParameterDict()
+        self.named_models = nn.ModuleDict()
+        for name, (tokens, out_width) in config.named.items():
+            self.named_query_embs[name] = nn.Parameter(torch.randn(1, tokens, width))
+            self.named_models[name] = nn.Linear(width, out_width)
 
     def forward(self, hidden: Tensor, input_embeddings: Tensor) -> Tensor:
+        """Project signal blocks to the main tensor of their conditions; see :meth:`project`."""
+        return self.project(hidden, input_embeddings)[0]
+
+    def project(self, hidden: Tensor, input_embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Project signal blocks to conditions.
 
         Args:
@@ -81,7 +127,8 @@ class OutputProjection(nn.Module):
             input_embeddings: ``(B, K, D)`` input embeddings of the same tokens.
 
         Returns:
-            ``(B, Q, O)``. Not normalised; a decoder that wants a unit vector normalises.
+            The main tensor ``(B, Q, O)`` and the others by name, ``(B, tokens, width)`` each. Not normalised;
+            a decoder that wants a unit vector normalises.
 
         Raises:
             ValueError: shapes that differ, or a last dimension that is not ``llm_width``.
@@ -98,14 +145,19 @@ class OutputProjection(nn.Module):
                 f"{self.config.llm_width}. Use the projection that belongs to the LLM."
             )
         source = self.fc(hidden + input_embeddings)  # (B, K, W)
-        queries = self.query_embs.expand(len(source), -1, -1)  # (B, Q, W)
-        out: Tensor = self.model(self.tfm(source, queries))  # (B, Q, O)
-        return out
+        all_queries = [self.query_embs, *(self.named_query_embs[name] for name in self.config.named)]
+        queries = torch.cat(all_queries, dim=1).expand(len(source), -1, -1)  # (B, sum of Q, W)
+        main, *others = self.tfm(source, queries).split([q.shape[1] for q in all_queries], dim=1)
+        named = {
+            name: self.named_models[name](states)  # (B, tokens, width)
+            for name, states in zip(self.config.named, others, strict=True)
+        }
+        return self.model(main), named  # (B, Q, O)
 
     def save(self, folder: Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` into ``folder``, in this module's dtype."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(self.config.to_json(), indent=2) + "\n")
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         save_file(tensors, folder / "model.safetensors")
 
