@@ -84,7 +84,8 @@ def _two_clips(parts: _Parts) -> Layout:
 def _two_clips_and_t5(parts: _Parts) -> Layout:
     tokens = parts.length() + parts.usual_length()
     pooled = parts.projected("text_encoder") + parts.projected("text_encoder_2")
-    return _tokens(tokens, parts.width("text_encoder_3")) | _pooled(pooled)
+    width = parts.number("transformer/config.json", "joint_attention_dim")  # T5 may have been left out
+    return _tokens(tokens, width) | _pooled(pooled)
 
 
 def _clip_vector_and_t5(parts: _Parts) -> Layout:
@@ -143,10 +144,7 @@ _WANTED: Mapping[str, Mapping[str, tuple[str, str]]] = {
     },
     "LTXPipeline": {MAIN: ("transformer", "caption_channels")},
     "StableAudioPipeline": {MAIN: ("projection_model", "text_encoder_dim")},
-    "StableDiffusion3Pipeline": {
-        MAIN: ("transformer", "joint_attention_dim"),
-        "pooled_prompt_embeds": ("transformer", "pooled_projection_dim"),
-    },
+    "StableDiffusion3Pipeline": {"pooled_prompt_embeds": ("transformer", "pooled_projection_dim")},
     "StableDiffusionPipeline": {MAIN: ("unet", "cross_attention_dim")},
     "StableDiffusionXLPipeline": {MAIN: ("unet", "cross_attention_dim")},
     "TextToVideoSDPipeline": {MAIN: ("unet", "cross_attention_dim")},

@@ -138,6 +138,11 @@ class LatentDecoder(ABC):
         tokens, width = self._null.shape
         return ConditionSpec(tokens=tokens, width=width, pooled=self.modality is Modality.AUDIO)
 
+    @property
+    def condition_specs(self) -> dict[str, ConditionSpec]:
+        """:attr:`condition_spec` by name, as decoders have it that take several tensors."""
+        return {"prompt_embeds": self.condition_spec}
+
     def encode_caption(self, caption: str) -> Condition:
         """Return what the decoder's own text encoder makes of ``caption``, on the CPU."""
         return Condition(self.embed_captions([caption])[0].cpu())

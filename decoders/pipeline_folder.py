@@ -118,9 +118,12 @@ class PipelineFolder:
         module: nn.Module = model
         return module.to(self.device).eval().requires_grad_(False)
 
-    def pipeline(self, pipeline_class: Any) -> Any:
-        """Load the whole pipeline as ``pipeline_class``, without its safety checker, on this device."""
-        whole = {"safety_checker": None} if "safety_checker" in self.index else {}
+    def pipeline(self, pipeline_class: Any, **parts: Any) -> Any:
+        """Load the whole pipeline as ``pipeline_class``, without its safety checker, on this device.
+
+        ``parts`` take the place of those in the folder.
+        """
+        whole = parts | ({"safety_checker": None} if "safety_checker" in self.index else {})
         try:
             with _quiet():
                 pipeline = pipeline_class.from_pretrained(

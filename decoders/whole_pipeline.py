@@ -24,15 +24,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from decoders.condition import Condition, ConditionSpec, digest
+from decoders.condition_layouts import condition_layout
 from decoders.denoising import OnStep, check_stop
 from decoders.latent_decoder import Decoded
 from decoders.pipeline_folder import DEFAULTS_FILE, PipelineFolder
 from decoders.settings import DecoderDefaults, DecodeSettings
+from decoders.text_readers import READERS
 from encoders.media import Audio, Image, Medium, Modality, Video
 
 ENCODED: Mapping[str, tuple[str, ...]] = {
     "AnimateDiffPipeline": ("prompt_embeds", "negative_prompt_embeds"),
     "CogVideoXPipeline": ("prompt_embeds", "negative_prompt_embeds"),
+    "Flux2KleinPipeline": ("prompt_embeds", "text_ids"),
+    "FluxPipeline": ("prompt_embeds", "pooled_prompt_embeds", "text_ids"),
     "LTXPipeline": (
         "prompt_embeds",
         "prompt_attention_mask",
@@ -60,10 +64,14 @@ ENCODED: Mapping[str, tuple[str, ...]] = {
     ),
     "WanPipeline": ("prompt_embeds", "negative_prompt_embeds"),
 }
-"""What ``encode_prompt`` of a class returns, by the names that its ``__call__`` takes.
+"""What ``encode_prompt`` of a class returns, mostly by the names that its ``__call__`` takes.
 
-A class that is not here is conditioned on words: it encodes them anew for each request.
+A class that is neither here nor in :mod:`decoders.text_readers` is conditioned on words: it encodes them anew
+for each request.
 """
+
+_SCHEDULERS: Mapping[str, str] = {"CosineDPMSolverMultistepScheduler": "EDMDPMSolverMultistepScheduler"}
+"""Schedulers that need a further library, and those of diffusers that solve the same equation without noise."""
 
 _ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "steps": ("num_inference_steps",),
@@ -123,7 +131,10 @@ class WholePipeline:
         }
         self.modality = self._modality()
         self.defaults = self._usual().updated(folder.path / DEFAULTS_FILE)
+        encodes = folder.pipeline_class in ENCODED or folder.pipeline_class in READERS
+        self._layout = condition_layout(folder.pipeline_class, folder.json) if encodes else {}
         self._null = self._encoded("")
+        self._check_layout()
         self.digest = folder.digest()
 
     @classmethod
@@ -147,13 +158,17 @@ class WholePipeline:
                 f"{opened.path} holds a {name}; diffusers {diffusers.__version__} has no such pipeline. "
                 f"Install a diffusers that has it, or choose another folder."
             )
-        pipeline = opened.pipeline(kind)
+        pipeline = opened.pipeline(kind, **_other_scheduler(opened))
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline, opened)
 
     @property
     def condition_specs(self) -> dict[str, ConditionSpec]:
         """The tensors that the pipeline is conditioned on, by name; none if it takes words only."""
+        return dict(self._layout) or self._given_specs()
+
+    def _given_specs(self) -> dict[str, ConditionSpec]:
+        """Return the shapes of what the text encoders give."""
         found = {}
         for name, tensor in self._null.items():
             if not name.startswith("negative_"):
@@ -162,6 +177,15 @@ class WholePipeline:
                     tokens=rows.shape[0], width=rows.shape[1], pooled=tensor.ndim == 1 and "pooled" in name
                 )
         return found
+
+    def _check_layout(self) -> None:
+        """Raise ValueError when the text encoders give other shapes than the configurations promise."""
+        given = self._given_specs()
+        if self._layout and given != self._layout:
+            raise ValueError(
+                f"{self.folder.path}: its text encoders give {given}; expected {self._layout} from the "
+                f"configurations. The parts do not belong together; copy the whole pipeline again."
+            )
 
     @property
     def condition_spec(self) -> ConditionSpec:
@@ -273,18 +297,25 @@ class WholePipeline:
         return DecoderDefaults(**{"steps": 50, "guidance_scale": 1.0, **own})
 
     def _encoded(self, caption: str) -> dict[str, Tensor]:
-        """Return what ``encode_prompt`` gives for one caption, without the batch dimension."""
+        """Return what the text encoders give for one caption, without the batch dimension."""
+        if (reader := READERS.get(self.folder.pipeline_class)) is not None:
+            with torch.inference_mode():
+                return {k: tensor.clone() for k, tensor in reader(self.pipeline, caption, self._layout).items()}
         names = ENCODED.get(self.folder.pipeline_class)
         if names is None:
             return {}
         known = inspect.signature(self.pipeline.encode_prompt).parameters
         wanted = {"prompt": caption, "prompt_2": None, "prompt_3": None, "device": self.folder.device}
         counts = {"num_images_per_prompt": 1, "num_videos_per_prompt": 1, "do_classifier_free_guidance": True}
+        if "max_sequence_length" in self._takes:  # the defaults of encode_prompt may differ from the call's
+            counts["max_sequence_length"] = self._takes["max_sequence_length"].default
         given = {name: value for name, value in (wanted | counts).items() if name in known}
         with torch.inference_mode():
             answers = self.pipeline.encode_prompt(**given)
         pairs = zip(names, answers, strict=True)
-        return {name: answer[0].clone() for name, answer in pairs if answer is not None}
+        return {
+            name: answer[0].clone() for name, answer in pairs if answer is not None and name in self._takes
+        }
 
     def _check(self, condition: Condition) -> None:
         specs = self.condition_specs
@@ -421,6 +452,18 @@ class WholePipeline:
         finally:
             for name in switches:
                 getattr(vae, f"disable_{name}")()
+
+
+def _other_scheduler(folder: PipelineFolder) -> dict[str, Any]:
+    """Return the scheduler that takes the place of the folder's, if its own is one of those that are replaced."""
+    entry = folder.index.get("scheduler")
+    other = _SCHEDULERS.get(str(entry[1])) if isinstance(entry, list) and len(entry) == 2 else None
+    if other is None:
+        return {}
+    kind = getattr(diffusers, other)
+    known = inspect.signature(kind.__init__).parameters
+    settings = {name: value for name, value in folder.scheduler_config().items() if name in known}
+    return {"scheduler": kind(**settings)}
 
 
 def _eight_bits(values: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -80,8 +80,8 @@ def config_digest(base: Path) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read ``bridge.json`` and hold it against the base beside it.
+def read_manifest(folder: Path, base: Path | None = None) -> Manifest:
+    """Read ``bridge.json`` and hold it against the base: the one beside it, or ``base``.
 
     Raises:
         ValueError: the file is missing or malformed, or was written for another base.
@@ -94,11 +94,13 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise ValueError(f"{path} is not a bridge manifest: {error}") from error
-    digest = config_digest(folder / BASE)
+    base = base or folder / BASE
+    digest = config_digest(base)
     if manifest.base_config_sha256 not in (None, digest):
         raise ValueError(
             f"{path} was written for a base whose config has SHA-256 {manifest.base_config_sha256}; "
-            f"{folder / BASE} has {digest}. Put the base there that the bridge was trained on."
+            f"{base} has {digest}. Put the base there that the bridge was trained on, or train a bridge to "
+            f"this one with `patchbay train bridge --part language_model`."
         )
     return manifest
 

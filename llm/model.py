@@ -350,8 +350,17 @@ class LanguageModel(nn.Module):
         if isinstance(self.base, PeftModel):
             save_lora(self.base, folder / checkpoint.ADAPTER, dtype)
         checkpoint.save_tensors(self._bridge(), folder / checkpoint.BRIDGE, dtype)
+        self._save_manifest(folder, folder / checkpoint.BASE)
+
+    def save_bridge(self, folder: Path, base: Path) -> None:
+        """Write what :meth:`load` takes as ``bridge``: all that was trained but LoRA, for the base in ``base``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.save_tensors(self._bridge(), folder / checkpoint.BRIDGE, torch.float32)
+        self._save_manifest(folder, base)
+
+    def _save_manifest(self, folder: Path, base: Path) -> None:
         manifest = checkpoint.Manifest(
-            base_config_sha256=checkpoint.config_digest(folder / checkpoint.BASE),
+            base_config_sha256=checkpoint.config_digest(base),
             llm_width=self.width,
             base_vocabulary=self.tokenizer.base_vocabulary,
             added_tokens=list(self.tokenizer.added_tokens),
@@ -369,40 +378,45 @@ class LanguageModel(nn.Module):
         device: torch.device | str = "cpu",
         adapters: Sequence[LMAdapter] = (),
         dtype: torch.dtype | None = None,
+        *,
+        base: Path | None = None,
+        bridge: Path | None = None,
     ) -> LanguageModel:
         """Read a folder written by :meth:`save` or converted from a release, in evaluation mode.
 
         The base is in ``dtype``; None stands for float32 on the CPU and bfloat16 elsewhere, whatever the
-        files hold. The bridge is float32. ``adapters`` are the ones that the model was saved with.
+        files hold. The bridge is float32. ``adapters`` are the ones that the model was saved with. ``base`` and
+        ``bridge`` are folders that take the place of the base and of the bridge in ``folder``.
 
         Raises:
             ValueError: a file is missing (named), was written for another base, or holds a tensor of
                 another shape (tensor, given, expected).
 
         """
-        manifest = checkpoint.read_manifest(folder)
+        base_folder, bridge_folder = base or folder / checkpoint.BASE, bridge or folder
+        manifest = checkpoint.read_manifest(bridge_folder, base_folder)
         if dtype is None:
             dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         tokenizer = ConversationTokenizer.load(
-            folder / checkpoint.BASE, manifest.signal_vocabulary, manifest.role_words
+            base_folder, manifest.signal_vocabulary, manifest.role_words
         )
         n, added = tokenizer.base_vocabulary, list(tokenizer.added_tokens)
         if (n, added) != (manifest.base_vocabulary, manifest.added_tokens):
             raise ValueError(
-                f"{folder / checkpoint.BASE / 'tokenizer.json'} has {n} base tokens and adds {added}; "
+                f"{base_folder / 'tokenizer.json'} has {n} base tokens and adds {added}; "
                 f"the manifest expects {manifest.base_vocabulary} and {manifest.added_tokens}."
             )
-        base = checkpoint.load_base(folder / checkpoint.BASE, dtype)
+        causal_lm = checkpoint.load_base(base_folder, dtype)
         if manifest.base_tables:
-            checkpoint.replace_tables(base, folder / checkpoint.TABLES, n)
-        model = cls(base, tokenizer, manifest.projector_configs, adapters)
+            checkpoint.replace_tables(causal_lm, folder / checkpoint.TABLES, n)
+        model = cls(causal_lm, tokenizer, manifest.projector_configs, adapters)
         if manifest.lora:
-            model.base = load_lora(base, folder / checkpoint.ADAPTER)
+            model.base = load_lora(causal_lm, folder / checkpoint.ADAPTER)
             model.base.requires_grad_(False)
-        bridge = model._bridge()
-        tensors = checkpoint.load_tensors(folder / checkpoint.BRIDGE, bridge)
+        trained = model._bridge()
+        tensors = checkpoint.load_tensors(bridge_folder / checkpoint.BRIDGE, trained)
         with torch.no_grad():
-            for name, parameter in bridge.items():
+            for name, parameter in trained.items():
                 parameter.copy_(tensors[name])
         return model.to(device).eval()
 

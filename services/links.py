@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -9,7 +10,8 @@ import torch
 
 from decoders.condition import Condition, ConditionSpec
 from decoders.latent_decoder import LatentDecoder
-from decoders.projection import OutputProjection
+from decoders.projection import OutputProjection, OutputProjectionConfig
+from decoders.text_readers import round_mask
 from decoders.whole_pipeline import WholePipeline
 from services.boxes import SpokenSignal
 
@@ -25,14 +27,16 @@ class Link(Protocol):
 class SignalLink:
     """NExT-GPT's: the hidden states go through a trained output projection."""
 
-    def __init__(self, folder: Path, spec: ConditionSpec, device: str = "cpu") -> None:
+    def __init__(self, folder: Path, specs: Mapping[str, ConditionSpec], device: str = "cpu") -> None:
         self.projection = OutputProjection.load(folder, device)
         self.device = device
-        config = self.projection.config
-        if (config.num_queries, config.out_width) != (spec.tokens, spec.width):
+        self.specs = dict(specs)
+        given = self.projection.config
+        wanted = OutputProjectionConfig.for_decoder(specs, given.llm_width)
+        if _shapes(given) != _shapes(wanted):
             raise ValueError(
-                f"{folder} projects to ({config.num_queries}, {config.out_width}); its decoder expects "
-                f"({spec.tokens}, {spec.width}). Put the projection there that was trained for the decoder."
+                f"{folder} projects to {_shapes(given)}; its decoder expects {_shapes(wanted)}. Put the projection "
+                f"there that was trained for the decoder, or train one with `patchbay train bridge`."
             )
 
     def condition(self, signal: SpokenSignal) -> Condition:
@@ -40,8 +44,19 @@ class SignalLink:
         hidden = torch.tensor(signal.hidden, device=self.device)[None]
         embeddings = torch.tensor(signal.embeddings, device=self.device)[None]
         with torch.inference_mode():
-            projected = self.projection(hidden, embeddings)[0]
-        return Condition(projected.clone())
+            main, others = self.projection.project(hidden, embeddings)
+        named = {name: self._fitted(name, tensor[0].clone()) for name, tensor in others.items()}
+        return Condition(main[0].clone(), named)
+
+    def _fitted(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name.endswith("mask"):
+            return round_mask(tensor)
+        return tensor[0] if self.specs[name].pooled else tensor
+
+
+def _shapes(config: OutputProjectionConfig) -> str:
+    others = "".join(f", {name} ({tokens}, {width})" for name, (tokens, width) in config.named.items())
+    return f"({config.num_queries}, {config.out_width}){others}"
 
 
 class CaptionLink:

@@ -56,8 +56,8 @@ class LocalDecoder:
                 if chosen.link == "caption":
                     self.link = CaptionLink(decoder)
                 else:
-                    folder = self.preset.projections_folder / self.modality.value
-                    self.link = SignalLink(folder, decoder.condition_spec, self.preset.device)
+                    folder = self.preset.projection_folder(self.modality)
+                    self.link = SignalLink(folder, decoder.condition_specs, self.preset.device)
             config = EngineConfig(max_batch=chosen.max_batch, max_wait_s=chosen.max_wait_s)
             if isinstance(decoder, WholePipeline):
                 self.engine = PipelineEngine(decoder, config)

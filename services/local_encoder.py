@@ -17,7 +17,7 @@ from services.presets import Preset
 from services.worker import Worker
 
 if TYPE_CHECKING:
-    from encoders.imagebind_encoder import ImageBindEncoder
+    from encoders.encoder import Encoder
 
 
 class LocalEncoder:
@@ -28,18 +28,18 @@ class LocalEncoder:
         self.store = store
         self.budget: MediaBudget = preset.limits.media.budget()
         self.worker: Worker[Encoded] = Worker("encoder")
-        self.encoder: ImageBindEncoder | None = None
+        self.encoder: Encoder | None = None
 
-    def load(self) -> ImageBindEncoder:
+    def load(self) -> Encoder:
         """Return the encoder; its weights are loaded unless they are loaded already."""
         import torch
 
-        from encoders.imagebind_encoder import ImageBindEncoder
+        from encoders.encoder import load_encoder
 
         if self.encoder is None:
             with loading("encoder"):
                 dtype = getattr(torch, self.preset.encoder.dtype or "float32")
-                self.encoder = ImageBindEncoder.load(self.preset.encoder_folder, self.preset.device, dtype)
+                self.encoder = load_encoder(self.preset.encoder_folder, self.preset.device, dtype)
         return self.encoder
 
     async def encode(self, artefact_id: str, expect: Modality | None) -> Encoded:

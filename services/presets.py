@@ -60,11 +60,14 @@ class EncoderPreset(BoxPreset):
 class LanguageModelPreset(BoxPreset):
     """Which language model thinks, and how many replies at once.
 
+    ``base`` is the folder of a causal language model that takes the place of the one in ``folder``; a bridge
+    has to be trained to it.
     ``context`` None is all that the model sees; less saves memory. ``step_tokens`` is the most that one
     step of the engine reads; more answers long prompts sooner, less keeps running replies steadier.
     """
 
     folder: str = "llm"
+    base: str | None = None
     slots: int = Field(default=8, ge=1, description="replies that are made at the same time")
     context: int | None = Field(default=None, ge=1, description="positions of a conversation and its reply")
     step_tokens: int = Field(default=256, ge=2)
@@ -224,9 +227,26 @@ class Preset(_Strict):
         return self.weights_folder / self.language_model.folder
 
     @property
-    def projections_folder(self) -> Path:
-        """The folder of the output projections, one file per modality."""
-        return self.weights_folder / self.projections
+    def base_folder(self) -> Path:
+        """The folder of the causal language model."""
+        own = self.language_model.base
+        return self.language_model_folder / "base" if own is None else self.weights_folder / own
+
+    @property
+    def bridges_folder(self) -> Path:
+        """Where bridges lie that were trained for this preset: beside its file, under its name."""
+        return self.file.parent / "bridges" / self.name
+
+    @property
+    def bridge_folder(self) -> Path:
+        """The folder of the bridge to the language model: one trained for this preset, or that of the model."""
+        own = self.bridges_folder / "llm"
+        return own if own.is_dir() else self.language_model_folder
+
+    def projection_folder(self, modality: Modality) -> Path:
+        """Return the folder of an output projection: one trained for this preset, or that of the weights."""
+        own = self.bridges_folder / "projections" / modality.value
+        return own if own.is_dir() else self.weights_folder / self.projections / modality.value
 
     def decoder_folder(self, modality: Modality) -> Path:
         """Return the folder of one decoder."""

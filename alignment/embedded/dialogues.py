@@ -22,11 +22,16 @@ from alignment.embedded.captions import Kind
 from alignment.toybox import world
 from alignment.toybox.exercises import Exercise, Part, make
 from alignment.toybox.world import Clip, Look, Scene, Sound
-from encoders.imagebind_encoder import ImageBindEncoder
+from encoders.encoder import Encoder
 from encoders.media import Audio, Image, Medium, Modality, Video
 from llm.template import Dialogue, MediaTokens, Message, SignalPart
 
 MODALITY: Mapping[type, Modality] = {Look: Modality.IMAGE, Clip: Modality.VIDEO, Sound: Modality.AUDIO}
+MODALITY_OF: Mapping[Kind, Modality] = {
+    "look": Modality.IMAGE,
+    "clip": Modality.VIDEO,
+    "sound": Modality.AUDIO,
+}
 ENCODED: Mapping[Kind, int] = {"look": 16_000, "clip": 12_000, "sound": 10_000}
 
 
@@ -105,8 +110,8 @@ def sample_dialogues(
     return dialogues
 
 
-def encode_pools(encoder: ImageBindEncoder, cache: Path, sizes: pools.PoolSizes) -> dict[Kind, EncodedPool]:
-    """Return every pool with its features, encoding on the first call."""
+def encode_pools(encoder: Encoder, cache: Path, sizes: pools.PoolSizes) -> dict[Kind, EncodedPool]:
+    """Return every pool that ``encoder`` reads with its features, encoding on the first call."""
     looks = pools.look_pixels(cache, sizes.looks)
     clips = pools.clip_pixels(cache, sizes.clips)
     sounds = pools.sound_samples(cache, sizes.sounds)
@@ -125,6 +130,8 @@ def encode_pools(encoder: ImageBindEncoder, cache: Path, sizes: pools.PoolSizes)
     found: dict[Kind, EncodedPool] = {}
     rows: Sequence[tuple[Kind, NDArray[np.generic]]] = (("look", looks), ("clip", clips), ("sound", sounds))
     for kind, row in rows:
+        if MODALITY_OF[kind] not in encoder.modalities:
+            continue
         number = min(ENCODED[kind], len(row))
         joined = pools.encoded(cache / f"features-{kind}-{number}.npy", row[:number], features, 32)
         found[kind] = EncodedPool(pools.scenes(kind, number), joined[:, 1:], joined[:, 0])
