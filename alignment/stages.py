@@ -71,7 +71,8 @@ STAGES: Mapping[str, Stage] = {
             **_READS, **_MAKES, "image-to-audio": 1, "audio-to-image": 1, "image-to-video": 1,
             "video-to-image": 1, "video-to-audio": 1, "audio-to-video": 1, "text+image-to-image": 2,
             "text+audio-to-audio": 1.5, "text+video-to-video": 1.5, "image+audio-to-video": 1,
-            "text-to-many": 5, "conversation": 3, "decision": 2, "beyond-words": 0.5,
+            "text-to-many": 5, "conversation": 4, "new-subject": 2, "decision": 5,
+            "beyond-words": 0.5,
         },
     ),
 }  # fmt: skip

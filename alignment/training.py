@@ -66,8 +66,8 @@ RECIPES: Mapping[str, FitConfig] = {
     "clip-captions": _CAPTIONS,
     "sound-captions": _CAPTIONS,
     "look-denoiser": _DENOISER,
-    "clip-denoiser": replace(_DENOISER, num_steps=14400, learning_rate=1.5e-3, average_decay=0.998),
-    "sound-denoiser": replace(_DENOISER, num_steps=5600, learning_rate=1.5e-3, average_decay=0.998),
+    "clip-denoiser": replace(_DENOISER, num_steps=19000, learning_rate=1.5e-3, average_decay=0.998),
+    "sound-denoiser": replace(_DENOISER, num_steps=9600, learning_rate=1.5e-3, average_decay=0.998),
     "imagebind": FitConfig(
         num_steps=6000,
         learning_rate=1e-3,
@@ -76,7 +76,7 @@ RECIPES: Mapping[str, FitConfig] = {
         weight_decay=0.02,
         log_every_steps=7,
     ),
-    "language": FitConfig(num_steps=1500, learning_rate=2e-3, average_decay=0.998, flat_fraction=0.4),
+    "language": FitConfig(num_steps=4500, learning_rate=2e-3, average_decay=0.998, flat_fraction=0.4),
     "encoder-side": FitConfig(num_steps=900, learning_rate=2e-3, average_decay=0.99, flat_fraction=0.4),
     "decoder-side": FitConfig(num_steps=700, learning_rate=1.5e-3, average_decay=0.99, flat_fraction=0.4),
     "instruction": FitConfig(num_steps=4800, learning_rate=1e-3, average_decay=0.995, flat_fraction=0.4),
@@ -198,6 +198,15 @@ def _captions(work: Run, kind: Kind) -> CaptionEncoder:
     return train_caption_encoder(kind, work.folder / step, work.config(step)).eval().requires_grad_(False)
 
 
+def _trained_captions(work: Run, kind: Kind) -> CaptionEncoder:
+    """Return the text encoder as its own step left it, whatever length was asked of the step at hand."""
+    if not (work.folder / f"{kind}-captions" / "checkpoint.pt").is_file():
+        raise ValueError(
+            f"The text encoder of {kind}s is missing. First run `patchbay train {kind}-captions`."
+        )
+    return _captions(work.as_it_stands(), kind)
+
+
 def _autoencoder_of(work: Run, kind: Kind) -> PatchAutoencoderKL:
     step = "spectrogram-autoencoder" if kind == "sound" else "picture-autoencoder"
     folder = work.folder / step / "vae"
@@ -218,7 +227,7 @@ def _denoiser(work: Run, kind: Kind) -> ConditionedDenoiser:
     rows = pool[kind]()
     latents = pools.encoded(work.cache / f"latents-{kind}-{len(rows)}.npy", rows, encode, 16)
     step = f"{kind}-denoiser"
-    return train_denoiser(kind, _captions(work, kind), latents, work.folder / step, work.config(step))
+    return train_denoiser(kind, _trained_captions(work, kind), latents, work.folder / step, work.config(step))
 
 
 def _imagebind(work: Run) -> ImageBindEncoder:
@@ -272,7 +281,7 @@ def _stage(work: Run, name: str) -> Aligned:
     if not encoder.is_dir():
         raise ValueError(f"{encoder} is missing. First run `patchbay train imagebind`.")
     encoded = encode_pools(ImageBindEncoder.load(encoder), work.cache, work.sizes)
-    targets = {modality: _captions(work, kind) for kind, modality in MODALITIES.items()}
+    targets = {modality: _trained_captions(work, kind) for kind, modality in MODALITIES.items()}
     stage, config = STAGES[name], work.config(name)
     run_stage(
         stage, model,

@@ -3,6 +3,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from alignment.toybox import wordings
 from alignment.toybox.exercises import DIRECTIONS, Exercise, FreshScenes, make
 from alignment.toybox.grammar import read_text
 from alignment.toybox.world import Clip, Look, Sound, attributes
@@ -57,6 +58,38 @@ def test_an_unknown_direction_is_named_with_the_known_ones() -> None:
     rng = random.Random(0)
     with pytest.raises(ValueError, match="direction is 'smell-to-text'; expected one of text-to-image"):
         make("smell-to-text", rng, FreshScenes(rng))
+
+
+def every_kind_of_phrase() -> list[wordings.Phrases]:
+    kinds = [value for value in vars(wordings).values() if isinstance(value, wordings.Phrases)]
+    for table in (wordings.WISHES, wordings.CHANGES, wordings.QUESTIONS):
+        kinds += table.values()
+    return [*kinds, *(questions for questions, _ in wordings.TALK)]
+
+
+def test_every_kind_of_phrase_keeps_some_for_tests_alone() -> None:
+    kinds = every_kind_of_phrase()
+    assert len(kinds) > 40
+    for phrases in kinds:
+        assert phrases.reserved, phrases
+        assert not set(phrases.training) & (set(phrases.reserved) - {""}), phrases
+
+
+@pytest.mark.parametrize("direction", ["image-to-audio", "text+image-to-image", "conversation", "decision"])
+def test_training_and_tests_ask_in_different_words(direction: str) -> None:
+    def asked(*, reserved: bool) -> set[str]:
+        rng = random.Random(f"words-{direction}")
+        made = [make(direction, rng, FreshScenes(rng), reserved_wordings=reserved) for _ in range(400)]
+        return {str(part) for exercise in made for part in exercise.turns[-1].parts if isinstance(part, str)}
+
+    assert not asked(reserved=False) & asked(reserved=True)
+
+
+def test_a_new_subject_owes_nothing_to_what_came_before() -> None:
+    for exercise in some("new-subject"):
+        read = read_text(str(exercise.turns[-1].parts[0]))
+        if "thing" in read:  # a typo may have hit its name
+            assert read["thing"] == exercise.scenes[0].thing
 
 
 def test_some_requests_leave_things_unsaid_and_the_answer_fills_them_in() -> None:

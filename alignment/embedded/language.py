@@ -25,6 +25,14 @@ from llm.tokenizer import ConversationTokenizer, train_tokenizer
 SIGNALS = SignalVocabulary(image=4, video=8, audio=4)
 WIDTH = 192
 BATCH = 32
+SHARES = {
+    "text-to-many": 6.0,
+    "conversation": 3.0,
+    "new-subject": 2.0,
+    "decision": 4.0,
+    "text+image-to-image": 2.0,
+}
+"""How often a direction is met where that is not once: the more there is to keep apart, the more often."""
 
 
 def in_words(exercise: Exercise) -> Dialogue:
@@ -57,21 +65,23 @@ def _learnt_tokenizer() -> ConversationTokenizer:
 def build_base(tokenizer: ConversationTokenizer) -> LanguageModel:
     """Return the untrained base."""
     config = LlamaConfig(
-        vocab_size=tokenizer.base_vocabulary, hidden_size=WIDTH, intermediate_size=512, num_hidden_layers=5,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
+        vocab_size=tokenizer.base_vocabulary, hidden_size=WIDTH, intermediate_size=512, num_hidden_layers=7,
+        num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=512, tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id,
     )  # fmt: skip
     return LanguageModel(LlamaForCausalLM(config), tokenizer, {})
 
 
 def train_base(folder: Path, config: FitConfig) -> LanguageModel:
-    """Train the base on every direction, each in its turn of a shuffled round."""
+    """Train the base on every direction, the hard ones more often."""
     model = build_base(kept_tokenizer(folder / "tokenizer"))
     model.train_only({"base"})
 
     def losses(step: int) -> dict[str, Tensor]:
         rng = config.randomness(step)
-        names = rng.choices(tuple(DIRECTIONS), k=BATCH)
+        names = rng.choices(
+            tuple(DIRECTIONS), weights=[SHARES.get(name, 1.0) for name in DIRECTIONS], k=BATCH
+        )
         batch = model.collate([in_words(make(name, rng, FreshScenes(rng))) for name in names])
         with half_precision():
             return {"words": model(batch.to(training_device())).loss}

@@ -25,6 +25,7 @@ from alignment.toybox.grammar import (
     describe,
     with_typos,
 )
+from alignment.toybox.wordings import Speaker
 from alignment.toybox.world import (
     MOTIONS,
     PITCH_OF_SIZE,
@@ -145,8 +146,8 @@ def typical_sound(thing: str, size: str = "medium", count: int = 1, tempo: str =
     return Sound(thing, PITCH_OF_SIZE[size], count, tempo, "loud")
 
 
-def make(direction: str, rng: random.Random, scenes: Scenes) -> Exercise:
-    """Return one exercise of a direction.
+def make(direction: str, rng: random.Random, scenes: Scenes, *, reserved_wordings: bool = False) -> Exercise:
+    """Return one exercise of a direction, said in the words of training or in those reserved for tests.
 
     Raises:
         ValueError: for a direction that does not exist; the message lists those that do.
@@ -156,7 +157,8 @@ def make(direction: str, rng: random.Random, scenes: Scenes) -> Exercise:
         build = DIRECTIONS[direction]
     except KeyError:
         raise ValueError(f"direction is {direction!r}; expected one of {', '.join(DIRECTIONS)}.") from None
-    return replace(build(rng, scenes), direction=direction)
+    speaker = Speaker.drawn_from(rng, reserved=reserved_wordings)
+    return replace(build(speaker, scenes), direction=direction)
 
 
 def _single(
@@ -165,15 +167,15 @@ def _single(
     return Exercise("", (*before, Turn("user", asked)), (caption(scene), scene), (names,))
 
 
-def _said(request: str, rng: random.Random) -> str:
+def _said(request: str, rng: Speaker) -> str:
     if rng.random() < 0.04:
         request = with_typos(request, rng)
     if request.endswith("?"):
         return request if rng.random() < 0.7 else request[:-1]
-    return request + rng.choice(wordings.POLITE_ENDINGS)
+    return request + rng.say(wordings.POLITE_ENDINGS)
 
 
-def _omitted(rng: random.Random, names: tuple[str, ...]) -> tuple[str, ...]:
+def _omitted(rng: Speaker, names: tuple[str, ...]) -> tuple[str, ...]:
     """Return what a person leaves unsaid: mostly nothing, sometimes several attributes."""
     if rng.random() < 0.7:
         return ()
@@ -200,9 +202,7 @@ def _unsaid(scene: Scene, omit: tuple[str, ...]) -> Scene | None:
     return changed(scene, **values)
 
 
-def _wanted(
-    rng: random.Random, draw: Callable[[], Scene], names: tuple[str, ...]
-) -> tuple[Scene, tuple[str, ...]]:
+def _wanted(rng: Speaker, draw: Callable[[], Scene], names: tuple[str, ...]) -> tuple[Scene, tuple[str, ...]]:
     while True:
         scene, omit = draw(), _omitted(rng, names)
         completed = _unsaid(scene, omit)
@@ -210,102 +210,116 @@ def _wanted(
             return completed, omit
 
 
-def _wanted_look(rng: random.Random, scenes: Scenes) -> tuple[Scene, str]:
+_IMPERATIVES: Mapping[type, wordings.Phrases] = {
+    Look: wordings.DRAW,
+    Clip: wordings.FILM,
+    Sound: wordings.PLAY,
+}
+
+
+def _asking(scene: Scene, rng: Speaker) -> str:
+    """Return how a request for a scene begins; what is wanted follows."""
+    if rng.random() < 0.3:
+        return rng.say(wordings.WISHES[type(scene)])
+    return rng.say(wordings.OPENINGS) + rng.say(_IMPERATIVES[type(scene)])
+
+
+def _wanted_look(rng: Speaker, scenes: Scenes) -> tuple[Scene, str]:
     scene, omit = _wanted(rng, scenes.look, ("colour", "size", "place", "ground"))
-    return scene, f"{rng.choice(wordings.DRAW)} {describe(scene, rng, omit)}"
+    return scene, f"{_asking(scene, rng)} {describe(scene, rng, omit)}"
 
 
-def _wanted_clip(rng: random.Random, scenes: Scenes) -> tuple[Scene, str]:
+def _wanted_clip(rng: Speaker, scenes: Scenes) -> tuple[Scene, str]:
     scene, omit = _wanted(rng, scenes.clip, ("colour", "size", "ground", "motion", "tempo"))
-    return scene, f"{rng.choice(wordings.FILM)} {describe(scene, rng, omit)}"
+    return scene, f"{_asking(scene, rng)} {describe(scene, rng, omit)}"
 
 
-def _wanted_sound(rng: random.Random, scenes: Scenes) -> tuple[Scene, str]:
+def _wanted_sound(rng: Speaker, scenes: Scenes) -> tuple[Scene, str]:
     scene, omit = _wanted(rng, scenes.sound, ("pitch", "count", "tempo", "loudness"))
-    return scene, f"{rng.choice(wordings.PLAY)} {describe(scene, rng, omit)}"
+    return scene, f"{_asking(scene, rng)} {describe(scene, rng, omit)}"
 
 
-def _text_to_image(rng: random.Random, scenes: Scenes) -> Exercise:
+def _text_to_image(rng: Speaker, scenes: Scenes) -> Exercise:
     scene, request = _wanted_look(rng, scenes)
     return _single((_said(request, rng),), scene, judged(scene))
 
 
-def _text_to_video(rng: random.Random, scenes: Scenes) -> Exercise:
+def _text_to_video(rng: Speaker, scenes: Scenes) -> Exercise:
     scene, request = _wanted_clip(rng, scenes)
     return _single((_said(request, rng),), scene, judged(scene))
 
 
-def _text_to_audio(rng: random.Random, scenes: Scenes) -> Exercise:
+def _text_to_audio(rng: Speaker, scenes: Scenes) -> Exercise:
     scene, request = _wanted_sound(rng, scenes)
     return _single((_said(request, rng),), scene, judged(scene))
 
 
-def _shown(rng: random.Random, text: str, scene: Scene) -> tuple[Part, ...]:
+def _shown(rng: Speaker, text: str, scene: Scene) -> tuple[Part, ...]:
     return (scene, text) if rng.random() < 0.7 else (text, scene)
 
 
-def _to_text(rng: random.Random, scene: Scene) -> Exercise:
+def _to_text(rng: Speaker, scene: Scene) -> Exercise:
     words = wordings.WHAT_IS_HEARD if isinstance(scene, Sound) else wordings.WHAT_IS_SEEN
-    asked = _shown(rng, _said(rng.choice(words), rng), scene)
+    asked = _shown(rng, _said(rng.say(words), rng), scene)
     return Exercise("", (Turn("user", asked),), (caption(scene),), (judged(scene),), stated=scene)
 
 
-def _image_to_audio(rng: random.Random, scenes: Scenes) -> Exercise:
+def _image_to_audio(rng: Speaker, scenes: Scenes) -> Exercise:
     while True:
         look = scenes.look()
         sound = typical_sound(look.thing, look.size, look.count)
         if sound.held_out is look.held_out or look.held_out:
             break
-    text = rng.choice(wordings.IMAGE_TO_AUDIO)
+    text = rng.say(wordings.IMAGE_TO_AUDIO)
     return _single(_shown(rng, _said(text, rng), look), sound, ("thing", "pitch", "count"))
 
 
-def _audio_to_image(rng: random.Random, scenes: Scenes) -> Exercise:
+def _audio_to_image(rng: Speaker, scenes: Scenes) -> Exercise:
     while True:
         sound = scenes.sound()
         look = typical_look(sound.thing, SIZE_OF_PITCH[sound.pitch], sound.count)
         if look.held_out is sound.held_out or sound.held_out:
             break
-    text = rng.choice(wordings.AUDIO_TO_IMAGE)
+    text = rng.say(wordings.AUDIO_TO_IMAGE)
     return _single(_shown(rng, _said(text, rng), sound), look, ("thing", "size", "count"))
 
 
-def _image_to_video(rng: random.Random, scenes: Scenes) -> Exercise:
+def _image_to_video(rng: Speaker, scenes: Scenes) -> Exercise:
     look = scenes.look(count=1)
     clip = Clip(look.thing, look.colour, look.size, look.ground, rng.choice(MOTIONS), rng.choice(TEMPOS))
     motion, tempo = rng.choice(MOTION_PHRASES[clip.motion]), rng.choice(TEMPO_ADVERBS[clip.tempo])
-    text = rng.choice(wordings.IMAGE_TO_VIDEO).format(motion=motion, tempo=tempo)
+    text = rng.say(wordings.IMAGE_TO_VIDEO).format(motion=motion, tempo=tempo)
     return _single(_shown(rng, _said(text, rng), look), clip, judged(clip))
 
 
-def _video_to_image(rng: random.Random, scenes: Scenes) -> Exercise:
+def _video_to_image(rng: Speaker, scenes: Scenes) -> Exercise:
     clip = scenes.clip()
     look = Look(clip.thing, clip.colour, clip.size, 1, "middle", clip.ground)
-    text = rng.choice(wordings.VIDEO_TO_IMAGE)
+    text = rng.say(wordings.VIDEO_TO_IMAGE)
     return _single(_shown(rng, _said(text, rng), clip), look, ("thing", "colour", "size", "ground"))
 
 
-def _video_to_audio(rng: random.Random, scenes: Scenes) -> Exercise:
+def _video_to_audio(rng: Speaker, scenes: Scenes) -> Exercise:
     while True:
         clip = scenes.clip()
         sound = typical_sound(clip.thing, clip.size, 1, clip.tempo)
         if sound.held_out is clip.held_out or clip.held_out:
             break
-    text = rng.choice(wordings.VIDEO_TO_AUDIO)
+    text = rng.say(wordings.VIDEO_TO_AUDIO)
     return _single(_shown(rng, _said(text, rng), clip), sound, ("thing", "pitch", "tempo"))
 
 
-def _audio_to_video(rng: random.Random, scenes: Scenes) -> Exercise:
+def _audio_to_video(rng: Speaker, scenes: Scenes) -> Exercise:
     while True:
         sound = scenes.sound()
         clip = typical_clip(sound.thing, SIZE_OF_PITCH[sound.pitch], sound.tempo)
         if clip.held_out is sound.held_out or sound.held_out:
             break
-    text = rng.choice(wordings.AUDIO_TO_VIDEO)
+    text = rng.say(wordings.AUDIO_TO_VIDEO)
     return _single(_shown(rng, _said(text, rng), sound), clip, ("thing", "size", "tempo"))
 
 
-def _edit(rng: random.Random, draw: Callable[[], Scene]) -> Exercise:
+def _edit(rng: Speaker, draw: Callable[[], Scene]) -> Exercise:
     while True:
         scene = draw()
         result, text = wordings.ask_for_change(scene, rng)
@@ -313,25 +327,25 @@ def _edit(rng: random.Random, draw: Callable[[], Scene]) -> Exercise:
             return _single(_shown(rng, _said(text, rng), scene), result, judged(result))
 
 
-def _beyond_words(rng: random.Random, scenes: Scenes) -> Exercise:
+def _beyond_words(rng: Speaker, scenes: Scenes) -> Exercise:
     """Ask for the very same medium again; its shade, spot and tuning are measured, not named."""
     scene: Scene = scenes.sound() if rng.random() < 0.4 else scenes.look(count=1)
     if isinstance(scene, Sound):
-        text = rng.choice(wordings.SAME_SOUND_AGAIN)
+        text = rng.say(wordings.SAME_SOUND_AGAIN)
         return _single(_shown(rng, _said(text, rng), scene), scene, ("thing", "fundamental"))
-    text = rng.choice(wordings.SAME_PICTURE_AGAIN)
+    text = rng.say(wordings.SAME_PICTURE_AGAIN)
     return _single(_shown(rng, _said(text, rng), scene), scene, ("thing", "hue", "centre"))
 
 
-def _image_audio_to_video(rng: random.Random, scenes: Scenes) -> Exercise:
+def _image_audio_to_video(rng: Speaker, scenes: Scenes) -> Exercise:
     look, sound = scenes.look(count=1), scenes.sound()
     clip = Clip(look.thing, look.colour, look.size, look.ground, "still", sound.tempo)
-    text = _said(rng.choice(wordings.IMAGE_AUDIO_TO_VIDEO), rng)
+    text = _said(rng.say(wordings.IMAGE_AUDIO_TO_VIDEO), rng)
     asked: tuple[Part, ...] = (look, sound, text) if rng.random() < 0.7 else (text, look, sound)
     return _single(asked, clip, ("thing", "colour", "size", "ground", "tempo"))
 
 
-def _text_to_many(rng: random.Random, scenes: Scenes) -> Exercise:
+def _text_to_many(rng: Speaker, scenes: Scenes) -> Exercise:
     kinds = list(rng.choice((("image", "audio"), ("video", "audio"), ("image", "video", "audio"))))
     rng.shuffle(kinds)
     wanted = {"image": _wanted_look, "video": _wanted_clip, "audio": _wanted_sound}
@@ -340,13 +354,13 @@ def _text_to_many(rng: random.Random, scenes: Scenes) -> Exercise:
         scene, request = wanted[kind](rng, scenes)
         made.append(scene)
         requests.append(request)
-    joint = rng.choice(wordings.JOINTS)
+    joint = rng.say(wordings.JOINTS)
     answer = tuple(part for scene in made for part in (caption(scene), scene))
     asked = _said(joint.join(requests), rng)
     return Exercise("", (Turn("user", (asked,)),), answer, tuple(judged(scene) for scene in made))
 
 
-def _about_thing(rng: random.Random, scenes: Scenes) -> Exercise:
+def _about_thing(rng: Speaker, scenes: Scenes) -> Exercise:
     """Ask for picture, video and sound of one thing at once, naming it once."""
     while True:
         thing = rng.choice(THINGS)
@@ -355,12 +369,12 @@ def _about_thing(rng: random.Random, scenes: Scenes) -> Exercise:
         if not any(scene.held_out for scene in made):
             break
     word = f"{rng.choice(SIZE_WORDS[size])} {rng.choice(THING_WORDS[thing])}"
-    text = rng.choice(wordings.ABOUT_THING).format(thing=word)
+    text = rng.say(wordings.ABOUT_THING).format(thing=word)
     answer = tuple(part for scene in made for part in (caption(scene), scene))
     return Exercise("", (Turn("user", (_said(text, rng),)),), answer, tuple(judged(scene) for scene in made))
 
 
-def _conversation(rng: random.Random, scenes: Scenes) -> Exercise:
+def _conversation(rng: Speaker, scenes: Scenes) -> Exercise:
     while True:
         wanted = rng.choice((_wanted_look, _wanted_look, _wanted_clip, _wanted_sound))
         scene, request = wanted(rng, scenes)
@@ -376,60 +390,67 @@ def _conversation(rng: random.Random, scenes: Scenes) -> Exercise:
     return Exercise("", (*turns, Turn("user", (_said(text, rng),))), (caption(last), last), (names,))
 
 
-def _follow_up(scene: Scene, rng: random.Random) -> tuple[Scene, str, tuple[str, ...]]:
+def _new_subject(rng: Speaker, scenes: Scenes) -> Exercise:
+    """Ask for something that has nothing to do with what was made before."""
+    wanted = (_wanted_look, _wanted_clip, _wanted_sound)
+    while True:
+        made = [rng.choice(wanted)(rng, scenes) for _ in range(rng.choice((2, 2, 3)))]
+        if len({scene.held_out for scene, _ in made}) == 1:
+            break
+    turns: list[Turn] = []
+    for scene, request in made[:-1]:
+        turns += [Turn("user", (_said(request, rng),)), Turn("assistant", (caption(scene), scene))]
+    scene, request = made[-1]
+    return _single((_said(request, rng),), scene, judged(scene), tuple(turns))
+
+
+def _follow_up(scene: Scene, rng: Speaker) -> tuple[Scene, str, tuple[str, ...]]:
     if rng.random() < 0.5:
         last, text = wordings.ask_for_change(scene, rng)
         return last, text, judged(last)
     if isinstance(scene, Sound):
         look = typical_look(scene.thing, SIZE_OF_PITCH[scene.pitch], scene.count)
-        return look, rng.choice(wordings.NOW_AS_PICTURE_OF_SOUND), ("thing", "size", "count")
+        return look, rng.say(wordings.NOW_AS_PICTURE_OF_SOUND), ("thing", "size", "count")
     if rng.random() < 0.6:
         count = scene.count if isinstance(scene, Look) else 1
         tempo = scene.tempo if isinstance(scene, Clip) else "slow"
         sound = typical_sound(scene.thing, scene.size, count, tempo)
         names = ("thing", "pitch", "count" if isinstance(scene, Look) else "tempo")
-        return sound, rng.choice(wordings.NOW_AS_SOUND), names
+        return sound, rng.say(wordings.NOW_AS_SOUND), names
     if isinstance(scene, Look):
         clip = Clip(scene.thing, scene.colour, scene.size, scene.ground, rng.choice(MOTIONS), "slow")
         motion = rng.choice(MOTION_PHRASES[clip.motion])
-        return clip, rng.choice(wordings.NOW_AS_VIDEO).format(motion=motion), judged(clip, ("tempo",))
+        return clip, rng.say(wordings.NOW_AS_VIDEO).format(motion=motion), judged(clip, ("tempo",))
     look = Look(scene.thing, scene.colour, scene.size, 1, "middle", scene.ground)
-    return look, rng.choice(wordings.NOW_AS_PICTURE), ("thing", "colour", "size", "ground")
+    return look, rng.say(wordings.NOW_AS_PICTURE), ("thing", "colour", "size", "ground")
 
 
-def _words_only(rng: random.Random, scenes: Scenes) -> Exercise:
+def _words_only(rng: Speaker, scenes: Scenes) -> Exercise:
     kind = rng.randrange(4)
     if kind == 0:
         questions, answer = rng.choice(wordings.TALK)
-        return Exercise("", (Turn("user", (_said(rng.choice(questions), rng),)),), (answer,), ())
+        return Exercise("", (Turn("user", (_said(rng.say(questions), rng),)),), (answer,), ())
     if kind == 1:
         thing = rng.choice(THINGS)
         word = rng.choice(THING_WORDS[thing])
-        text = rng.choice(wordings.TYPICAL_COLOUR_QUESTIONS).format(thing=word)
+        text = rng.say(wordings.TYPICAL_COLOUR_QUESTIONS).format(thing=word)
         answer = wordings.TYPICAL_COLOUR_ANSWER.format(thing=thing, colour=TYPICAL_COLOUR[thing])
         return Exercise("", (Turn("user", (text,)),), (answer,), ())
     scene: Scene = rng.choice((scenes.look, scenes.clip, scenes.sound))()
     if kind == 2:
         made = Turn("assistant", (caption(scene), scene))
-        before = (Turn("user", (_REQUEST[type(scene)](rng, scene),)), made)
+        before = (Turn("user", (f"{_asking(scene, rng)} {describe(scene, rng)}",)), made)
         question, answer = wordings.ask_about(scene, rng)
         return Exercise("", (*before, Turn("user", (question,))), (answer,), ())
     question, answer = wordings.ask_about(scene, rng)
     return Exercise("", (Turn("user", _shown(rng, question, scene)),), (answer,), ())
 
 
-_REQUEST: Mapping[type, Callable[[random.Random, Scene], str]] = {
-    Look: lambda rng, scene: f"{rng.choice(wordings.DRAW)} {describe(scene, rng)}",
-    Clip: lambda rng, scene: f"{rng.choice(wordings.FILM)} {describe(scene, rng)}",
-    Sound: lambda rng, scene: f"{rng.choice(wordings.PLAY)} {describe(scene, rng)}",
-}
-
-
-def _decision(rng: random.Random, scenes: Scenes) -> Exercise:
+def _decision(rng: Speaker, scenes: Scenes) -> Exercise:
     return rng.choice(_DECIDED)(rng, scenes)
 
 
-_DECIDED: tuple[Callable[[random.Random, Scenes], Exercise], ...] = (
+_DECIDED: tuple[Callable[[Speaker, Scenes], Exercise], ...] = (
     _words_only,
     _words_only,
     _text_to_image,
@@ -443,7 +464,7 @@ _DECIDED: tuple[Callable[[random.Random, Scenes], Exercise], ...] = (
 )
 
 
-DIRECTIONS: Mapping[str, Callable[[random.Random, Scenes], Exercise]] = {
+DIRECTIONS: Mapping[str, Callable[[Speaker, Scenes], Exercise]] = {
     "text-to-image": _text_to_image,
     "text-to-video": _text_to_video,
     "text-to-audio": _text_to_audio,
@@ -462,6 +483,7 @@ DIRECTIONS: Mapping[str, Callable[[random.Random, Scenes], Exercise]] = {
     "image+audio-to-video": _image_audio_to_video,
     "text-to-many": _text_to_many,
     "conversation": _conversation,
+    "new-subject": _new_subject,
     "decision": _decision,
     "beyond-words": _beyond_words,
 }
