@@ -136,6 +136,7 @@ class WholePipeline:
         self._null = self._encoded("")
         self._check_layout()
         self.digest = folder.digest()
+        self._vae_use = "whole"
 
     @classmethod
     def load(cls, folder: Path | str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
@@ -210,6 +211,29 @@ class WholePipeline:
         }
         embeddings = named.pop("prompt_embeds", torch.zeros(0, 0))
         return Condition(embeddings, named, caption)
+
+    def move(self, device: torch.device | str) -> None:
+        """Move all weights to ``device``. Before anything is decoded they must be on the decoder's own."""
+        self.pipeline.to(device)
+
+    def use_vae(self, how: str) -> None:
+        """Choose how latents become pictures or sounds: all ``whole``, ``sliced`` one by one, or ``tiled``.
+
+        Raises:
+            ValueError: the VAE of this pipeline cannot do so.
+
+        """
+        vae = getattr(self.pipeline, "vae", None)
+        for name, wanted in (("slicing", how != "whole"), ("tiling", how == "tiled")):
+            switch = getattr(vae, f"{'enable' if wanted else 'disable'}_{name}", None)
+            if wanted and switch is None:
+                raise ValueError(
+                    f"{self.folder.path}: the {type(vae).__name__} of this {self.folder.pipeline_class} knows no "
+                    f"{name}. Choose whole."
+                )
+            if switch is not None:
+                switch()
+        self._vae_use = how
 
     def decode(
         self,
@@ -452,6 +476,8 @@ class WholePipeline:
         finally:
             for name in switches:
                 getattr(vae, f"disable_{name}")()
+            if switches:
+                self.use_vae(self._vae_use)
 
 
 def _other_scheduler(folder: PipelineFolder) -> dict[str, Any]:

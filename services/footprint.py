@@ -8,17 +8,26 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from encoders.media import Modality
-from services.presets import BoxPreset, Origin, Preset
+from services.presets import BoxPreset, LanguageModelPreset, Origin, Preset, QuantizationName
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 NOT_MODELS = ("scheduler", "tokenizer", "feature_extractor", "safety_checker", "image_encoder")
+LINKS_OWN = "projection"
+TOWERS = {"vision": "vision tower", "audio": "audio tower"}
+TAKEN_APART = (
+    "StableDiffusionPipeline",
+    "TextToVideoSDPipeline",
+    "TextToStackedVideoPipeline",
+    "AudioLDMPipeline",
+)
+"""Pipelines whose text encoder is let go when it is not needed."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +35,8 @@ class Part:
     """One model of a box.
 
     ``parameters`` is None where neither weights nor a configuration tell. ``dtype`` is that in which the
-    box will hold them, ``missing`` are files that it needs and does not have.
+    box will hold them, ``missing`` are files that it needs and does not have. Of its weights ``matrices``
+    are those that ``quantization`` replaces. ``stays`` is False for what is let go after a moment's use.
     """
 
     name: str
@@ -34,21 +44,34 @@ class Part:
     dtype: str
     on_disk: int
     missing: tuple[Path, ...]
+    matrices: tuple[tuple[int, int], ...] = ()
+    quantization: QuantizationName | None = None
+    stays: bool = True
 
     @property
     def in_memory(self) -> int:
         """Bytes of its weights once it is loaded."""
-        return (self.parameters or 0) * BYTES[self.dtype]
+        if not self.stays or self.parameters is None:
+            return 0
+        size = BYTES[self.dtype]
+        if self.quantization is None:
+            return self.parameters * size
+        from llm.quantization import quantized_bytes
+
+        whole = self.parameters - sum(rows * columns for rows, columns in self.matrices)
+        return whole * size + sum(quantized_bytes(*shape, self.quantization, size) for shape in self.matrices)
 
 
 @dataclass(frozen=True)
 class Box:
-    """A box, its parts, and where they come from. ``cache`` is what a whole conversation adds, in bytes."""
+    """A box, its parts, and where they come from. ``cache`` is what full conversations add, in bytes."""
 
     name: str
     parts: tuple[Part, ...]
     origins: tuple[Origin, ...]
     cache: int = 0
+    modality: Modality | None = None
+    """What it makes, if it is a decoder."""
 
     @property
     def in_memory(self) -> int:
@@ -56,9 +79,32 @@ class Box:
         return sum(part.in_memory for part in self.parts) + self.cache
 
     @property
+    def movable(self) -> int:
+        """Bytes of a decoder's own weights, without those of the link to it."""
+        if self.modality is None:
+            return 0
+        return sum(part.in_memory for part in self.parts if part.name != LINKS_OWN)
+
+    @property
     def missing(self) -> tuple[Path, ...]:
         """All files that are not there."""
         return tuple(path for part in self.parts for path in part.missing)
+
+
+def decoder_bytes(preset: Preset, modality: Modality) -> int:
+    """Return the bytes that the weights of one decoder take, without the link to it."""
+    return _decoder(preset, modality).movable
+
+
+def needed(preset: Preset, boxes: Sequence[Box]) -> int:
+    """Return the bytes that the boxes of ``preset`` take on its device when all of them are in use.
+
+    With ``decoders_gb`` that is less than their sum, as decoders then make room for each other.
+    """
+    every = sum(box.in_memory for box in boxes)
+    movable = sum(box.movable for box in boxes)
+    budget = movable if preset.decoders_gb is None else int(preset.decoders_gb * 1e9)
+    return every - max(0, movable - budget)
 
 
 def boxes_of(preset: Preset) -> list[Box]:
@@ -74,18 +120,18 @@ def missing_files(preset: Preset) -> list[Path]:
 
 def _needed(preset: Preset) -> dict[str, list[Path]]:
     """Return the missing files of each part, by ``box/part``."""
-    encoder, llm = preset.encoder_folder, preset.language_model_folder
-    bridge = [llm / "bridge.json", llm / "bridge.safetensors"]
-    manifest = _json(llm / "bridge.json")
+    encoder, llm, own = preset.encoder_folder, preset.language_model_folder, preset.bridge_folder
+    bridge = [own / "bridge.json", own / "bridge.safetensors"]
+    manifest = _json(own / "bridge.json")
     if manifest.get("lora"):
         bridge += [llm / "adapter" / "adapter_config.json", llm / "adapter" / "adapter_model.safetensors"]
     if manifest.get("base_tables"):
         bridge.append(llm / "tables.safetensors")
-    base = [llm / "base" / "config.json", llm / "base" / "tokenizer.json"]
+    base = [preset.base_folder / "config.json", preset.base_folder / "tokenizer.json"]
     missing = {
-        "encoder/towers": _absent([encoder / "config.json", encoder / "model.safetensors"]),
+        **{f"encoder/{part}": _absent(files) for part, (_, files) in _encoder_parts(preset, encoder).items()},
         "language model/bridge": _absent(bridge),
-        "language model/base": _absent(base) + _without_weights(llm / "base"),
+        "language model/base": _absent(base) + _without_weights(preset.base_folder),
     }
     for modality, decoder in preset.decoders.items():
         box = f"{modality.value} decoder"
@@ -96,34 +142,57 @@ def _needed(preset: Preset) -> dict[str, list[Path]]:
             config = _absent([folder / part / "config.json"])
             missing[f"{box}/{part}"] = config or _without_weights(folder / part)
         if decoder.link == "signal":
-            link = preset.projections_folder / modality.value
+            link = preset.projection_folder(modality)
             missing[f"{box}/projection"] = _absent([link / "config.json", link / "model.safetensors"])
     return missing
 
 
+def _encoder_parts(preset: Preset, folder: Path) -> dict[str, tuple[str, list[Path]]]:
+    """Return the kind and the files of each part of the encoder: of its towers, or of an ImageBind."""
+    towers = {name: kind for name, kind in TOWERS.items() if _configured(preset, folder / name)}
+    if not towers:
+        return {"towers": ("ImageBind", [folder / "config.json", folder / "model.safetensors"])}
+    names = ("config.json", "preprocessor_config.json", "model.safetensors")
+    return {f"{name} tower": (kind, [folder / name / file for file in names]) for name, kind in towers.items()}
+
+
 def _encoder(preset: Preset) -> Box:
-    folder = preset.encoder_folder
-    count = _counted(folder, _configured(preset, folder), _count_imagebind)
-    dtype = preset.encoder.dtype or "float32"
-    part = Part("towers", count, dtype, _weight(folder), tuple(_needed(preset)["encoder/towers"]))
-    return Box("encoder", (part,), preset.encoder.origins)
+    folder, dtype, needed = preset.encoder_folder, preset.encoder.dtype or "float32", _needed(preset)
+    parts = []
+    for name, (kind, (config, *_)) in _encoder_parts(preset, folder).items():
+        own = config.parent
+        count, _ = _counted(own, _configured(preset, own), kind)
+        parts.append(Part(name, count, dtype, _weight(own), tuple(needed[f"encoder/{name}"])))
+    return Box("encoder", tuple(parts), preset.encoder.origins)
 
 
 def _language_model(preset: Preset) -> Box:
     needed, llm = _needed(preset), preset.language_model_folder
-    usual = "float32" if preset.device == "cpu" else "bfloat16"
-    dtype = preset.language_model.dtype or usual
-    config = _configured(preset, llm / "base")
-    count = _counted(llm / "base", config, _count_language_model)
-    base = Part("base", count, dtype, _weight(llm / "base"), tuple(needed["language model/base"]))
+    dtype = preset.language_model_dtype
+    config, own = _configured(preset, preset.base_folder), preset.bridge_folder
+    count, matrices = _counted(preset.base_folder, config, "language model")
+    base = Part(
+        "base",
+        count,
+        dtype,
+        _weight(preset.base_folder),
+        tuple(needed["language model/base"]),
+        matrices,
+        preset.language_model.quantization,
+    )
     bridge = Part(
         "bridge",
-        _counted(llm, _configured(preset, llm, "bridge.json"), _count_bridge),
+        _counted(own, _configured(preset, own, "bridge.json"), "bridge")[0],
         "float32",
-        sum(_weight(llm / name) for name in (".", "adapter")),
+        _weight(own) + _weight(llm / "adapter"),
         tuple(needed["language model/bridge"]),
     )
-    return Box("language model", (base, bridge), preset.language_model.origins, _cache(config, dtype))
+    return Box(
+        "language model",
+        (base, bridge),
+        preset.language_model.origins,
+        _cache(config, dtype, preset.language_model),
+    )
 
 
 def _decoder(preset: Preset, modality: Modality) -> Box:
@@ -137,23 +206,25 @@ def _decoder(preset: Preset, modality: Modality) -> Box:
     parts = []
     for part in _models(index):
         config = _configured(preset, folder / part)
-        count = _counted(folder / part, config, partial(_count_class, index[part][1]))
-        missing = needed.get(f"{name}/{part}", [folder / part / "config.json"])
-        parts.append(Part(part, count, dtype, _weight(folder / part), tuple(missing)))
+        count, _ = _counted(folder / part, config, index[part][1])
+        missing = tuple(needed.get(f"{name}/{part}", [folder / part / "config.json"]))
+        let_go = part.startswith("text_encoder") and index["_class_name"] in TAKEN_APART
+        stays = not let_go or decoder.link == "caption"
+        parts.append(Part(part, count, dtype, _weight(folder / part), missing, stays=stays))
     if not parts:
         parts.append(Part("pipeline", None, dtype, 0, tuple(needed.get(f"{name}/pipeline", ()))))
     if decoder.link == "signal":
-        link = preset.projections_folder / modality.value
-        count = _counted(link, _configured(preset, link), _count_projection)
-        missing = needed[f"{name}/projection"]
-        parts.append(Part("projection", count, "float32", _weight(link), tuple(missing)))
-    return Box(name, tuple(parts), decoder.origins)
+        link = preset.projection_folder(modality)
+        count, _ = _counted(link, _configured(preset, link), LINKS_OWN)
+        missing = tuple(needed[f"{name}/projection"])
+        parts.append(Part(LINKS_OWN, count, "float32", _weight(link), missing))
+    return Box(name, tuple(parts), decoder.origins, modality=modality)
 
 
 def _configured(preset: Preset, folder: Path, name: str = "config.json") -> dict[str, Any]:
     """Return a configuration from beside the weights, else from the preset; empty if there is none."""
     values = _json(folder / name)
-    if values or preset.sizes_folder is None:
+    if values or preset.sizes_folder is None or not folder.is_relative_to(preset.weights_folder):
         return values
     return _json(preset.sizes_folder / folder.relative_to(preset.weights_folder) / name)
 
@@ -184,18 +255,33 @@ def _weight(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _counted(
-    folder: Path, config: dict[str, Any], count: Callable[[dict[str, Any]], int | None]
-) -> int | None:
-    """Count what ``config`` describes, on the meta device; where that is not known, what the files hold."""
+Matrices = tuple[tuple[int, int], ...]
+
+
+def _counted(folder: Path, config: dict[str, Any], kind: str) -> tuple[int | None, Matrices]:
+    """Count what ``config`` describes; where that is not known, what the files hold."""
+    found, matrices = _described(kind, json.dumps(config)) if config else (None, ())
+    return _numbers_in(folder) if found is None else found, matrices
+
+
+@lru_cache(maxsize=256)
+def _described(kind: str, config: str) -> tuple[int | None, Matrices]:
+    """Build a network on the meta device; return its parameters and what of it can be quantised."""
     import torch
 
     try:
         with torch.device("meta"):
-            found = count(config) if config else None
+            model = _build(kind, json.loads(config))
     except (ImportError, KeyError, TypeError, ValueError):
-        found = None
-    return _numbers_in(folder) if found is None else found
+        return None, ()
+    if model is None:
+        return None, ()
+    matrices: Matrices = ()
+    if kind == "language model":
+        from llm.quantization import quantizable
+
+        matrices = tuple((layer.out_features, layer.in_features) for _, layer in quantizable(model))
+    return sum(parameter.numel() for parameter in model.parameters()), matrices
 
 
 def _numbers_in(folder: Path) -> int | None:
@@ -213,53 +299,60 @@ def _numbers_in(folder: Path) -> int | None:
     return total or None
 
 
-def _count_imagebind(values: dict[str, Any]) -> int:
-    from encoders.imagebind import ImageBind, ImageBindConfig
+def _build(kind: str, values: dict[str, Any]) -> Any:
+    """Build a network of a kind that is known here, by its configuration; None for any other class."""
+    match kind:
+        case "ImageBind":
+            from encoders.imagebind import ImageBind, ImageBindConfig
 
-    return _sum(ImageBind(ImageBindConfig.from_json(values["model"])))
+            return ImageBind(ImageBindConfig.from_json(values["model"]))
+        case "language model":
+            from transformers import AutoConfig, AutoModelForCausalLM
+
+            config = AutoConfig.for_model(values.pop("model_type"), **values)
+            return AutoModelForCausalLM.from_config(config)
+        case "bridge":
+            return _bridge(values)
+        case "projection":
+            from decoders.projection import OutputProjection, OutputProjectionConfig
+
+            return OutputProjection(OutputProjectionConfig(**values))
+        case "vision tower":
+            from transformers import SiglipVisionConfig, SiglipVisionModel
+
+            return SiglipVisionModel(SiglipVisionConfig(**values.get("vision_config", values)))
+        case "audio tower":
+            from transformers import ClapAudioConfig, ClapAudioModelWithProjection
+
+            return ClapAudioModelWithProjection(ClapAudioConfig(**values.get("audio_config", values)))
+    return _of_a_library(kind, values)
 
 
-def _count_language_model(values: dict[str, Any]) -> int:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _of_a_library(kind: str, values: dict[str, Any]) -> Any:
+    """Build a network of diffusers or transformers; None for a class that neither has."""
+    import diffusers
+    import transformers
 
-    rest = dict(values)
-    return _sum(AutoModelForCausalLM.from_config(AutoConfig.for_model(rest.pop("model_type"), **rest)))
+    if (model := getattr(diffusers, kind, None)) is not None and hasattr(model, "from_config"):
+        return model.from_config(values)
+    if (model := getattr(transformers, kind, None)) is not None and hasattr(model, "config_class"):
+        return model(model.config_class.from_dict(values))
+    return None
 
 
-def _count_bridge(values: dict[str, Any]) -> int:
+def _bridge(values: dict[str, Any]) -> Any:
+    from torch import nn
+
     from llm.checkpoint import Manifest
     from llm.projectors import build_projector
 
     manifest = Manifest(**values)
-    projectors = sum(_sum(build_projector(config)) for config in manifest.projector_configs.values())
-    return projectors + 2 * len(manifest.added_tokens) * manifest.llm_width
+    rows = nn.Embedding(2 * len(manifest.added_tokens), manifest.llm_width)
+    return nn.ModuleList([rows, *map(build_projector, manifest.projector_configs.values())])
 
 
-def _count_projection(values: dict[str, Any]) -> int:
-    from decoders.projection import OutputProjection, OutputProjectionConfig
-
-    return _sum(OutputProjection(OutputProjectionConfig(**values)))
-
-
-def _count_class(kind: str, values: dict[str, Any]) -> int | None:
-    """Count a network of one of the published pipelines; None for a class that is not one of theirs."""
-    import diffusers
-    import transformers
-
-    if kind in ("UNet2DConditionModel", "UNet3DConditionModel", "AutoencoderKL"):
-        return _sum(getattr(diffusers, kind).from_config(values))
-    if kind in ("CLIPTextModel", "ClapTextModelWithProjection", "SpeechT5HifiGan"):
-        model = getattr(transformers, kind)
-        return _sum(model(model.config_class.from_dict(values)))
-    return None
-
-
-def _sum(model: Any) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _cache(config: dict[str, Any], dtype: str) -> int:
-    """Return the bytes of keys and values of a full context."""
+def _cache(config: dict[str, Any], dtype: str, options: LanguageModelPreset) -> int:
+    """Return the bytes of keys and values when a slot is full: all of them are as long as the longest."""
     try:
         heads = config["num_attention_heads"]
         width = config.get("head_dim") or config["hidden_size"] // heads
@@ -267,7 +360,8 @@ def _cache(config: dict[str, Any], dtype: str) -> int:
         positions, layers = config["max_position_embeddings"], config["num_hidden_layers"]
     except KeyError:
         return 0
-    return int(2 * layers * shared * width * positions * BYTES[dtype])
+    positions = min(positions, options.context or positions)
+    return int(2 * layers * shared * width * positions * options.slots * BYTES[dtype])
 
 
 def commands(box: BoxPreset, preset: Preset) -> list[str]:
