@@ -1,11 +1,11 @@
-"""Training what joins one part of a preset to the rest, after the part was exchanged. The parts stay as they are.
+"""Training what joins a part of a preset to the rest, after that part was exchanged. Parts stay as they are.
 
-    a decoder            the rows of its signal tokens, and a new output projection to what it is conditioned on
+    a decoder            the rows of its signal tokens, and a new output projection to its condition
     the encoder          new projectors from its tokens to those of the language model
     the language model   all rows of added tokens, all projectors and all output projections, anew
 
-As in the stages, words count as cross-entropy, and an output projection by its distance to what the decoder's own
-text encoder makes of the caption. A tensor that the decoder masks counts where the mask is 1.
+As in the stages, words count as cross-entropy, and an output projection by its distance to what the decoder's
+own text encoder makes of the caption. A tensor that the decoder masks counts where the mask is 1.
 
 Shape letters in this file:
     N signal blocks   Q condition tokens   E condition width
@@ -143,7 +143,7 @@ def train_bridge(
 def condition_distance(
     projection: OutputProjection, states: SignalStates, wanted: Sequence[Condition]
 ) -> Tensor:
-    """Return the mean distance of projected conditions to the wanted ones, in units of the wanted ones' length.
+    """Return the mean distance of projected conditions to the wanted ones, in units of the latters' length.
 
     Each tensor of the condition counts as much as any other. Where there is a mask, the main tensor counts
     at the tokens that it shows.
@@ -166,7 +166,9 @@ def _distance(made: Tensor, wanted: Tensor, shown: Tensor | None) -> Tensor:
     return apart / (wanted.norm(dim=-1) * weight).sum().clamp(min=1e-6)
 
 
-def _freeze_other_rows(llm: LanguageModel, rows: frozenset[Modality]) -> list[torch.utils.hooks.RemovableHandle]:
+def _freeze_other_rows(
+    llm: LanguageModel, rows: frozenset[Modality]
+) -> list[torch.utils.hooks.RemovableHandle]:
     """Let the gradient through at the signal tokens of ``rows`` alone."""
     ids = [i - llm.tokenizer.base_vocabulary for m in rows for i in llm.tokenizer.signal_ids(m)]
     hooks = []

@@ -1,7 +1,7 @@
 """Captions, with media or without, as dialogues: from Toybox, or from a file in the field's own form.
 
-The file is JSON, as NExT-GPT's X-caption data: a list of objects with ``caption`` and, for training that reads
-media, one of ``image_name``, ``video_name`` and ``audio_name``, a path relative to the file.
+The file is JSON, as NExT-GPT's X-caption data: a list of objects with ``caption`` and, for training that
+reads media, one of ``image_name``, ``video_name`` and ``audio_name``, a path relative to the file.
 """
 
 from __future__ import annotations
@@ -47,21 +47,27 @@ def read_pairs(path: Path) -> list[Pair]:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     pairs = []
     for number, value in enumerate(values if isinstance(values, list) else [None]):
-        if not isinstance(value, dict) or not isinstance(value.get("caption"), str) or not value["caption"].strip():
+        if (
+            not isinstance(value, dict)
+            or not isinstance(value.get("caption"), str)
+            or not value["caption"].strip()
+        ):
             raise ValueError(
                 f"{path}: entry {number} is {value!r:.100}; expected a list of objects with a caption, and "
                 f"perhaps {', '.join(NAMES)}."
             )
         named = [(modality, value[name]) for name, modality in NAMES.items() if name in value]
         modality, file = named[0] if named else (None, None)
-        pairs.append(Pair(value["caption"].strip(), modality, None if file is None else path.parent / str(file)))
+        pairs.append(
+            Pair(value["caption"].strip(), modality, None if file is None else path.parent / str(file))
+        )
     if not pairs:
         raise ValueError(f"{path} is an empty list; expected captions.")
     return pairs
 
 
 def pairs_that_ask(pairs: Sequence[Pair], modalities: Sequence[Modality]) -> Dialogues:
-    """Return dialogues in which a caption is asked for and made: words, then a signal of one of ``modalities``."""
+    """Return dialogues in which a caption is asked for and made: words, then a signal of ``modalities``."""
 
     def draw(rng: random.Random, number: int) -> list[Dialogue]:
         found = []

@@ -177,7 +177,7 @@ def condition_layout(pipeline_class: str, read: ReadJson) -> Layout:
         wanted = parts.number(f"{part}/config.json", key)
         if layout[name].width != wanted:
             raise ValueError(
-                f"The text encoders of this {pipeline_class} give {name} of width {layout[name].width}, its {part} "
-                f"takes {wanted}. The parts do not belong together; copy the whole pipeline again."
+                f"The text encoders of this {pipeline_class} give {name} of width {layout[name].width}, "
+                f"its {part} takes {wanted}. The parts do not belong together; copy the whole pipeline again."
             )
     return layout

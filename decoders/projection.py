@@ -60,7 +60,7 @@ class OutputProjectionConfig:
     def for_decoder(
         cls, specs: Mapping[str, ConditionSpec], llm_width: int, **sizes: int
     ) -> "OutputProjectionConfig":
-        """Return the configuration of a projection to what a decoder takes; the first spec is the main one."""
+        """Return the configuration of a projection to what a decoder takes; the first spec is the main."""
         (_, first), *rest = specs.items()
         return cls(
             llm_width=llm_width,

@@ -1,6 +1,7 @@
 """Captions read as whole pipelines for sound read them, where ``encode_prompt`` returns something else.
 
-A short caption is filled up with zeros that the mask hides, so that all conditions of a decoder have one shape.
+A short caption is filled up with zeros that the mask hides, so that all conditions of a decoder have one
+shape.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from torch import Tensor
 from decoders.condition_layouts import MAIN, Layout
 
 Reader = Callable[[Any, str, Layout], dict[str, Tensor]]
-"""(pipeline, caption, layout) -> the tensors of the layout, and those of guidance under ``negative_`` names."""
+"""(pipeline, caption, layout) -> the tensors of the layout, those of guidance under ``negative_`` names."""
 
 
 def _audioldm2(pipeline: Any, caption: str, layout: Layout) -> dict[str, Tensor]:

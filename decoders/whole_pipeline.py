@@ -71,7 +71,7 @@ for each request.
 """
 
 _SCHEDULERS: Mapping[str, str] = {"CosineDPMSolverMultistepScheduler": "EDMDPMSolverMultistepScheduler"}
-"""Schedulers that need a further library, and those of diffusers that solve the same equation without noise."""
+"""Schedulers that need a further library, and those that solve the same equation without noise."""
 
 _ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "steps": ("num_inference_steps",),
@@ -86,6 +86,8 @@ _ARGUMENTS: Mapping[str, tuple[str, ...]] = {
 
 _ANSWERS = {Modality.IMAGE: "images", Modality.VIDEO: "frames", Modality.AUDIO: "audios"}
 _USUAL_FPS = 8.0
+_FPS = {"WanPipeline": 16.0}
+"""Frames per second that a model was trained on, where its pipeline does not say."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -228,8 +230,8 @@ class WholePipeline:
             switch = getattr(vae, f"{'enable' if wanted else 'disable'}_{name}", None)
             if wanted and switch is None:
                 raise ValueError(
-                    f"{self.folder.path}: the {type(vae).__name__} of this {self.folder.pipeline_class} knows no "
-                    f"{name}. Choose whole."
+                    f"{self.folder.path}: the {type(vae).__name__} of this {self.folder.pipeline_class} "
+                    f"knows no {name}. Choose whole."
                 )
             if switch is not None:
                 switch()
@@ -318,13 +320,16 @@ class WholePipeline:
             value = None if name is None else self._takes[name].default
             if isinstance(value, int | float) and not isinstance(value, bool):
                 own[setting] = value
-        return DecoderDefaults(**{"steps": 50, "guidance_scale": 1.0, **own})
+        fps = {"fps": _FPS[name]} if (name := self.folder.pipeline_class) in _FPS else {}
+        return DecoderDefaults(**{"steps": 50, "guidance_scale": 1.0, **fps, **own})
 
     def _encoded(self, caption: str) -> dict[str, Tensor]:
         """Return what the text encoders give for one caption, without the batch dimension."""
         if (reader := READERS.get(self.folder.pipeline_class)) is not None:
             with torch.inference_mode():
-                return {k: tensor.clone() for k, tensor in reader(self.pipeline, caption, self._layout).items()}
+                return {
+                    k: tensor.clone() for k, tensor in reader(self.pipeline, caption, self._layout).items()
+                }
         names = ENCODED.get(self.folder.pipeline_class)
         if names is None:
             return {}
@@ -481,7 +486,7 @@ class WholePipeline:
 
 
 def _other_scheduler(folder: PipelineFolder) -> dict[str, Any]:
-    """Return the scheduler that takes the place of the folder's, if its own is one of those that are replaced."""
+    """Return the scheduler that takes the place of the folder's own, if that is one of those replaced."""
     entry = folder.index.get("scheduler")
     other = _SCHEDULERS.get(str(entry[1])) if isinstance(entry, list) and len(entry) == 2 else None
     if other is None:

@@ -1,6 +1,6 @@
 """Encoders of the library transformers, one per kind of medium: a SigLIP for pictures, a CLAP for sounds.
 
-Folder layout, each part as ``from_pretrained`` reads it; a part that is not there is not read by this encoder:
+Folder layout, each part as ``from_pretrained`` reads it; what is not there is not read by this encoder:
     vision/  config.json, model.safetensors, preprocessor_config.json of a SigLIP or a SigLIP 2
     audio/   the same of a CLAP
     towers.json: numbers of :class:`TowerNumbers`, where they differ from the usual ones
@@ -103,7 +103,9 @@ class VisionTower:
         tokens, pooled = [], []
         for start in range(0, len(pictures), AT_ONCE):
             pixels = self.processor(
-                list(pictures[start : start + AT_ONCE]), return_tensors="pt", input_data_format="channels_last"
+                list(pictures[start : start + AT_ONCE]),
+                return_tensors="pt",
+                input_data_format="channels_last",
             )["pixel_values"]
             output = self.model(pixels.to(self.model.device, self.model.dtype))
             tokens.append(output.last_hidden_state.float().cpu())
@@ -274,7 +276,7 @@ def spread(count: int, wanted: int) -> list[int]:
 
 
 def sound_clips(sound: Audio, rate: int, clip_seconds: float, most: int) -> list[NDArray[np.float32]]:
-    """Cut a sound into as few clips as cover it, at most ``most``, the first at its start, the last at its end."""
+    """Cut a sound into the fewest clips that cover it, at most ``most``, from its start to its end."""
     samples = resample(sound.samples, sound.rate, rate)
     length = round(clip_seconds * rate)
     number = min(most, max(1, math.ceil(len(samples) / length)))
@@ -296,7 +298,9 @@ def _model(
             f"{' or '.join(KINDS[part])}. A SigLIP 2 of fixed resolution has the type siglip."
         )
     if not any(folder.glob("*.safetensors")):
-        raise FileNotFoundError(f"{folder / 'model.safetensors'} is missing; it holds the weights of the tower.")
+        raise FileNotFoundError(
+            f"{folder / 'model.safetensors'} is missing; it holds the weights of the tower."
+        )
     try:
         model, report = cast(Any, kind).from_pretrained(
             folder,

@@ -353,7 +353,7 @@ class LanguageModel(nn.Module):
         self._save_manifest(folder, folder / checkpoint.BASE)
 
     def save_bridge(self, folder: Path, base: Path) -> None:
-        """Write what :meth:`load` takes as ``bridge``: all that was trained but LoRA, for the base in ``base``."""
+        """Write what :meth:`load` takes as ``bridge``: all that was trained but LoRA, for a base."""
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.save_tensors(self._bridge(), folder / checkpoint.BRIDGE, torch.float32)
         self._save_manifest(folder, base)
@@ -385,8 +385,8 @@ class LanguageModel(nn.Module):
         """Read a folder written by :meth:`save` or converted from a release, in evaluation mode.
 
         The base is in ``dtype``; None stands for float32 on the CPU and bfloat16 elsewhere, whatever the
-        files hold. The bridge is float32. ``adapters`` are the ones that the model was saved with. ``base`` and
-        ``bridge`` are folders that take the place of the base and of the bridge in ``folder``.
+        files hold. The bridge is float32. ``adapters`` are the ones that the model was saved with. ``base``
+        and ``bridge`` are folders that take the place of the base and of the bridge in ``folder``.
 
         Raises:
             ValueError: a file is missing (named), was written for another base, or holds a tensor of
@@ -397,9 +397,7 @@ class LanguageModel(nn.Module):
         manifest = checkpoint.read_manifest(bridge_folder, base_folder)
         if dtype is None:
             dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-        tokenizer = ConversationTokenizer.load(
-            base_folder, manifest.signal_vocabulary, manifest.role_words
-        )
+        tokenizer = ConversationTokenizer.load(base_folder, manifest.signal_vocabulary, manifest.role_words)
         n, added = tokenizer.base_vocabulary, list(tokenizer.added_tokens)
         if (n, added) != (manifest.base_vocabulary, manifest.added_tokens):
             raise ValueError(

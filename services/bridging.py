@@ -41,7 +41,10 @@ from services.presets import Preset
 
 PartName = Literal["image", "video", "audio", "encoder", "language_model"]
 DIALOGUES_PER_STEP = 32
-POOLS, SMALL_POOLS = PoolSizes(looks=4000, clips=2000, sounds=2000), PoolSizes(looks=200, clips=100, sounds=100)
+POOLS, SMALL_POOLS = (
+    PoolSizes(looks=4000, clips=2000, sounds=2000),
+    PoolSizes(looks=200, clips=100, sounds=100),
+)
 
 
 def train(preset: Preset, part: PartName, options: TrainOptions, captions: Path | None = None) -> Path:
@@ -104,14 +107,14 @@ def _made(preset: Preset, part: PartName) -> list[Modality]:
     modality = Modality(part)
     if modality not in preset.decoders:
         raise BadRequest(
-            f"The preset {preset.name!r} has no {part} decoder; it has {', '.join(preset.decoders) or 'none'}. "
-            f"Name one of these.",
+            f"The preset {preset.name!r} has no {part} decoder; it has "
+            f"{', '.join(preset.decoders) or 'none'}. Name one of these.",
             code="unknown_part",
         )
     if modality not in signals:
         raise BadRequest(
-            f"The {part} decoder of the preset {preset.name!r} has the link caption, which reads words and needs "
-            f"no bridge. Serve it as it is, or set link: signal.",
+            f"The {part} decoder of the preset {preset.name!r} has the link caption, which reads words and "
+            f"needs no bridge. Serve it as it is, or set link: signal.",
             code="no_bridge_needed",
         )
     return [modality]

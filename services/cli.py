@@ -106,7 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=eval_command)
 
     train = commands.add_parser("train", help=train_command.__doc__, description=train_command.__doc__)
-    train.add_argument("stage", metavar="STAGE", help="a step, export, all, or bridge; a wrong one lists them")
+    train.add_argument(
+        "stage", metavar="STAGE", help="a step, export, all, or bridge; a wrong one lists them"
+    )
     _preset_option(train)
     train.add_argument("--part", choices=PARTS, help="with bridge: which part was exchanged")
     train.add_argument(

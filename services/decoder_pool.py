@@ -106,9 +106,7 @@ class DecoderPool:
             self._release(ticket.entry)
 
     @contextmanager
-    def use_now(
-        self, key: DecoderKey, need: int, load: Callable[[], AnyEngine]
-    ) -> Iterator[AnyEngine]:
+    def use_now(self, key: DecoderKey, need: int, load: Callable[[], AnyEngine]) -> Iterator[AnyEngine]:
         """Do what :meth:`use` does, for who may block."""
         ticket = self._queued(key, need, load)
         try:

@@ -153,7 +153,9 @@ def _encoder_parts(preset: Preset, folder: Path) -> dict[str, tuple[str, list[Pa
     if not towers:
         return {"towers": ("ImageBind", [folder / "config.json", folder / "model.safetensors"])}
     names = ("config.json", "preprocessor_config.json", "model.safetensors")
-    return {f"{name} tower": (kind, [folder / name / file for file in names]) for name, kind in towers.items()}
+    return {
+        f"{name} tower": (kind, [folder / name / file for file in names]) for name, kind in towers.items()
+    }
 
 
 def _encoder(preset: Preset) -> Box:

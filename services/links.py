@@ -35,8 +35,8 @@ class SignalLink:
         wanted = OutputProjectionConfig.for_decoder(specs, given.llm_width)
         if _shapes(given) != _shapes(wanted):
             raise ValueError(
-                f"{folder} projects to {_shapes(given)}; its decoder expects {_shapes(wanted)}. Put the projection "
-                f"there that was trained for the decoder, or train one with `patchbay train bridge`."
+                f"{folder} projects to {_shapes(given)}; its decoder expects {_shapes(wanted)}. Put the "
+                f"projection there that was trained for it, or train one with `patchbay train bridge`."
             )
 
     def condition(self, signal: SpokenSignal) -> Condition:

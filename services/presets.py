@@ -257,7 +257,7 @@ class Preset(_Strict):
 
     @property
     def bridge_folder(self) -> Path:
-        """The folder of the bridge to the language model: one trained for this preset, or that of the model."""
+        """The folder of the language model's bridge: one trained for this preset, or its own."""
         own = self.bridges_folder / "llm"
         return own if own.is_dir() else self.language_model_folder
 

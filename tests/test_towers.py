@@ -57,7 +57,9 @@ def test_a_picture_gives_the_states_of_the_library_s_own_model(encoder: TowerEnc
     values = torch.from_numpy(picture.pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
     expected = model.vision_model(values)
     torch.testing.assert_close(features.tokens, expected.last_hidden_state[0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(features.pooled, F.normalize(expected.pooler_output[0], dim=-1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        features.pooled, F.normalize(expected.pooler_output[0], dim=-1), rtol=1e-4, atol=1e-5
+    )
     assert (features.grid, features.width) == ((4, 4), VISION_WIDTH)
 
 
@@ -73,7 +75,9 @@ def test_a_sound_gives_the_states_of_the_library_s_own_model(encoder: TowerEncod
         expected = model.audio_model(**inputs)
     states = expected.last_hidden_state[0]  # (E, bands, times)
     torch.testing.assert_close(features.tokens, states.flatten(1).T, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(features.pooled, F.normalize(expected.pooler_output[0], dim=-1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        features.pooled, F.normalize(expected.pooler_output[0], dim=-1), rtol=1e-4, atol=1e-5
+    )
     assert features.grid == (1, *states.shape[1:])
     assert features.width == AUDIO_WIDTH
 
@@ -112,7 +116,9 @@ def test_the_same_sound_gives_the_same_features_twice(encoder: TowerEncoder) -> 
 def test_a_fused_clap_draws_nothing_either(tmp_path: Path, folder: Path) -> None:
     shutil.copytree(folder / "audio", tmp_path / "audio")
     config = json.loads((tmp_path / "audio" / "preprocessor_config.json").read_text())
-    (tmp_path / "audio" / "preprocessor_config.json").write_text(json.dumps(config | {"truncation": "fusion"}))
+    (tmp_path / "audio" / "preprocessor_config.json").write_text(
+        json.dumps(config | {"truncation": "fusion"})
+    )
     audio = ClapAudioConfig.from_pretrained(folder / "audio", enable_fusion=True)
     from transformers import ClapAudioModelWithProjection
 
@@ -163,7 +169,9 @@ def test_each_modality_has_its_own_width_and_its_own_projector(encoder: TowerEnc
     features = [encoder.encode(medium) for medium in media]
     parts: list[Any] = [MediaTokens(f.modality, f.tokens, f.pooled) for f in features]
 
-    output = model(model.collate([[Message("user", [*parts, "what is this?"]), Message("assistant", ["a bell"])]]))
+    output = model(
+        model.collate([[Message("user", [*parts, "what is this?"]), Message("assistant", ["a bell"])]])
+    )
 
     assert torch.isfinite(output.loss)
     with pytest.raises(ValueError, match=r"image features are 64 wide; this model's projector expects 24"):
