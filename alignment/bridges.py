@@ -131,7 +131,7 @@ def train_bridge(
                     )
         return found
 
-    hooks = [] if bridge.rows is None else _freeze_other_rows(llm, bridge.rows)
+    hooks = _freeze_other_rows(llm, bridge.rows) if bridge.rows else []
     try:
         fit(name, module, losses, config, folder)
     finally:

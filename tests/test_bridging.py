@@ -14,15 +14,15 @@ from safetensors.torch import load_file
 
 from decoders.writing import to_png
 from encoders.media import Image, Modality
-from llm.model import LanguageModel
 from llm.signals import SignalVocabulary
+from llm.tokenizer import train_tokenizer
 from services.cli import main
 from services.footprint import missing_files
 from services.presets import SHIPPED, load_preset
 from services.session import Session
 from tests import tiny_current
 from tests.tiny import tiny_values
-from tests.tiny_llm import qwen2
+from tests.tiny_llm import SENTENCES, llama, tiny_tokenizer
 from tests.tiny_towers import write_towers
 
 CAPTIONS = ["a big red bell", "a small blue drum", "a red drum"]
@@ -86,8 +86,8 @@ def test_the_toy_box_draws_with_another_decoder_after_one_line_and_one_command(
         reply = session.chat(request, seed=1)
         (made,) = [part for part in reply.parts if part.text is None]
     assert made.error is None
-    assert made.artefact is not None
-    assert made.artefact.manifest["pipeline"] == "StableDiffusionXLPipeline"
+    assert made.manifest is not None
+    assert made.manifest["pipeline"] == "StableDiffusionXLPipeline"
     _expect_only_the_signal_of(
         Modality.IMAGE, SHIPPED.parent / "weights/toybox/llm", tmp_path / "bridges/toybox"
     )
@@ -142,11 +142,11 @@ def _base64(data: bytes) -> str:
 def test_another_language_model_gets_rows_projectors_and_projections_of_its_own(
     tiny_preset: Path, tmp_path: Path
 ) -> None:
-    tokenizer = LanguageModel.load(tiny_preset.parent / "weights" / "llm").tokenizer
     torch.manual_seed(3)
-    qwen2(tokenizer.base_vocabulary).save_pretrained(tmp_path / "qwen")
-    tokenizer.save(tmp_path / "qwen")
-    values: Any = tiny_values() | {"language_model": {"base": str(tmp_path / "qwen")}}
+    base = llama(tiny_tokenizer().base_vocabulary, hidden_size=16, max_position_embeddings=512)
+    base.save_pretrained(tmp_path / "base")
+    train_tokenizer(SENTENCES, 300).save_pretrained(tmp_path / "base")
+    values: Any = tiny_values() | {"language_model": {"base": str(tmp_path / "base")}}
     path = written(tiny_preset, values, "other-model")
     assert missing_files(load_preset(str(path))) == []
     with pytest.raises(Exception, match="train a bridge to this one with `patchbay train bridge"):
@@ -164,7 +164,7 @@ def test_another_language_model_gets_rows_projectors_and_projections_of_its_own(
         "video",
     ]
     manifest = json.loads((preset.bridge_folder / "bridge.json").read_text())
-    assert manifest["lora"] is False
+    assert (manifest["llm_width"], manifest["lora"]) == (16, False)
 
 
 def test_a_part_without_a_bridge_is_refused(tiny_preset: Path, tmp_path: Path, capsys: Any) -> None:
