@@ -1,7 +1,8 @@
 """What a decoder is conditioned on. Knows shapes, not where the numbers come from."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -36,9 +37,15 @@ class ConditionSpec:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Condition:
-    """Embeddings for one request: ``(tokens, width)`` floating point."""
+    """Embeddings for one request: ``(tokens, width)`` floating point.
+
+    ``named`` are further tensors without a batch dimension, and ``caption`` are words, for pipelines that
+    take such (see :mod:`decoders.whole_pipeline`); the latent decoders need the embeddings alone.
+    """
 
     embeddings: Tensor
+    named: Mapping[str, Tensor] = field(default_factory=dict)
+    caption: str | None = None
 
     def __post_init__(self) -> None:
         if self.embeddings.ndim != 2:

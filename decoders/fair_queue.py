@@ -85,9 +85,13 @@ class FairQueue:
         for work in served:
             self._virtual_s[work.user] += seconds * work.rows / total
 
-    def forecast(self, most: int) -> dict[Work, float]:
-        """Return in how many seconds each request will be done if no other comes."""
-        if len({work.user for work in self.works}) > 1:
+    def forecast(self, most: int, *, running: Work | None = None) -> dict[Work, float]:
+        """Return in how many seconds each request will be done if no other comes.
+
+        Where requests are not served by step but whole, one after the other, ``running`` is the one that is
+        served now.
+        """
+        if running is None and len({work.user for work in self.works}) > 1:
             turn_steps = 1 + sum(work.steps_left for work in self.works) // (FORECAST_TURNS * most)
         else:
             turn_steps = max((work.steps_left for work in self.works), default=1)
@@ -99,8 +103,10 @@ class FairQueue:
             originals[copy] = work
             play.works.append(copy)
         now_s, done_s = 0.0, {}
+        first = [copy for copy, work in originals.items() if work is running]
         while play.works:
-            picked = play.pick(most)
+            picked = first or play.pick(most)
+            first = []
             shape = picked[0].shape
             steps = min(turn_steps, *(work.steps_left for work in picked))
             spent_s = steps * self.cost.step_s(shape, sum(work.rows for work in picked))

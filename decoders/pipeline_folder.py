@@ -118,6 +118,22 @@ class PipelineFolder:
         module: nn.Module = model
         return module.to(self.device).eval().requires_grad_(False)
 
+    def pipeline(self, pipeline_class: Any) -> Any:
+        """Load the whole pipeline as ``pipeline_class``, without its safety checker, on this device."""
+        whole = {"safety_checker": None} if "safety_checker" in self.index else {}
+        try:
+            with _quiet():
+                pipeline = pipeline_class.from_pretrained(
+                    self.path, dtype=self.dtype, use_safetensors=True, local_files_only=True, **whole
+                )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{self.path} cannot be loaded as {pipeline_class.__name__}: {reason:.600}. Copy the "
+                f"complete folder, or convert other formats to safetensors first."
+            ) from error
+        return pipeline.to(self.device)
+
     def autoencoder(self) -> Any:
         """Load the part ``vae``: diffusers' own class, or the folded one of the embedded model."""
         name = self.class_of("vae")

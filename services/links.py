@@ -10,6 +10,7 @@ import torch
 from decoders.condition import Condition, ConditionSpec
 from decoders.latent_decoder import LatentDecoder
 from decoders.projection import OutputProjection
+from decoders.whole_pipeline import WholePipeline
 from services.boxes import SpokenSignal
 
 
@@ -46,7 +47,7 @@ class SignalLink:
 class CaptionLink:
     """The baseline: the words before the medium go through the decoder's own text encoder."""
 
-    def __init__(self, decoder: LatentDecoder) -> None:
+    def __init__(self, decoder: LatentDecoder | WholePipeline) -> None:
         self.decoder = decoder
 
     def condition(self, signal: SpokenSignal) -> Condition:

@@ -8,13 +8,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from decoders.engine import DenoisingEngine, EngineConfig, StepDone
 from decoders.latent_decoder import Decoded, LatentDecoder
+from decoders.pipeline_engine import PipelineEngine
+from decoders.pipeline_folder import PipelineFolder
 from decoders.settings import DecodeSettings
+from decoders.whole_pipeline import WholePipeline
 from decoders.writing import to_mp4, to_png, to_wav
 from encoders.media import Audio, Image, Medium, Modality, Video
 from services.artefacts import ArtefactStore
@@ -31,7 +35,7 @@ class LocalDecoder:
         self.preset = preset
         self.modality = modality
         self.store = store
-        self.engine: DenoisingEngine | None = None
+        self.engine: DenoisingEngine | PipelineEngine | None = None
         self.link: Link | None = None
 
     def load(self) -> None:
@@ -43,7 +47,8 @@ class LocalDecoder:
                 return
             chosen = self.preset.decoders[self.modality]
             with loading(f"{self.modality.value} decoder"):
-                decoder = decoder_class(self.modality).load(
+                decoder = load_decoder(
+                    self.modality,
                     self.preset.decoder_folder(self.modality),
                     self.preset.device,
                     getattr(torch, chosen.dtype or "float32"),
@@ -54,14 +59,17 @@ class LocalDecoder:
                     folder = self.preset.projections_folder / self.modality.value
                     self.link = SignalLink(folder, decoder.condition_spec, self.preset.device)
             config = EngineConfig(max_batch=chosen.max_batch, max_wait_s=chosen.max_wait_s)
-            self.engine = DenoisingEngine(decoder, config)
+            if isinstance(decoder, WholePipeline):
+                self.engine = PipelineEngine(decoder, config)
+            else:
+                self.engine = DenoisingEngine(decoder, config)
 
     def warm_up(self) -> None:
         """Take a few denoising steps, so that the first real ones come fast and their time is known."""
         engine, _ = self._loaded()
         engine.calibrate()
 
-    def _loaded(self) -> tuple[DenoisingEngine, Link]:
+    def _loaded(self) -> tuple[DenoisingEngine | PipelineEngine, Link]:
         self.load()
         assert self.engine is not None
         assert self.link is not None
@@ -106,6 +114,22 @@ class LocalDecoder:
             manifest=manifest,
         )
         return Made(artefact, manifest)
+
+
+def load_decoder(
+    modality: Modality, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> LatentDecoder | WholePipeline:
+    """Load what makes ``modality`` from a folder: part by part where its pipeline is known, else whole."""
+    known = decoder_class(modality)
+    if PipelineFolder(folder).pipeline_class in known.pipelines:
+        return known.load(folder, device, dtype)
+    pipeline = WholePipeline.load(folder, device, dtype)
+    if pipeline.modality is not modality:
+        raise ValueError(
+            f"{folder} holds a {pipeline.folder.pipeline_class}, which makes {pipeline.modality.value}; "
+            f"expected one that makes {modality.value}. Name the folder under the modality that it makes."
+        )
+    return pipeline
 
 
 def decoder_class(modality: Modality) -> type[LatentDecoder]:

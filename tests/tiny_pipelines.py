@@ -8,7 +8,9 @@ from diffusers import (
     AudioLDMPipeline,
     AutoencoderKL,
     DDIMScheduler,
+    EulerDiscreteScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     TextToVideoSDPipeline,
     UNet2DConditionModel,
     UNet3DConditionModel,
@@ -19,6 +21,7 @@ from transformers import (
     ClapTextModelWithProjection,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     PreTrainedTokenizerFast,
     SpeechT5HifiGan,
     SpeechT5HifiGanConfig,
@@ -60,8 +63,8 @@ def scheduler(**changes: Any) -> DDIMScheduler:
     return DDIMScheduler(**settings | changes)
 
 
-def clip() -> CLIPTextModel:
-    config = CLIPTextConfig(
+def clip_config() -> CLIPTextConfig:
+    return CLIPTextConfig(
         vocab_size=len(WORDS),
         hidden_size=WIDTH,
         intermediate_size=32,
@@ -71,8 +74,12 @@ def clip() -> CLIPTextModel:
         bos_token_id=0,
         pad_token_id=1,
         eos_token_id=2,
+        projection_dim=WIDTH,
     )
-    return CLIPTextModel(config).eval()
+
+
+def clip() -> CLIPTextModel:
+    return CLIPTextModel(clip_config()).eval()
 
 
 def vae(blocks: int = 2, channels: int = 3) -> AutoencoderKL:
@@ -115,6 +122,37 @@ def image_pipeline() -> StableDiffusionPipeline:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def xl_pipeline() -> StableDiffusionXLPipeline:
+    torch.manual_seed(4)
+    unet = UNet2DConditionModel(
+        in_channels=4,
+        out_channels=4,
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=2 * WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=4,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=WIDTH + 6 * 4,
+    )
+    pipeline = StableDiffusionXLPipeline(
+        vae(),
+        clip(),
+        CLIPTextModelWithProjection(clip_config()).eval(),
+        tokenizer(),
+        tokenizer(),
+        unet.eval(),
+        EulerDiscreteScheduler(beta_schedule="scaled_linear"),
+        add_watermarker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -1,0 +1,259 @@
+"""The engine of a whole pipeline: many callers, one request at a time, stopped within one step.
+
+Whoever waits for a request may vanish at any moment, but a thread cannot be killed. So one thread does all
+the work, a request that runs is stopped by a flag that it looks at after each step, and its stream closes
+only when the thread is rid of it. Who is next is decided as in :mod:`decoders.engine`: by user, by seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch import Tensor
+
+from decoders.condition import Condition
+from decoders.cost import CostModel
+from decoders.denoising import Cancelled
+from decoders.engine import EngineConfig, EngineStats, Heard, StepDone, is_out_of_memory
+from decoders.failures import DecoderOutOfMemory, QueueFull
+from decoders.fair_queue import FairQueue, Work
+from decoders.latent_decoder import Decoded
+from decoders.settings import DecodeSettings
+from decoders.whole_pipeline import PipelinePlan, WholePipeline
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """The stream is over; ``error`` is raised on the other side."""
+
+    error: BaseException | None
+
+
+@dataclass(eq=False, slots=True)
+class _Job:
+    """One request; ``ended`` is done when the thread will not touch it again."""
+
+    plan: PipelinePlan
+    work: Work
+    tell: Callable[[Heard | _End], None]
+    stop: threading.Event = field(default_factory=threading.Event)
+    ended: Future[None] = field(default_factory=Future)
+
+
+class PipelineEngine:
+    """Serves one :class:`WholePipeline` to many callers, as :class:`decoders.engine.DenoisingEngine` does.
+
+    Two things differ: ``max_batch`` of the configuration has no effect, and there are no previews.
+    """
+
+    def __init__(self, decoder: WholePipeline, config: EngineConfig | None = None) -> None:
+        self.decoder = decoder
+        self.config = config or EngineConfig()
+        self.cost = CostModel()
+        self._queue = FairQueue(self.cost)
+        self._jobs: dict[Work, _Job] = {}
+        self._running: _Job | None = None
+        self._most_running = 0
+        self._step_began = 0.0
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"{decoder.modality.value}-pipeline")
+        self._side_pool = ThreadPoolExecutor(1, thread_name_prefix=f"{decoder.modality.value}-captions")
+        self._turning = False
+
+    async def decode(
+        self,
+        condition: Condition,
+        settings: DecodeSettings | None = None,
+        *,
+        source: Tensor | None = None,
+        strength: float = 0.6,
+        user: str = "",
+        preview_every: int = 0,
+    ) -> AsyncGenerator[Heard, None]:
+        """Stream progress and, last, the medium; closing the stream stops the request after its step.
+
+        Raises:
+            ValueError: as in :meth:`WholePipeline.decode`, or a ``source``, which whole pipelines lack.
+            QueueFull: too many seconds of work are waiting.
+            DecoderOutOfMemory: the request does not fit into memory.
+
+        """
+        if source is not None:
+            raise ValueError(
+                f"A source was given, with strength {strength:g}; this decoder always starts from noise. "
+                f"Leave it out."
+            )
+        plan = self.decoder.plan(condition, settings)
+        loop = asyncio.get_running_loop()
+        heard: asyncio.Queue[Heard | _End] = asyncio.Queue()
+
+        def tell(value: Heard | _End) -> None:
+            if not job.stop.is_set():
+                try:
+                    loop.call_soon_threadsafe(heard.put_nowait, value)
+                except RuntimeError:  # the loop is closed
+                    job.stop.set()
+
+        job = _Job(plan, Work(user, plan.shape, plan.rows, plan.steps), tell)
+        self._admit(job)
+        try:
+            while True:
+                value = await heard.get()
+                if isinstance(value, _End):
+                    if value.error is not None:
+                        raise value.error
+                    return
+                yield value
+        finally:
+            await self._leave(job)
+
+    async def call(self, work: Callable[[], T]) -> T:
+        """Run ``work``, such as encoding a caption, beside the request that runs; return what it returns."""
+        return await asyncio.get_running_loop().run_in_executor(self._side_pool, work)
+
+    def calibrate(self) -> None:
+        """Measure what steps and media cost, by making one. Not while requests are under way."""
+        plan = self.decoder.plan(self.decoder.encode_caption(""), DecodeSettings(seed=0, steps=3))
+        self._timed(_Job(plan, Work("", plan.shape, plan.rows, plan.steps), lambda value: None))
+
+    def stats(self) -> EngineStats:
+        """Return what the engine is doing now."""
+        with self._lock:
+            return EngineStats(
+                requests=len(self._jobs),
+                stepping=int(self._running is not None),
+                most_stepping=self._most_running,
+                batch_limit=1,
+                work_s=max(self._forecast().values(), default=0.0),
+                prediction_error=self.cost.error(),
+            )
+
+    def close(self) -> None:
+        """End every request with :class:`Cancelled`, and the thread after its step."""
+        with self._lock:
+            for job in list(self._jobs.values()):
+                job.tell(_End(Cancelled("The decoder was closed.")))
+                job.stop.set()
+                if job is not self._running:
+                    self._drop(job)
+        self._pool.shutdown(wait=False)
+        self._side_pool.shutdown(wait=False)
+
+    def _admit(self, job: _Job) -> None:
+        work = job.work
+        with self._lock:
+            self._queue.add(work)
+            done_in_s = self._forecast()[work]
+            wait_s = done_in_s - self.cost.request_s(work.shape, work.rows, work.steps_left)
+            if self._jobs and wait_s > self.config.max_wait_s:
+                self._queue.remove(work)
+                raise QueueFull(wait_s, self.config.max_wait_s)
+            self._jobs[work] = job
+            if not self._turning:
+                self._pool.submit(self._turn)
+                self._turning = True
+            job.tell(StepDone(0, work.steps_left, done_in_s if self.cost.known else None))
+
+    async def _leave(self, job: _Job) -> None:
+        """Stop a request and wait until the thread is rid of it, however often the waiter is cancelled."""
+        with self._lock:
+            job.stop.set()
+            if job.work in self._jobs and job is not self._running:
+                self._drop(job)
+        ended = asyncio.wrap_future(job.ended)
+        while not ended.done():
+            try:
+                await asyncio.shield(ended)
+            except asyncio.CancelledError:
+                continue
+
+    def _drop(self, job: _Job) -> None:
+        """Forget a request that is not running. The lock is held."""
+        del self._jobs[job.work]
+        self._queue.remove(job.work)
+        job.ended.set_result(None)
+
+    def _turn(self) -> None:
+        """Serve one request and ask for the next turn."""
+        with self._lock:
+            picked = self._queue.pick(1)
+            job = self._running = self._jobs[picked[0]] if picked else None
+            self._most_running = max(self._most_running, len(picked))
+        began = time.perf_counter()
+        if job is not None:
+            try:
+                job.tell(self._timed(job))
+                job.tell(_End(None))
+            except BaseException as error:  # noqa: BLE001  (raised again in the stream of the request)
+                job.tell(_End(_told(error)))
+        with self._lock:
+            self._running = None
+            if job is not None:
+                self._queue.charge([job.work], time.perf_counter() - began)
+                self._drop(job)
+            self._turning = bool(self._jobs)
+            if self._turning:
+                self._pool.submit(self._turn)
+
+    def _timed(self, job: _Job) -> Decoded:
+        """Make a medium, with less memory if there is not enough, and learn what it cost."""
+        try:
+            return self._make(job, frugal=False)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        return self._make(job, frugal=True)
+
+    def _make(self, job: _Job, *, frugal: bool) -> Decoded:
+        work = job.work
+        began = self._step_began = time.perf_counter()
+        stepping_s = 0.0
+
+        def on_step(done: int, total: int) -> None:
+            nonlocal stepping_s
+            now = time.perf_counter()
+            seconds, self._step_began = now - self._step_began, now
+            stepping_s += seconds
+            with self._lock:
+                if done > 1 and not frugal:  # encoding the words is part of the first
+                    self.cost.observe_step(work.shape, work.rows, seconds)
+                work.steps_left = total - done
+                left_s = self._left_s(work)
+            job.tell(StepDone(done, total, left_s))
+
+        decoded = self.decoder.run(job.plan, on_step, job.stop, frugal=frugal)
+        if not frugal and self.cost.known:
+            self.cost.observe_finish(work.shape, 1, max(1e-6, time.perf_counter() - began - stepping_s))
+        return decoded
+
+    def _forecast(self) -> dict[Work, float]:
+        """Return in how many seconds each request will be done. The lock is held."""
+        running = None if self._running is None else self._running.work
+        return self._queue.forecast(1, running=running or next(iter(self._queue.works), None))
+
+    def _left_s(self, work: Work) -> float | None:
+        """Return the seconds until the running request is done. The lock is held."""
+        if not self.cost.known:
+            return None
+        return self.cost.request_s(work.shape, work.rows, work.steps_left)
+
+
+def _told(error: BaseException) -> BaseException:
+    """Return what a caller is told about an error of its request."""
+    if not is_out_of_memory(error):
+        return error
+    logger.warning("A request did not fit into memory: %s", error)
+    return DecoderOutOfMemory(
+        "There is not enough memory to make this, not even in slices. Ask for a smaller size or less of it."
+    )

@@ -1,0 +1,429 @@
+"""Any diffusers pipeline as a decoder, one request at a time: a condition in, a medium out.
+
+What the latent decoders take apart is left whole here: the pipeline's own ``__call__`` makes the medium, and
+its arguments are found by their names. Its own scheduler is kept, as flow-matching pipelines run with no
+other.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import secrets
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import diffusers
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from decoders.condition import Condition, ConditionSpec, digest
+from decoders.denoising import OnStep, check_stop
+from decoders.latent_decoder import Decoded
+from decoders.pipeline_folder import DEFAULTS_FILE, PipelineFolder
+from decoders.settings import DecoderDefaults, DecodeSettings
+from encoders.media import Audio, Image, Medium, Modality, Video
+
+ENCODED: Mapping[str, tuple[str, ...]] = {
+    "AnimateDiffPipeline": ("prompt_embeds", "negative_prompt_embeds"),
+    "CogVideoXPipeline": ("prompt_embeds", "negative_prompt_embeds"),
+    "LTXPipeline": (
+        "prompt_embeds",
+        "prompt_attention_mask",
+        "negative_prompt_embeds",
+        "negative_prompt_attention_mask",
+    ),
+    "PixArtSigmaPipeline": (
+        "prompt_embeds",
+        "prompt_attention_mask",
+        "negative_prompt_embeds",
+        "negative_prompt_attention_mask",
+    ),
+    "StableDiffusion3Pipeline": (
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    ),
+    "StableDiffusionPipeline": ("prompt_embeds", "negative_prompt_embeds"),
+    "StableDiffusionXLPipeline": (
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    ),
+    "WanPipeline": ("prompt_embeds", "negative_prompt_embeds"),
+}
+"""What ``encode_prompt`` of a class returns, by the names that its ``__call__`` takes.
+
+A class that is not here is conditioned on words: it encodes them anew for each request.
+"""
+
+_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
+    "steps": ("num_inference_steps",),
+    "guidance_scale": ("true_cfg_scale", "guidance_scale"),
+    "width_px": ("width",),
+    "height_px": ("height",),
+    "num_frames": ("num_frames", "video_length"),
+    "duration_s": ("audio_length_in_s", "audio_end_in_s", "audio_duration", "duration"),
+    "fps": ("frame_rate", "fps"),
+}
+"""What the settings are called in diffusers; the first name that a pipeline has counts."""
+
+_ANSWERS = {Modality.IMAGE: "images", Modality.VIDEO: "frames", Modality.AUDIO: "audios"}
+_USUAL_FPS = 8.0
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PipelinePlan:
+    """One request with every choice made; made by :meth:`WholePipeline.plan`.
+
+    ``shape`` are the numbers that its cost grows with.
+    """
+
+    condition: Condition
+    settings: DecodeSettings
+    shape: tuple[int, ...]
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps that will run."""
+        return self.settings.steps or 1
+
+    @property
+    def rows(self) -> float:
+        """Rows that a step takes in the network, as far as can be known."""
+        return 2.0 if (self.settings.guidance_scale or 0) > 1 else 1.0
+
+
+class WholePipeline:
+    """One loaded diffusers pipeline that makes one medium at a time. One object serves one thread.
+
+    Media equal those of the pipeline called with the same prompt, settings and CPU generator.
+    """
+
+    def __init__(self, pipeline: Any, folder: PipelineFolder) -> None:
+        self.pipeline = pipeline
+        self.folder = folder
+        self._takes = inspect.signature(type(pipeline).__call__).parameters
+        if not {"callback_on_step_end", "callback"} & set(self._takes):
+            raise ValueError(
+                f"{folder.path}: a {folder.pipeline_class} calls nobody after its steps, so it could not be "
+                f"stopped. Choose a pipeline that takes callback_on_step_end or callback."
+            )
+        self._names = {
+            setting: next((name for name in names if name in self._takes), None)
+            for setting, names in _ARGUMENTS.items()
+        }
+        self.modality = self._modality()
+        self.defaults = self._usual().updated(folder.path / DEFAULTS_FILE)
+        self._null = self._encoded("")
+        self.digest = folder.digest()
+
+    @classmethod
+    def load(cls, folder: Path | str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
+        """Load a pipeline from a folder that ``save_pretrained`` wrote: safetensors only.
+
+        ``patchbay.json`` in it may set defaults (see :class:`DecoderDefaults`); what it leaves open, the
+        pipeline's own defaults decide.
+
+        Raises:
+            FileNotFoundError: the folder or its index is missing.
+            ValueError: the installed diffusers has no such class, a part is missing or damaged, or the
+                pipeline cannot be stopped between its steps.
+
+        """
+        opened = PipelineFolder(folder, device, dtype)
+        name = opened.pipeline_class
+        kind = getattr(diffusers, name, None)
+        if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
+            raise ValueError(
+                f"{opened.path} holds a {name}; diffusers {diffusers.__version__} has no such pipeline. "
+                f"Install a diffusers that has it, or choose another folder."
+            )
+        pipeline = opened.pipeline(kind)
+        pipeline.set_progress_bar_config(disable=True)
+        return cls(pipeline, opened)
+
+    @property
+    def condition_specs(self) -> dict[str, ConditionSpec]:
+        """The tensors that the pipeline is conditioned on, by name; none if it takes words only."""
+        found = {}
+        for name, tensor in self._null.items():
+            if not name.startswith("negative_"):
+                rows = tensor if tensor.ndim == 2 else tensor[None]
+                found[name] = ConditionSpec(
+                    tokens=rows.shape[0], width=rows.shape[1], pooled=tensor.ndim == 1 and "pooled" in name
+                )
+        return found
+
+    @property
+    def condition_spec(self) -> ConditionSpec:
+        """The shape of the embeddings of a condition; raises ValueError if only words will do."""
+        specs = self.condition_specs
+        if not specs:
+            raise ValueError(
+                f"A {self.folder.pipeline_class} is conditioned on words, not on embeddings. "
+                f"Give it the caption: link: caption."
+            )
+        return specs["prompt_embeds"]
+
+    def encode_caption(self, caption: str) -> Condition:
+        """Return what the pipeline's own text encoders make of ``caption``, on the CPU.
+
+        For a class that is not in :data:`ENCODED`, the words themselves, to be encoded when they are used.
+        """
+        named = {
+            name: tensor.cpu()
+            for name, tensor in self._encoded(caption).items()
+            if not name.startswith("negative_")
+        }
+        embeddings = named.pop("prompt_embeds", torch.zeros(0, 0))
+        return Condition(embeddings, named, caption)
+
+    def decode(
+        self,
+        condition: Condition,
+        settings: DecodeSettings | None = None,
+        on_step: OnStep | None = None,
+        stop: threading.Event | None = None,
+    ) -> Decoded:
+        """Make one medium.
+
+        Args:
+            condition: of :meth:`encode_caption`, or embeddings of the shape :attr:`condition_spec`. Masks
+                that it lacks are filled with ones.
+            settings: wishes; what is None follows the decoder's defaults, a seed is drawn.
+            on_step: called with (steps done, steps in all) after each denoising step.
+            stop: looked at before the first step and after each.
+
+        Returns:
+            The medium and its manifest.
+
+        Raises:
+            Cancelled: ``stop`` was set.
+            ValueError: a condition or setting that does not fit this pipeline.
+
+        """
+        return self.run(self.plan(condition, settings), on_step, stop)
+
+    def plan(self, condition: Condition, settings: DecodeSettings | None = None) -> PipelinePlan:
+        """Make all choices of one request; arguments and errors as in :meth:`decode`."""
+        self._check(condition)
+        wishes = settings or DecodeSettings()
+        sizes = ("width_px", "height_px", "num_frames", "duration_s")
+        wishes.only(*(name for name in sizes if self._names[name]))
+        if wishes.scheduler is not None or (wishes.deep_every or 1) > 1:
+            raise ValueError(
+                f"scheduler is {wishes.scheduler!r} and deep_every {wishes.deep_every!r}; a "
+                f"{self.folder.pipeline_class} keeps its own scheduler and computes every step. "
+                f"Leave both out."
+            )
+        chosen = replace(
+            wishes,
+            seed=secrets.randbelow(2**32) if wishes.seed is None else wishes.seed,
+            **{
+                name: getattr(wishes, name) if getattr(wishes, name) is not None else usual
+                for name in ("steps", "guidance_scale", *sizes)
+                if (usual := getattr(self.defaults, name)) is not None or getattr(wishes, name) is not None
+            },
+        )
+        return PipelinePlan(condition, chosen, self._shape(chosen))
+
+    def run(
+        self,
+        plan: PipelinePlan,
+        on_step: OnStep | None = None,
+        stop: threading.Event | None = None,
+        *,
+        frugal: bool = False,
+    ) -> Decoded:
+        """Carry out a plan; ``frugal`` sends what it can through the VAE in slices and tiles."""
+        check_stop(stop)
+        arguments = self._conditions(plan.condition) | self._wishes(plan.settings)
+        arguments["generator"] = torch.Generator("cpu").manual_seed(plan.settings.seed or 0)
+        arguments["output_type"] = "np"
+        arguments |= self._callback(plan.steps, on_step, stop)
+        with torch.inference_mode(), self._slices(frugal):
+            answer = self.pipeline(
+                **{name: value for name, value in arguments.items() if name in self._takes}
+            )
+        check_stop(stop)
+        medium = self._medium(answer, plan.settings)
+        return Decoded(medium, self._manifest(medium, plan))
+
+    def _modality(self) -> Modality:
+        if self._names["num_frames"]:
+            return Modality.VIDEO
+        return Modality.AUDIO if self._names["duration_s"] else Modality.IMAGE
+
+    def _usual(self) -> DecoderDefaults:
+        """Return the defaults of the pipeline's own arguments."""
+        own = {}
+        for setting, name in self._names.items():
+            value = None if name is None else self._takes[name].default
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                own[setting] = value
+        return DecoderDefaults(**{"steps": 50, "guidance_scale": 1.0, **own})
+
+    def _encoded(self, caption: str) -> dict[str, Tensor]:
+        """Return what ``encode_prompt`` gives for one caption, without the batch dimension."""
+        names = ENCODED.get(self.folder.pipeline_class)
+        if names is None:
+            return {}
+        known = inspect.signature(self.pipeline.encode_prompt).parameters
+        wanted = {"prompt": caption, "prompt_2": None, "prompt_3": None, "device": self.folder.device}
+        counts = {"num_images_per_prompt": 1, "num_videos_per_prompt": 1, "do_classifier_free_guidance": True}
+        given = {name: value for name, value in (wanted | counts).items() if name in known}
+        with torch.inference_mode():
+            answers = self.pipeline.encode_prompt(**given)
+        pairs = zip(names, answers, strict=True)
+        return {name: answer[0].clone() for name, answer in pairs if answer is not None}
+
+    def _check(self, condition: Condition) -> None:
+        specs = self.condition_specs
+        if not specs:
+            if condition.caption is None:
+                raise ValueError(
+                    f"The condition holds no caption; a {self.folder.pipeline_class} is conditioned on "
+                    f"words. Make it with encode_caption()."
+                )
+            return
+        self.condition_spec.check(condition)
+        for name, tensor in condition.named.items():
+            if name not in specs or tensor.shape != self._null[name].shape:
+                expected = {other: tuple(self._null[other].shape) for other in specs}
+                raise ValueError(
+                    f"The condition has {name} of shape {tuple(tensor.shape)}; this decoder expects "
+                    f"{expected}. Make it with encode_caption()."
+                )
+        lacking = [name for name in specs if name not in condition.named and not name.endswith("mask")]
+        if lacking != ["prompt_embeds"]:
+            raise ValueError(
+                f"The condition lacks {', '.join(lacking[1:])}, which a {self.folder.pipeline_class} takes "
+                f"besides prompt_embeds. Make it with encode_caption()."
+            )
+
+    def _conditions(self, condition: Condition) -> dict[str, Any]:
+        """Return the arguments that condition the pipeline, negatives included."""
+        if not self._null:
+            return {"prompt": condition.caption}
+        found = dict(self._null)
+        given = {"prompt_embeds": condition.embeddings, **condition.named}
+        for name in self.condition_specs:
+            null = self._null[name]
+            found[name] = given[name].to(null) if name in given else torch.ones_like(null)
+        return {name: tensor[None] for name, tensor in found.items()}
+
+    def _wishes(self, settings: DecodeSettings) -> dict[str, Any]:
+        values = {name: getattr(settings, name, None) for name in _ARGUMENTS} | {"fps": self.defaults.fps}
+        return {
+            argument: values[setting]
+            for setting, argument in self._names.items()
+            if argument is not None and values[setting] is not None
+        }
+
+    def _callback(self, steps: int, on_step: OnStep | None, stop: threading.Event | None) -> dict[str, Any]:
+        """Return the arguments that have the pipeline report each step, and stop by an exception."""
+        done = 0
+
+        def after() -> None:
+            nonlocal done
+            check_stop(stop)
+            done += 1
+            if on_step is not None:
+                on_step(min(done, steps), steps)
+
+        def after_step(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            after()
+            return tensors
+
+        def after_old_step(step: int, timestep: Any, latents: Tensor) -> None:
+            after()
+
+        if "callback_on_step_end" in self._takes:
+            return {"callback_on_step_end": after_step}
+        return {"callback": after_old_step, "callback_steps": 1}
+
+    def _medium(self, answer: Any, settings: DecodeSettings) -> Medium:
+        made = getattr(answer, _ANSWERS[self.modality], None)
+        if made is None:
+            raise ValueError(
+                f"A {self.folder.pipeline_class} answers with a {type(answer).__name__}; expected one that "
+                f"has {_ANSWERS[self.modality]}. This pipeline makes no {self.modality.value}."
+            )
+        values = np.asarray(made[0], dtype=np.float32)
+        match self.modality:
+            case Modality.IMAGE:
+                return Image(_eight_bits(values))
+            case Modality.VIDEO:
+                return Video(_eight_bits(values), float(self.defaults.fps or _USUAL_FPS))
+        mono = values.mean(axis=0) if values.ndim == 2 else values
+        return Audio(np.ascontiguousarray(mono.clip(-1, 1)), self._rate())
+
+    def _rate(self) -> int:
+        """Return the samples per second of a pipeline for sound."""
+        for name in ("vocoder", "vae"):
+            config = getattr(getattr(self.pipeline, name, None), "config", None)
+            if (rate := getattr(config, "sampling_rate", None)) is not None:
+                return int(rate)
+        raise ValueError(
+            f"{self.folder.path}: neither vocoder nor vae of this {self.folder.pipeline_class} says its "
+            f"sampling_rate. Add it to its config.json."
+        )
+
+    def _shape(self, settings: DecodeSettings) -> tuple[int, ...]:
+        """Return what the cost of a request grows with: pixels and frames, or hundredths of a second."""
+        if self.modality is Modality.AUDIO:
+            return (math.ceil((settings.duration_s or 1.0) * 100),)
+        side = getattr(self.pipeline, "default_sample_size", None)
+        usual = int(side * getattr(self.pipeline, "vae_scale_factor", 1)) if isinstance(side, int) else 1
+        sizes = (settings.height_px or usual, settings.width_px or usual)
+        return (settings.num_frames or 1, *sizes) if self.modality is Modality.VIDEO else sizes
+
+    def _manifest(self, medium: Medium, plan: PipelinePlan) -> dict[str, Any]:
+        manifest: dict[str, Any] = {
+            "modality": self.modality.value,
+            "pipeline": self.folder.pipeline_class,
+            "weights": self.digest,
+            "seed": plan.settings.seed,
+            "scheduler": type(self.pipeline.scheduler).__name__,
+            "steps": plan.settings.steps,
+            "guidance_scale": plan.settings.guidance_scale,
+        }
+        match medium:
+            case Image(pixels=pixels):
+                manifest |= {"width_px": pixels.shape[1], "height_px": pixels.shape[0]}
+            case Video(frames=frames, fps=fps):
+                sizes = {"width_px": frames.shape[2], "height_px": frames.shape[1]}
+                manifest |= sizes | {"num_frames": len(frames), "fps": fps}
+            case Audio():
+                manifest |= {"duration_s": medium.seconds, "rate_hz": medium.rate}
+        if self._null:
+            manifest["condition"] = digest(plan.condition.embeddings)
+        return manifest
+
+    @contextmanager
+    def _slices(self, frugal: bool) -> Iterator[None]:
+        """Let the VAE work in slices and tiles, where it knows how."""
+        vae = getattr(self.pipeline, "vae", None)
+        switches = [name for name in ("slicing", "tiling") if frugal and hasattr(vae, f"enable_{name}")]
+        for name in switches:
+            getattr(vae, f"enable_{name}")()
+        try:
+            yield
+        finally:
+            for name in switches:
+                getattr(vae, f"disable_{name}")()
+
+
+def _eight_bits(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return pixels in [0, 1] as uint8."""
+    pixels: NDArray[np.uint8] = (values.clip(0, 1) * 255).round().astype(np.uint8)
+    return pixels
