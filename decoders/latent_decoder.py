@@ -22,7 +22,7 @@ import PIL.Image
 import torch
 from diffusers import UNet2DConditionModel
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from decoders.condition import Condition, ConditionSpec, digest
 from decoders.deep_features import DeepFeatures
@@ -39,6 +39,7 @@ from decoders.denoising import (
 from decoders.pipeline_folder import DEFAULTS_FILE, PipelineFolder
 from decoders.preview import LinearPreview
 from decoders.settings import DecoderDefaults, DecodeSettings
+from decoders.thrift import Thrift, aside
 from encoders.media import Image, Medium, Modality
 
 SHALLOW_SHARE = 0.5
@@ -286,13 +287,24 @@ class LatentDecoder(ABC):
             )
 
     def step(
-        self, runs: Sequence[Denoising], plans: Sequence[Plan] | None = None, *, halves_apart: bool = False
+        self,
+        runs: Sequence[Denoising],
+        plans: Sequence[Plan] | None = None,
+        *,
+        thrift: Thrift = Thrift.NONE,
     ) -> None:
         """Take one denoising step of every run, as :func:`decoders.denoising.step` does.
 
         Where ``plans`` ask for it, deep features of the network are kept and reused; that takes a second,
         cheaper call for the runs that reuse them.
         """
+        idle = self._other_networks() if thrift >= Thrift.SPARSE else []
+        with aside(idle, self.folder.device):
+            self._take_step(runs, plans, halves_apart=thrift >= Thrift.SLICED)
+
+    def _take_step(
+        self, runs: Sequence[Denoising], plans: Sequence[Plan] | None, *, halves_apart: bool
+    ) -> None:
         every = [plan.deep_every for plan in plans] if plans else [1] * len(runs)
         pairs = list(zip(runs, every, strict=True))
         shallow = [run for run, n in pairs if run.done % n and run.kept is not None]
@@ -325,14 +337,19 @@ class LatentDecoder(ABC):
         """Run the denoising network; each row has its own timestep."""
         return self._run(self._network, latents, timesteps, conditions)
 
-    def complete(self, latents: Tensor, plans: Sequence[Plan], *, sliced: bool = False) -> list[Decoded]:
-        """Turn clean latents ``(B, ...)`` into the media that were planned.
-
-        ``sliced`` sends pictures and frames through the VAE one at a time, to save memory.
-        """
-        with torch.inference_mode():
-            settings = [plan.settings for plan in plans]
-            media = self._media(latents.to(self.folder.dtype), settings, sliced=sliced)
+    def complete(
+        self, latents: Tensor, plans: Sequence[Plan], *, thrift: Thrift = Thrift.NONE
+    ) -> list[Decoded]:
+        """Turn clean latents ``(B, ...)`` into the media that were planned."""
+        settings = [plan.settings for plan in plans]
+        idle = [self._network] if thrift >= Thrift.SPARSE else []
+        with torch.inference_mode(), aside(idle, self.folder.device):
+            if thrift >= Thrift.SPARSE:
+                self.vae.enable_tiling()
+            try:
+                media = self._media(latents.to(self.folder.dtype), settings, sliced=thrift >= Thrift.SLICED)
+            finally:
+                self.vae.disable_tiling()
         return [
             Decoded(medium, self._manifest(medium, plan)) for medium, plan in zip(media, plans, strict=True)
         ]
@@ -348,6 +365,12 @@ class LatentDecoder(ABC):
                 channels = int(self.vae.config.latent_channels)
                 self._linear = LinearPreview.fit(self._pictures, channels, self.folder.device)
         return Image(self._shown(self._linear(self._still(latents))))
+
+    def _other_networks(self) -> list[nn.Module]:
+        """Return all networks but the denoising one."""
+        text_encoder = () if self._text is None else self._text[1:]
+        loaded = [*vars(self).values(), *text_encoder]
+        return [part for part in loaded if isinstance(part, nn.Module) and part is not self._network]
 
     def _manifest(self, medium: Medium, plan: Plan) -> dict[str, Any]:
         manifest = {

@@ -265,7 +265,7 @@ class WholePipeline:
 
     def _usual(self) -> DecoderDefaults:
         """Return the defaults of the pipeline's own arguments."""
-        own = {}
+        own: dict[str, Any] = {}
         for setting, name in self._names.items():
             value = None if name is None else self._takes[name].default
             if isinstance(value, int | float) and not isinstance(value, bool):
