@@ -122,8 +122,8 @@ class WholePipeline:
             )
         if "prompt" not in self._takes:
             raise ValueError(
-                f"{folder.path}: a {folder.pipeline_class} takes no prompt, so nobody could say what it should "
-                f"make. Choose a pipeline that makes media of words."
+                f"{folder.path}: a {folder.pipeline_class} takes no prompt, so nobody could say what it "
+                f"should make. Choose a pipeline that makes media of words."
             )
         self._names = {setting: self._name_of(names) for setting, names in _ARGUMENTS.items()}
         self.modality = self._modality()
