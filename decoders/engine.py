@@ -26,7 +26,7 @@ from decoders.failures import DecoderOutOfMemory, QueueFull
 from decoders.fair_queue import FairQueue, Work
 from decoders.latent_decoder import Decoded, LatentDecoder, Plan
 from decoders.settings import DecodeSettings
-from decoders.thrift import Thrift
+from decoders.thrift import Thrift, release
 from encoders.media import Image
 
 logger = logging.getLogger(__name__)
@@ -382,8 +382,7 @@ class DenoisingEngine:
         lacks_memory = is_out_of_memory(error)
         if lacks_memory:
             error = error.with_traceback(None)  # its frames hold the tensors that did not fit
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            release(self.decoder.folder.device)
         batch = [r for r, done in zip(batch, before, strict=True) if r.state().done == done]
         if len(batch) > 1:
             middle = len(batch) // 2

@@ -27,19 +27,19 @@ def aside(networks: Sequence[nn.Module], device: torch.device) -> Iterator[None]
     """Keep networks in main memory while others work, and bring them back to ``device``."""
     for network in networks:
         network.to("cpu")
-    _give_back(device)
+    release(device)
     try:
         yield
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # they hold the tensors that did not fit
-        _give_back(device)
+        release(device)
         raise
     finally:
         for network in networks:
             network.to(device)
 
 
-def _give_back(device: torch.device) -> None:
+def release(device: torch.device) -> None:
     """Let go of what the allocator keeps for later."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
