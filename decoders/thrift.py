@@ -25,6 +25,9 @@ class Thrift(IntEnum):
 @contextmanager
 def aside(networks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """Keep networks in main memory while others work, and bring them back to ``device``."""
+    if not networks:
+        yield
+        return
     for network in networks:
         network.to("cpu")
     release(device)
