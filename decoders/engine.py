@@ -26,6 +26,7 @@ from decoders.failures import DecoderOutOfMemory, QueueFull
 from decoders.fair_queue import FairQueue, Work
 from decoders.latent_decoder import Decoded, LatentDecoder, Plan
 from decoders.settings import DecodeSettings
+from decoders.thrift import Thrift, release
 from encoders.media import Image
 
 logger = logging.getLogger(__name__)
@@ -129,8 +130,8 @@ class _Request:
                 self.stopped = True
 
 
-_Deed = Callable[[Sequence[_Request], bool], None]
-"""Something done for several requests at once; with True, in the way that takes the least memory."""
+_Deed = Callable[[Sequence[_Request], Thrift], None]
+"""Something done for several requests at once, as sparing of memory as is asked for."""
 
 
 class DenoisingEngine:
@@ -205,11 +206,26 @@ class DenoisingEngine:
             await self._leave(request)
 
     async def call(self, work: Callable[[], T]) -> T:
-        """Run ``work`` in the engine's thread, between two turns, and return what it returns."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        """Run ``work`` in the engine's thread, between two turns, and return what it returns.
+
+        Raises:
+            DecoderOutOfMemory: ``work`` does not fit into memory.
+
+        """
+
+        def told() -> T:
+            try:
+                return work()
+            except Exception as error:
+                raise _told(error) from error
+
+        return await asyncio.get_running_loop().run_in_executor(self._pool, told)
 
     def calibrate(self) -> None:
-        """Measure what steps and media cost, by taking some. Not while requests are under way."""
+        """Measure what steps and media cost, by taking some, and make ready to show previews.
+
+        Not while requests are under way.
+        """
         plan = self.decoder.plan(self._empty(), DecodeSettings(seed=0, steps=3, guidance_scale=1.0))
         measured = []
         for rows in CALIBRATION_ROWS:
@@ -219,6 +235,7 @@ class DenoisingEngine:
         complete = partial(self.decoder.complete, run.latents[:1], [plan])
         finish_s = min(self._seconds(complete) for _ in range(2))
         self.cost.calibrate(plan.shape, measured, finish_s)
+        self.decoder.preview(run.latents[0])
 
     def stats(self) -> EngineStats:
         """Return what the engine is doing now."""
@@ -353,20 +370,19 @@ class DenoisingEngine:
         except Exception as error:  # noqa: BLE001  (handed to the stream of the request that caused it)
             request.error = _told(error)
 
-    def _attempt(self, do: _Deed, batch: list[_Request], frugal: bool = False) -> bool:
+    def _attempt(self, do: _Deed, batch: list[_Request], thrift: Thrift = Thrift.NONE) -> bool:
         """Do something for a batch; if it fails, for its halves, so that only the guilty are lost.
 
-        Returns whether it worked at once. A request that lacks memory alone is tried again frugally.
+        Returns whether it worked at once. A request that lacks memory alone is tried again with more thrift.
         """
         before = [request.state().done for request in batch]
-        error = _error_of(do, batch, frugal)
+        error = _error_of(do, batch, thrift)
         if error is None:
             return True
         lacks_memory = is_out_of_memory(error)
         if lacks_memory:
             error = error.with_traceback(None)  # its frames hold the tensors that did not fit
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            release(self.decoder.folder.device)
         batch = [r for r, done in zip(batch, before, strict=True) if r.state().done == done]
         if len(batch) > 1:
             middle = len(batch) // 2
@@ -374,21 +390,21 @@ class DenoisingEngine:
                 self._batch_limit, self._good_turns = max(1, middle), 0
             self._attempt(do, batch[:middle])
             self._attempt(do, batch[middle:])
-        elif batch and lacks_memory and not frugal:
-            self._attempt(do, batch, frugal=True)
+        elif batch and lacks_memory and thrift < max(Thrift):
+            self._attempt(do, batch, Thrift(thrift + 1))
         elif batch:
             batch[0].error = _told(error)
         return False
 
-    def _step(self, batch: Sequence[_Request], frugal: bool) -> None:
+    def _step(self, batch: Sequence[_Request], thrift: Thrift) -> None:
         runs, plans = [request.state() for request in batch], [request.plan for request in batch]
-        self.decoder.step(runs, plans, halves_apart=frugal)
+        self.decoder.step(runs, plans, thrift=thrift)
         self._settle()
 
-    def _make(self, batch: Sequence[_Request], frugal: bool) -> None:
+    def _make(self, batch: Sequence[_Request], thrift: Thrift) -> None:
         latents = torch.cat([request.state().latents for request in batch])
         plans = [request.plan for request in batch]
-        for request, decoded in zip(batch, self.decoder.complete(latents, plans, sliced=frugal), strict=True):
+        for request, decoded in zip(batch, self.decoder.complete(latents, plans, thrift=thrift), strict=True):
             request.say(decoded)
             request.say(_End(None))
             request.stopped = True
@@ -438,9 +454,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _error_of(do: _Deed, batch: Sequence[_Request], frugal: bool) -> Exception | None:
+def _error_of(do: _Deed, batch: Sequence[_Request], thrift: Thrift) -> Exception | None:
     try:
-        do(batch, frugal)
+        do(batch, thrift)
     except Exception as error:  # noqa: BLE001  (handed to the stream of the request that caused it)
         return error
     return None

@@ -7,7 +7,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from decoders.latent_decoder import LatentDecoder, check_multiple, clip_states, from_pixels, to_pixels
+from decoders.latent_decoder import LatentDecoder, clip_states
+from decoders.pixels import check_multiple, from_pixels, to_pixels
 from decoders.settings import DecoderDefaults, DecodeSettings
 from encoders.media import Image, Medium, Modality
 

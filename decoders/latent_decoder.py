@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-import PIL.Image
 import torch
 from diffusers import UNet2DConditionModel
 from numpy.typing import NDArray
@@ -40,15 +39,13 @@ from decoders.patch_autoencoder import PatchAutoencoderKL
 from decoders.pipeline_folder import DEFAULTS_FILE, PipelineFolder
 from decoders.preview import LinearPreview
 from decoders.settings import DecoderDefaults, DecodeSettings
+from decoders.thrift import Thrift, aside
 from encoders.media import Image, Medium, Modality
 
 VaeUse = Literal["whole", "sliced", "tiled"]
 
 SHALLOW_SHARE = 0.5
 """What a step with kept features costs of a whole one, about."""
-
-VAE_BATCH_PIXELS = 2**21
-"""Pixels that go through the VAE's decoder at once; more are split, to bound its memory."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -333,13 +330,24 @@ class LatentDecoder(ABC):
             )
 
     def step(
-        self, runs: Sequence[Denoising], plans: Sequence[Plan] | None = None, *, halves_apart: bool = False
+        self,
+        runs: Sequence[Denoising],
+        plans: Sequence[Plan] | None = None,
+        *,
+        thrift: Thrift = Thrift.NONE,
     ) -> None:
         """Take one denoising step of every run, as :func:`decoders.denoising.step` does.
 
         Where ``plans`` ask for it, deep features of the network are kept and reused; that takes a second,
         cheaper call for the runs that reuse them.
         """
+        idle = self._other_networks() if thrift >= Thrift.SPARSE else []
+        with aside(idle, self.folder.device):
+            self._take_step(runs, plans, halves_apart=thrift >= Thrift.SLICED)
+
+    def _take_step(
+        self, runs: Sequence[Denoising], plans: Sequence[Plan] | None, *, halves_apart: bool
+    ) -> None:
         every = [plan.deep_every for plan in plans] if plans else [1] * len(runs)
         pairs = list(zip(runs, every, strict=True))
         shallow = [run for run, n in pairs if run.done % n and run.kept is not None]
@@ -372,15 +380,20 @@ class LatentDecoder(ABC):
         """Run the denoising network; each row has its own timestep."""
         return self._run(self._network, latents, timesteps, conditions)
 
-    def complete(self, latents: Tensor, plans: Sequence[Plan], *, sliced: bool = False) -> list[Decoded]:
-        """Turn clean latents ``(B, ...)`` into the media that were planned.
-
-        ``sliced`` sends pictures and frames through the VAE one at a time, to save memory.
-        """
-        sliced = sliced or self._vae_use != "whole"
-        with torch.inference_mode():
-            settings = [plan.settings for plan in plans]
-            media = self._media(latents.to(self.folder.dtype), settings, sliced=sliced)
+    def complete(
+        self, latents: Tensor, plans: Sequence[Plan], *, thrift: Thrift = Thrift.NONE
+    ) -> list[Decoded]:
+        """Turn clean latents ``(B, ...)`` into the media that were planned."""
+        settings = [plan.settings for plan in plans]
+        sliced = thrift >= Thrift.SLICED or self._vae_use != "whole"
+        idle = [self._network] if thrift >= Thrift.SPARSE else []
+        with torch.inference_mode(), aside(idle, self.folder.device):
+            if thrift >= Thrift.SPARSE:
+                self.vae.enable_tiling()
+            try:
+                media = self._media(latents.to(self.folder.dtype), settings, sliced=sliced)
+            finally:
+                self.use_vae(self._vae_use)
         return [
             Decoded(medium, self._manifest(medium, plan)) for medium, plan in zip(media, plans, strict=True)
         ]
@@ -396,6 +409,12 @@ class LatentDecoder(ABC):
                 channels = int(self.vae.config.latent_channels)
                 self._linear = LinearPreview.fit(self._pictures, channels, self.folder.device)
         return Image(self._shown(self._linear(self._still(latents))))
+
+    def _other_networks(self) -> list[nn.Module]:
+        """Return all networks but the denoising one."""
+        text_encoder = () if self._text is None else self._text[1:]
+        loaded = [*vars(self).values(), *text_encoder]
+        return [part for part in loaded if isinstance(part, nn.Module) and part is not self._network]
 
     def _manifest(self, medium: Medium, plan: Plan) -> dict[str, Any]:
         manifest = {
@@ -504,44 +523,3 @@ def clip_states(encoder: Any, inputs: Any) -> Tensor:
     mask = inputs.attention_mask if uses_mask else None
     states: Tensor = encoder(inputs.input_ids, attention_mask=mask)[0]
     return states
-
-
-def to_pixels(vae: Any, latents: Tensor, *, sliced: bool = False) -> NDArray[np.uint8]:
-    """Decode latents ``(N, C, h, w)`` of a StableDiffusion VAE into uint8 ``(N, H, W, 3)``.
-
-    ``sliced`` decodes one picture at a time.
-    """
-    scale = 2 ** (len(vae.config.block_out_channels) - 1)
-    pixels_each = latents.shape[2] * latents.shape[3] * scale**2
-    at_once = 1 if sliced else max(1, VAE_BATCH_PIXELS // pixels_each)
-    images = torch.cat(
-        [vae.decode(part / vae.config.scaling_factor).sample for part in latents.split(at_once)]
-    )  # (N, 3, H, W)
-    images = (images / 2 + 0.5).clamp(0, 1) * 255
-    pixels: NDArray[np.uint8] = images.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return pixels
-
-
-def from_pixels(vae: Any, frames: Sequence[NDArray[np.uint8]], width_px: int, height_px: int) -> Tensor:
-    """Encode pictures ``(H, W, 3)`` uint8, resized to one size, into latents ``(N, C, h, w)``."""
-    resized = [
-        np.asarray(PIL.Image.fromarray(frame).resize((width_px, height_px), PIL.Image.Resampling.LANCZOS))
-        for frame in frames
-    ]
-    pixels = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)  # (N, 3, H, W)
-    images = pixels.to(vae.device, vae.dtype) / 127.5 - 1
-    at_once = max(1, VAE_BATCH_PIXELS // (width_px * height_px))
-    with torch.inference_mode():
-        latents = torch.cat([vae.encode(part).latent_dist.mode() for part in images.split(at_once)])
-    scaled: Tensor = latents * vae.config.scaling_factor
-    return scaled.clone()
-
-
-def check_multiple(name: str, value: int, factor: int) -> int:
-    """Return ``value`` divided by ``factor``; raise ValueError when it does not divide."""
-    if value % factor:
-        raise ValueError(
-            f"{name} is {value}; this decoder makes multiples of {factor}. "
-            f"Ask for {max(factor, round(value / factor) * factor)}."
-        )
-    return value // factor

@@ -26,6 +26,7 @@ from decoders.failures import DecoderOutOfMemory, QueueFull
 from decoders.fair_queue import FairQueue, Work
 from decoders.latent_decoder import Decoded
 from decoders.settings import DecodeSettings
+from decoders.thrift import release
 from decoders.whole_pipeline import PipelinePlan, WholePipeline
 
 logger = logging.getLogger(__name__)
@@ -213,6 +214,7 @@ class PipelineEngine:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+        release(self.decoder.folder.device)
         return self._make(job, frugal=True)
 
     def _make(self, job: _Job, *, frugal: bool) -> Decoded:

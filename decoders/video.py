@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from decoders.denoising import make_scheduler
-from decoders.latent_decoder import LatentDecoder, check_multiple, clip_states, from_pixels, to_pixels
+from decoders.latent_decoder import LatentDecoder, clip_states
+from decoders.pixels import check_multiple, from_pixels, to_pixels
 from decoders.settings import DecoderDefaults, DecodeSettings
 from decoders.stacked_video import predict_stacked
 from encoders.media import Medium, Modality, Video

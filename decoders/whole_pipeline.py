@@ -11,7 +11,7 @@ import inspect
 import math
 import secrets
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,14 +75,17 @@ _SCHEDULERS: Mapping[str, str] = {"CosineDPMSolverMultistepScheduler": "EDMDPMSo
 
 _ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "steps": ("num_inference_steps",),
-    "guidance_scale": ("true_cfg_scale", "guidance_scale"),
+    "guidance_scale": ("guidance_scale", "true_cfg_scale"),
     "width_px": ("width",),
     "height_px": ("height",),
     "num_frames": ("num_frames", "video_length"),
     "duration_s": ("audio_length_in_s", "audio_end_in_s", "audio_duration", "duration"),
     "fps": ("frame_rate", "fps"),
 }
-"""What the settings are called in diffusers; the first name that a pipeline has counts."""
+"""What the settings are called in diffusers.
+
+Of the names that a pipeline has, the first with a number for its default counts, or else the first.
+"""
 
 _ANSWERS = {Modality.IMAGE: "images", Modality.VIDEO: "frames", Modality.AUDIO: "audios"}
 _USUAL_FPS = 8.0
@@ -127,10 +130,12 @@ class WholePipeline:
                 f"{folder.path}: a {folder.pipeline_class} calls nobody after its steps, so it could not be "
                 f"stopped. Choose a pipeline that takes callback_on_step_end or callback."
             )
-        self._names = {
-            setting: next((name for name in names if name in self._takes), None)
-            for setting, names in _ARGUMENTS.items()
-        }
+        if "prompt" not in self._takes:
+            raise ValueError(
+                f"{folder.path}: a {folder.pipeline_class} takes no prompt, so nobody could say what it "
+                f"should make. Choose a pipeline that makes media of words."
+            )
+        self._names = {setting: self._name_of(names) for setting, names in _ARGUMENTS.items()}
         self.modality = self._modality()
         self.defaults = self._usual().updated(folder.path / DEFAULTS_FILE)
         encodes = folder.pipeline_class in ENCODED or folder.pipeline_class in READERS
@@ -308,6 +313,11 @@ class WholePipeline:
         medium = self._medium(answer, plan.settings)
         return Decoded(medium, self._manifest(medium, plan))
 
+    def _name_of(self, names: Sequence[str]) -> str | None:
+        known = [name for name in names if name in self._takes]
+        numbers = [name for name in known if isinstance(self._takes[name].default, int | float)]
+        return next(iter(numbers or known), None)
+
     def _modality(self) -> Modality:
         if self._names["num_frames"]:
             return Modality.VIDEO
@@ -315,7 +325,7 @@ class WholePipeline:
 
     def _usual(self) -> DecoderDefaults:
         """Return the defaults of the pipeline's own arguments."""
-        own = {}
+        own: dict[str, Any] = {}
         for setting, name in self._names.items():
             value = None if name is None else self._takes[name].default
             if isinstance(value, int | float) and not isinstance(value, bool):
@@ -373,7 +383,9 @@ class WholePipeline:
     def _conditions(self, condition: Condition) -> dict[str, Any]:
         """Return the arguments that condition the pipeline, negatives included."""
         if not self._null:
-            return {"prompt": condition.caption}
+            # Those with a true_cfg_scale guide only where something is to be guided away from.
+            away = {"negative_prompt": " "} if self._names["guidance_scale"] == "true_cfg_scale" else {}
+            return {"prompt": condition.caption, **away}
         found = dict(self._null)
         given = {"prompt_embeds": condition.embeddings, **condition.named}
         for name in self.condition_specs:

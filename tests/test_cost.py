@@ -1,6 +1,16 @@
+import time
+from contextlib import aclosing
+from statistics import median
+from types import SimpleNamespace
+
 import pytest
 
 from decoders.cost import SHAPES_KEPT, CostModel
+from decoders.engine import DenoisingEngine, EngineConfig
+from decoders.settings import DecodeSettings
+from encoders.media import Modality
+from services.local_decoder import decoder_class
+from services.presets import load_preset
 
 SHAPE = (4, 8, 8)
 
@@ -78,3 +88,42 @@ def test_sizes_that_people_ask_for_do_not_pile_up() -> None:
         cost.observe_step((4, side, 8), 1, 0.1)
 
     assert len(cost._ratios) == SHAPES_KEPT
+
+
+@pytest.mark.parametrize("modality", list(load_preset("toybox").decoders))
+async def test_predictions_for_an_embedded_decoder_are_within_a_fifth_of_what_requests_take(
+    modality: Modality, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processor time, and the median of many, as other programs on the machine may be busy."""
+    monkeypatch.setattr("decoders.engine.time", SimpleNamespace(perf_counter=time.process_time))
+    decoder = decoder_class(modality).load(load_preset("toybox").decoder_folder(modality))
+    engine = DenoisingEngine(decoder, EngineConfig(max_wait_s=1e6))
+    engine.calibrate()
+    condition = decoder.encode_caption("a big red bell")
+    errors = []
+
+    async def run(settings: DecodeSettings) -> None:
+        async with aclosing(engine.decode(condition, settings)) as stream:
+            async for _ in stream:
+                pass
+
+    larger = {"duration_s": 3.0} if modality is Modality.AUDIO else {"width_px": 96}
+    wishes = [
+        DecodeSettings(seed=0, steps=steps, guidance_scale=guidance, **size)
+        for size in ({}, larger)
+        for steps in (3, 8)
+        for guidance in (1.0, 3.0)
+    ]
+    for wish in wishes * 2:
+        plan = decoder.plan(condition, wish)
+        predicted_s = engine.cost.request_s(plan.shape, plan.rows, plan.steps)
+        began = time.process_time()
+        await run(wish)
+        actual_s = time.process_time() - began
+        errors.append(abs(predicted_s - actual_s) / actual_s)
+    stats = engine.stats()
+    engine.close()
+
+    assert median(errors) < 0.2
+    assert stats.prediction_error is not None
+    assert stats.prediction_error < 0.2

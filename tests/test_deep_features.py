@@ -16,6 +16,7 @@ from decoders.engine import DenoisingEngine
 from decoders.image import ImageDecoder
 from decoders.latent_decoder import Decoded, LatentDecoder
 from decoders.settings import DecodeSettings
+from decoders.thrift import Thrift
 from decoders.video import VideoDecoder
 from tests import tiny_pipelines
 
@@ -111,7 +112,7 @@ def test_short_memory_calls_give_the_same(decoder: LatentDecoder, condition: Con
     plan = decoder.plan(condition, DecodeSettings(seed=1, steps=4, guidance_scale=3.0, deep_every=2))
     run = decoder.begin([plan])
     while not run.finished:
-        decoder.step([run], [plan], halves_apart=True)
+        decoder.step([run], [plan], thrift=Thrift.SLICED)
 
     torch.testing.assert_close(run.latents, latents_of(decoder, [plan])[0], atol=1e-5, rtol=0)
 

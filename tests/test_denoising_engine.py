@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def from_pipeline(kind: str, folder: Path, wish: DecodeSettings, caption: str) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_requests_that_join_at_different_times_equal_the_diffusers_pipeline(
+async def test_requests_that_join_and_leave_between_steps_equal_the_diffusers_pipeline(
     kind: str,
     loaded: dict[str, LatentDecoder],
     folders: dict[str, Path],
@@ -163,13 +164,22 @@ async def test_requests_that_join_at_different_times_equal_the_diffusers_pipelin
             if isinstance(value, StepDone) and value.step == 1 and number + 1 < len(wishes):
                 joined[number + 1].set()
 
-    await asyncio.gather(*(run(number) for number in range(len(wishes))))
+    async def leave_early() -> None:
+        await joined[1].wait()
+        stream = engine.decode(condition(decoder), replace(wishes[0], seed=99, guidance_scale=2.0))
+        async with aclosing(stream):
+            async for value in stream:
+                if isinstance(value, StepDone) and value.step == 2:
+                    return
+
+    await asyncio.gather(leave_early(), *(run(number) for number in range(len(wishes))))
     engine.close()
 
     for number, wish in enumerate(wishes):
         expected = from_pipeline(kind, folders[kind], wish, CAPTIONS[number])[0]
         assert wish.seed is not None
         torch.testing.assert_close(kept[wish.seed], expected, atol=1e-4, rtol=0)
+    assert 99 not in kept
     assert max(batches) > 4
     assert len(set(batches)) > 3
 
@@ -271,7 +281,7 @@ async def test_a_hundred_random_cancels_leave_nothing_behind(
         settings = DecodeSettings(seed=number, steps=200, guidance_scale=rng.choice([1.0, 3.0]))
         leave_after = rng.randrange(6)
         seen = 0
-        stream = engine.decode(condition(decoder, number), settings)
+        stream = engine.decode(conditions[number], settings)
         try:
             async with aclosing(stream):
                 async for value in stream:
@@ -286,10 +296,14 @@ async def test_a_hundred_random_cancels_leave_nothing_behind(
             requests = [r for r in engine._requests.values() if r.plan.settings.seed == number]
             late.append(len(requests))
 
-    def alive() -> int:
+    def alive() -> tuple[int, int]:
+        """Return how many runs and how many tensor values are in memory."""
         gc.collect()
-        return sum(type(thing) is Denoising for thing in gc.get_objects())
+        things = gc.get_objects()
+        values = sum(thing.numel() for thing in things if type(thing) is Tensor)
+        return sum(type(thing) is Denoising for thing in things), values
 
+    conditions = [condition(decoder, number) for number in range(20)]
     before = alive()
     for _ in range(5):
         tasks = [asyncio.create_task(one(number)) for number in range(20)]
@@ -432,33 +446,6 @@ async def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(
     assert engine.stats().batch_limit == max(1, most_rows // 2)
 
 
-async def test_a_request_that_never_fits_fails_alone(
-    engine: DenoisingEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    decoder = engine.decoder
-    predict = decoder._predict
-
-    def too_large_for_marked(latents: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
-        if (conditions == 99).any():
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return predict(latents, timesteps, conditions)
-
-    monkeypatch.setattr(decoder, "_predict", too_large_for_marked)
-    marked = Condition(torch.full((8, 16), 99.0))
-    wishes = [DecodeSettings(seed=i, steps=3) for i in range(3)]
-
-    results = await asyncio.gather(
-        made(engine, condition(decoder), wishes[0]),
-        made(engine, marked, wishes[1]),
-        made(engine, condition(decoder), wishes[2]),
-        return_exceptions=True,
-    )
-
-    assert isinstance(results[1], DecoderOutOfMemory)
-    assert [result.manifest["seed"] for result in (results[0], results[2])] == [0, 2]
-    assert engine.stats().requests == 0
-
-
 async def test_another_error_of_one_request_does_not_touch_the_others(
     engine: DenoisingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -482,8 +469,9 @@ async def test_another_error_of_one_request_does_not_touch_the_others(
     assert isinstance(results[1], ZeroDivisionError)
 
 
-async def test_media_that_do_not_fit_together_are_made_alone_and_in_slices(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("tiled", [False, True])
+async def test_media_that_do_not_fit_together_are_made_alone_in_slices_and_then_in_tiles(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tiled: bool
 ) -> None:
     decoder = VideoDecoder.load(folders["stacked video"])
     engine = DenoisingEngine(decoder, EngineConfig(max_batch=4))
@@ -492,8 +480,8 @@ async def test_media_that_do_not_fit_together_are_made_alone_and_in_slices(
     decode, tried = decoder.vae.decode, []
 
     def limited(latents: Tensor) -> Any:
-        tried.append(len(latents))
-        if len(latents) > 1:
+        tried.append((len(latents), decoder.vae.use_tiling))
+        if len(latents) > 1 or (tiled and not decoder.vae.use_tiling):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return decode(latents)
 
@@ -504,7 +492,107 @@ async def test_media_that_do_not_fit_together_are_made_alone_and_in_slices(
 
     for result, frames in zip(results, expected, strict=True):
         assert np.abs(result.medium.frames.astype(int) - frames).max() <= 1
-    assert tried.count(1) == 16
+    assert tried.count((1, tiled)) == 16
+    assert tried.count((1, not tiled)) == (2 if tiled else 0)
+    assert not decoder.vae.use_tiling
+
+
+async def test_with_the_last_memory_networks_that_rest_go_to_main_memory_and_come_back(
+    decoder: ImageDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where: dict[str, str] = {}
+
+    def watch(name: str) -> None:
+        module = getattr(decoder, name)
+        move = module.to
+
+        def noted(place: Any) -> Any:
+            where[name] = "aside" if place == "cpu" else "back"
+            return move(place)
+
+        monkeypatch.setattr(module, "to", noted)
+
+    watch("vae")
+    watch("unet")
+    seen: list[dict[str, str]] = []
+    predict, decode = decoder._predict, decoder.vae.decode
+
+    def short(work: Callable[..., Any], idle: str) -> Callable[..., Any]:
+        def limited(*args: Any) -> Any:
+            if where.get(idle) != "aside":
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            seen.append(dict(where))
+            return work(*args)
+
+        return limited
+
+    monkeypatch.setattr(decoder, "_predict", short(predict, "vae"))
+    monkeypatch.setattr(decoder.vae, "decode", short(decode, "unet"))
+    engine = DenoisingEngine(decoder)
+
+    result = await made(engine, condition(decoder), DecodeSettings(seed=1, steps=2, guidance_scale=1.0))
+    engine.close()
+
+    assert seen == [{"vae": "aside"}, {"vae": "aside"}, {"vae": "back", "unet": "aside"}]
+    assert where == {"vae": "back", "unet": "back"}
+    monkeypatch.undo()
+    expected = decoder.decode(condition(decoder), DecodeSettings(seed=1, steps=2, guidance_scale=1.0))
+    np.testing.assert_array_equal(result.medium.pixels, expected.medium.pixels)
+
+
+@pytest.mark.parametrize("point", ["begin", "step", "media"])
+@pytest.mark.parametrize("kind", ["image", "stacked video", "audio"])
+async def test_a_request_that_never_fits_fails_alone_wherever_it_fails(
+    kind: str, point: str, loaded: dict[str, LatentDecoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, error = loaded[kind], torch.OutOfMemoryError("CUDA out of memory.")
+    begin, predict, complete = decoder.begin, decoder._predict, decoder.complete
+
+    def beginning(plans: Any) -> Denoising:
+        if any(plan.settings.seed == 1 for plan in plans):
+            raise error
+        return begin(plans)
+
+    def stepping(latents: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
+        if (conditions == marked).flatten(1).all(1).any():
+            raise error
+        return predict(latents, timesteps, conditions)
+
+    def completing(latents: Tensor, plans: Any, **options: Any) -> list[Decoded]:
+        if any(plan.settings.seed == 1 for plan in plans):
+            raise error
+        return complete(latents, plans, **options)
+
+    change = {"begin": beginning, "step": stepping, "media": completing}[point]
+    name = {"begin": "begin", "step": "_predict", "media": "complete"}[point]
+    monkeypatch.setattr(decoder, name, change)
+    conditions = [condition(decoder, i) for i in range(4)]
+    marked = decoder._prepared(conditions[1].embeddings)
+    engine = DenoisingEngine(decoder)
+
+    results = await asyncio.gather(
+        *(
+            made(engine, given, DecodeSettings(seed=seed, steps=3, guidance_scale=1.0))
+            for seed, given in enumerate(conditions)
+        ),
+        return_exceptions=True,
+    )
+    stats = engine.stats()
+    engine.close()
+
+    assert isinstance(results[1], DecoderOutOfMemory)
+    assert [result.manifest["seed"] for result in results if isinstance(result, Decoded)] == [0, 2, 3]
+    assert (stats.requests, stats.stepping) == (0, 0)
+
+
+async def test_a_condition_that_does_not_fit_into_memory_is_told_like_a_medium(
+    engine: DenoisingEngine,
+) -> None:
+    def encode() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(DecoderOutOfMemory, match="Ask for a smaller size"):
+        await engine.call(encode)
 
 
 async def test_previews_come_only_when_asked_for_and_look_like_the_end(

@@ -1,7 +1,4 @@
-"""The engine on the embedded model, against transformers' own ``generate()``.
-
-``ENGINE_PROMPTS=200 pytest tests/test_engine_embedded.py`` compares more prompts.
-"""
+"""The engine on the embedded model, against transformers' own ``generate()``."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from services import cli
 from services.bench.llm import Peer, prompts, run_engine
 
 FOLDER = Path(__file__).resolve().parent.parent / "deploy" / "weights" / "toybox" / "llm"
-PROMPTS = int(os.environ.get("ENGINE_PROMPTS", "24"))
+PROMPTS = 200
 
 
 @pytest.fixture(scope="module")

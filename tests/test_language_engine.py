@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from encoders.media import Modality
-from llm.engine import Engine, Request, StepEvent
+from llm.engine import Engine, Request, Slot, StepEvent
 from llm.generate import (
     ContextTooLong,
     Finished,
@@ -209,7 +209,7 @@ def run_on(engine: Engine) -> dict[Request, list[StepEvent]]:
     return events
 
 
-def test_long_prompts_are_read_in_pieces_while_others_speak() -> None:
+def test_long_prompts_are_read_in_pieces_while_others_speak(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     engine = Engine(model, slots=4, step_tokens=12)
     options = GenerationOptions(allowed=frozenset(), max_new_tokens=30)
@@ -219,6 +219,14 @@ def test_long_prompts_are_read_in_pieces_while_others_speak() -> None:
     long = engine.prepare([user(WORDS[1] * 6)], options)
     engine.submit(long)
     said = len(short.reply.ids)
+    fed: list[int] = []
+    shares = engine._shares
+
+    def noted() -> list[tuple[Slot, int]]:
+        fed.append(sum(count for _, count in shares()))
+        return shares()
+
+    monkeypatch.setattr(engine, "_shares", noted)
     steps = 0
     while not long.reply.ids:
         passes = engine.stats.passes
@@ -227,6 +235,8 @@ def test_long_prompts_are_read_in_pieces_while_others_speak() -> None:
         assert len(short.reply.ids) == said + steps
         assert engine.stats.passes - passes <= 2
     assert steps >= len(long.row.ids) // 12
+    assert set(fed[:-1]) == {12}  # the word of one and the piece of the other share the step
+    assert fed[-1] <= 12
     whole = list(generate(model, [user(WORDS[1] * 6)], options))
     assert end_of(run_on(engine)[long]).ids == end_of(cast(list[StepEvent], whole)).ids
 

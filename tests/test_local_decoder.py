@@ -11,9 +11,10 @@ from decoders.writing import read_manifest
 from encoders.media import Image, Modality, read_media
 from services.artefacts import ArtefactStore
 from services.boxes import Made, Progress, SpokenSignal
-from services.errors import translate
+from services.errors import PresetProblem, translate
 from services.local_decoder import LocalDecoder
 from services.presets import load_preset
+from tests import tiny_pipelines
 from tests.tiny import LLM_WIDTH, write_tiny_preset
 
 STEPS = 3
@@ -99,3 +100,34 @@ async def test_the_limits_of_the_engine_are_those_of_the_preset(preset_file: Pat
 
     assert box.engine is not None
     assert box.engine.config.max_batch == box.engine.stats().most_stepping == 2
+
+
+async def test_a_preset_may_name_a_pipeline_that_no_decoder_takes_apart(
+    preset_file: Path, tmp_path: Path
+) -> None:
+    tiny_pipelines.saved(tiny_pipelines.xl_pipeline(), preset_file.parent / "weights" / "xl")
+    values = preset_file.read_text().replace("folder: image", "folder: xl\n    link: caption")
+    other = preset_file.with_name("xl.yaml")
+    other.write_text(values)
+    box = LocalDecoder(load_preset(str(other)), Modality.IMAGE, ArtefactStore(tmp_path.as_uri()))
+    box.warm_up()
+
+    streams = await asyncio.gather(*(heard(box, i, DecodeSettings(seed=i)) for i in range(2)))
+
+    for i, seen in enumerate(streams):
+        assert [value.step for value in seen if isinstance(value, Progress)] == [0, 1, 2, 3]
+        assert isinstance(made := seen[-1], Made)
+        assert made.manifest["pipeline"] == "StableDiffusionXLPipeline"
+        assert (made.manifest["caption"], made.manifest["seed"]) == (f"bell {i}", i)
+
+
+def test_a_pipeline_of_another_modality_is_a_problem_of_the_preset(preset_file: Path, tmp_path: Path) -> None:
+    values = preset_file.read_text().replace("folder: image", "folder: audio")
+    other = preset_file.with_name("wrong.yaml")
+    other.write_text(values)
+    box = LocalDecoder(load_preset(str(other)), Modality.IMAGE, ArtefactStore(tmp_path.as_uri()))
+
+    with pytest.raises(
+        PresetProblem, match="AudioLDMPipeline, which makes audio; expected one that makes image"
+    ):
+        box.load()

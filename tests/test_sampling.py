@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from llm.generate import GenerationOptions
 from llm.reply import Reply
@@ -46,6 +47,21 @@ def test_top_k_and_top_p_leave_the_likeliest_in() -> None:
     assert close(shares(top_p=0.8), [0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9, 0])
     assert close(shares(top_p=0.74), [2 / 3, 1 / 3, 0, 0])
     assert close(shares(top_k=2, top_p=0.6), [1, 0, 0, 0])
+
+
+def test_the_repetition_penalty_is_that_of_transformers() -> None:
+    speakable = [i for i in range(len(TOKENIZER)) if i not in TOKENIZER.live_ids]
+    used = speakable[::2]
+    torch.manual_seed(0)
+    logits = torch.full((50, len(TOKENIZER)), -1e9)
+    logits[:, speakable] = torch.randn(50, len(speakable)) * 3
+    wishes = GenerationOptions(repetition_penalty=1.7, allowed=frozenset())
+    replies = [Reply(TOKENIZER, wishes, used, context=len(used) + 8) for _ in logits]
+
+    said = [token for token, _ in Sampler(TOKENIZER).choose(logits, replies)]
+
+    penalised = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([used] * 50), logits)
+    assert said == penalised.argmax(dim=-1).tolist() != logits.argmax(dim=-1).tolist()
 
 
 def test_a_draw_is_the_same_in_any_company() -> None:

@@ -44,6 +44,12 @@ def audio(tmp_path_factory: pytest.TempPathFactory) -> WholePipeline:
     return WholePipeline.load(tiny_pipelines.saved(tiny_pipelines.audio_pipeline(), folder))
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> PipelineFolder:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "OwnPipeline"}')
+    return PipelineFolder(tmp_path)
+
+
 def called(pipeline: Any, **arguments: Any) -> Any:
     """Call the diffusers pipeline as its users do."""
     generator = torch.Generator("cpu").manual_seed(7)
@@ -75,11 +81,11 @@ def test_a_video_from_words_equals_the_pipeline(video: WholePipeline) -> None:
 
 
 def test_a_sound_from_words_equals_the_pipeline(audio: WholePipeline) -> None:
-    settings = DecodeSettings(seed=7, steps=3, guidance_scale=2.0, duration_s=0.01)
+    settings = DecodeSettings(seed=7, steps=3, guidance_scale=2.0, duration_s=0.05)
     decoded = audio.decode(audio.encode_caption(CAPTION), settings)
 
     pipeline = tiny_pipelines.audio_pipeline()
-    expected = called(pipeline, guidance_scale=2.0, audio_length_in_s=0.01).audios[0]
+    expected = called(pipeline, guidance_scale=2.0, audio_length_in_s=0.05).audios[0]
     assert isinstance(decoded.medium, Audio)
     assert decoded.medium.rate == 16000
     np.testing.assert_array_equal(decoded.medium.samples, expected.clip(-1, 1))
@@ -185,10 +191,55 @@ def test_a_folder_of_an_unknown_class_or_with_a_missing_part_is_refused(
         WholePipeline.load(tmp_path)
 
 
-def test_a_pipeline_that_cannot_be_stopped_is_refused(tmp_path: Path) -> None:
-    class DeafPipeline:
+def test_a_pipeline_that_cannot_be_stopped_or_told_is_refused(folder: PipelineFolder) -> None:
+    class Deaf:
         def __call__(self, prompt: str, num_inference_steps: int = 5) -> None: ...
 
-    (tmp_path / "model_index.json").write_text('{"_class_name": "DeafPipeline"}')
+    class Mute:
+        def __call__(self, class_labels: list[int], callback: Any = None) -> None: ...
+
     with pytest.raises(ValueError, match="calls nobody after its steps"):
-        WholePipeline(DeafPipeline(), PipelineFolder(tmp_path))
+        WholePipeline(Deaf(), folder)
+    with pytest.raises(ValueError, match="takes no prompt"):
+        WholePipeline(Mute(), folder)
+
+
+def test_guidance_goes_to_the_argument_that_guides(folder: PipelineFolder) -> None:
+    asked: list[dict[str, Any]] = []
+
+    class Answer:
+        images = np.zeros((1, 8, 8, 3))
+
+    class Distilled:
+        scheduler = None
+
+        def __call__(
+            self,
+            prompt: str,
+            negative_prompt: str | None = None,
+            true_cfg_scale: float = 1.0,
+            guidance_scale: float = 3.5,
+            callback_on_step_end: Any = None,
+        ) -> Answer:
+            asked.append({"away": negative_prompt, "true": true_cfg_scale, "scale": guidance_scale})
+            return Answer()
+
+    class Guided(Distilled):
+        def __call__(
+            self,
+            prompt: str,
+            negative_prompt: str | None = None,
+            true_cfg_scale: float = 4.0,
+            guidance_scale: float | None = None,
+            callback_on_step_end: Any = None,
+        ) -> Answer:
+            return super().__call__(prompt, negative_prompt, true_cfg_scale, guidance_scale or 0.0)
+
+    for kind in (Distilled, Guided):
+        decoder = WholePipeline(kind(), folder)
+        decoder.decode(decoder.encode_caption(CAPTION), DecodeSettings(guidance_scale=2.0))
+
+    assert asked == [
+        {"away": None, "true": 1.0, "scale": 2.0},
+        {"away": " ", "true": 2.0, "scale": 0.0},
+    ]
