@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import PIL.Image
 import torch
 from diffusers import UNet2DConditionModel
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from decoders.condition import Condition, ConditionSpec, digest
 from decoders.deep_features import DeepFeatures
@@ -36,10 +36,13 @@ from decoders.denoising import (
     step,
     steps_run,
 )
+from decoders.patch_autoencoder import PatchAutoencoderKL
 from decoders.pipeline_folder import DEFAULTS_FILE, PipelineFolder
 from decoders.preview import LinearPreview
 from decoders.settings import DecoderDefaults, DecodeSettings
 from encoders.media import Image, Medium, Modality
+
+VaeUse = Literal["whole", "sliced", "tiled"]
 
 SHALLOW_SHARE = 0.5
 """What a step with kept features costs of a whole one, about."""
@@ -109,6 +112,7 @@ class LatentDecoder(ABC):
         self._text: tuple[Any, Any] | None = None
         self._linear: LinearPreview | None = None
         self._deep: DeepFeatures | None = None
+        self._vae_use: VaeUse = "whole"
         null = folder.saved_null()
         self._null = self.embed_captions([""])[0] if null is None else null  # (S, E)
         if self._null.ndim != 2 or self._null.shape[1] != self._condition_width():
@@ -157,6 +161,44 @@ class LatentDecoder(ABC):
         with torch.inference_mode():
             embeddings = self._encode_text(encoder, inputs.to(self.folder.device))  # (B, S, E)
         return embeddings.clone()
+
+    def forget_text_encoder(self) -> None:
+        """Let go of tokenizer and text encoder; the next caption loads them again."""
+        self._text = None
+
+    def use_vae(self, how: VaeUse) -> None:
+        """Choose how latents become pictures: all ``whole`` at once, ``sliced`` one by one, or ``tiled``.
+
+        Tiled, what is larger than the VAE was made for is decoded in overlapping tiles, which shows a little.
+
+        Raises:
+            ValueError: the VAE cannot be tiled.
+
+        """
+        if how == "tiled" and isinstance(self.vae, PatchAutoencoderKL):
+            raise ValueError(
+                f"{self.folder.path}: a PatchAutoencoderKL cannot be tiled, as its tiles do not fit its folds. "
+                f"Choose sliced."
+            )
+        if how == "tiled":
+            self.vae.enable_tiling()
+        else:
+            self.vae.disable_tiling()
+        self._vae_use = how
+
+    def move(self, device: torch.device | str) -> None:
+        """Move all weights to ``device``. Before anything is decoded they must be on the decoder's own."""
+        for module in self._modules():
+            module.to(device)
+
+    def weight_bytes(self) -> int:
+        """Return the bytes of all weights that are loaded."""
+        tensors = (tensor for module in self._modules() for tensor in module.parameters())
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def _modules(self) -> list[nn.Module]:
+        own = [value for value in vars(self).values() if isinstance(value, nn.Module)]
+        return own if self._text is None else [*own, self._text[1]]
 
     def save_null(self) -> None:
         """Write ``null.safetensors`` into the folder, so that the text encoder can stay unloaded."""
@@ -330,6 +372,7 @@ class LatentDecoder(ABC):
 
         ``sliced`` sends pictures and frames through the VAE one at a time, to save memory.
         """
+        sliced = sliced or self._vae_use != "whole"
         with torch.inference_mode():
             settings = [plan.settings for plan in plans]
             media = self._media(latents.to(self.folder.dtype), settings, sliced=sliced)
@@ -361,6 +404,8 @@ class LatentDecoder(ABC):
             **self._sizes(medium),
             "condition": digest(plan.condition.embeddings),
         }
+        if self._vae_use == "tiled":
+            manifest["vae"] = "tiled"
         if plan.deep_every > 1:
             manifest["deep_every"] = plan.deep_every
         if plan.source is not None:

@@ -6,13 +6,19 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from services.bench import BENCHES, run_bench, table
-from services.errors import ServiceError, translate
+from services.errors import PresetProblem, ServiceError, translate
+from services.loading import hush
 from services.presets import load_preset, shipped_presets
+
+if TYPE_CHECKING:
+    from services.doctor import Survey
 
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -28,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    hush()
     args = _parser().parse_args(argv)
     try:
         code: int = args.run(args)
@@ -129,6 +136,18 @@ def _parser() -> argparse.ArgumentParser:
     _preset_option(doctor)
     doctor.add_argument("--host", default="127.0.0.1", help="address to look at (default %(default)s)")
     doctor.add_argument("--port", type=_port, default=8000, help="port to look at (default %(default)s)")
+    doctor.add_argument(
+        "--memory",
+        metavar="SIZE",
+        type=_bytes,
+        help="plan for a machine with so much, such as 24GB; load nothing",
+    )
+    doctor.add_argument(
+        "--write", metavar="F.yaml", help="write the preset with the changes that make it fit"
+    )
+    doctor.add_argument(
+        "--table", action="store_true", help="print what usual settings take, and nothing else"
+    )
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     doctor.set_defaults(run=doctor_command)
     return parser
@@ -187,6 +206,15 @@ def _positive(text: str) -> int:
     return number
 
 
+def _bytes(text: str) -> int:
+    """Read a size such as 24GB, 16GiB or 800MB."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMG])(i?)B?", text.strip(), re.IGNORECASE)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write one like 24GB")
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** (" KMG".index(prefix.upper())))
+
+
 def _seed(text: str) -> int:
     from decoders.settings import MAX_SEED
 
@@ -242,7 +270,10 @@ def eval_command(args: argparse.Namespace) -> int:
 def train_command(args: argparse.Namespace) -> int:
     """Train a part of a preset, or all of it."""
     from alignment.training import TrainOptions, run
+    from services.doctor import expect_trainable
 
+    preset = load_preset(args.preset)
+    expect_trainable(preset)
     options = TrainOptions(
         runs=Path(args.runs),
         num_steps=args.steps,
@@ -252,7 +283,7 @@ def train_command(args: argparse.Namespace) -> int:
         seed=args.seed,
         jobs=args.jobs,
     )
-    run(args.stage, load_preset(args.preset).weights_folder, options)
+    run(args.stage, preset.weights_folder, options)
     return 0
 
 
@@ -312,10 +343,18 @@ def doctor_command(args: argparse.Namespace) -> int:
     from services.doctor import examine, survey
 
     preset, bad, checks = load_preset(args.preset), 0, []
-    found = survey(preset)
+    if args.table:
+        from services.memory_plan import rows, table
+
+        found_rows = rows(preset)
+        print(json.dumps([asdict(row) for row in found_rows]) if args.json else table(found_rows))
+        return 0
+    found = survey(preset, args.memory)
+    if args.write:
+        return _write_plan(found, Path(args.write))
     if not args.json:
         print(found.table(), flush=True)
-    for check in examine(preset, args.host, args.port):
+    for check in examine(preset, args.host, args.port, args.memory):
         bad += not check.ok
         checks.append({"name": check.name, "ok": check.ok, "detail": check.detail})
         if not args.json:
@@ -325,6 +364,24 @@ def doctor_command(args: argparse.Namespace) -> int:
     if bad:
         print(f"patchbay: {bad} of the checks failed; the lines marked BAD say why.", file=sys.stderr)
     return 1 if bad else 0
+
+
+def _write_plan(found: Survey, path: Path) -> int:
+    from services.memory_plan import write_preset
+
+    if found.plan is None:
+        print(f"{found.fits.name}: {found.fits.detail}. Nothing was written.")
+        return 0 if found.fits.ok else 1
+    if not found.plan.fits:
+        raise PresetProblem(
+            f"Nothing makes the preset {found.preset.name!r} fit: even then {found.plan.needed / 1e9:.2f} GB are "
+            f"needed, and there are {found.plan.room / 1e9:.2f} GB. See `patchbay doctor --preset "
+            f"{found.preset.name} --table`.",
+            code="too_large",
+        )
+    write_preset(found.plan, path)
+    print(f"{path}: {'; '.join(found.plan.words)}. Next: patchbay serve --preset {path}")
+    return 0
 
 
 if __name__ == "__main__":

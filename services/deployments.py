@@ -31,6 +31,7 @@ from services.artefacts import ArtefactStore
 from services.boxes import Encoded, Made, Progress, PromptMessage, Speech, SpeechOptions, SpokenSignal
 from services.errors import ServiceError, Unavailable, translate
 from services.events import Event, TurnFailed
+from services.loading import hush
 from services.messages import Message, TurnOptions
 from services.presets import load_preset
 
@@ -338,6 +339,7 @@ def _lost(box: str, error: Exception) -> Unavailable:
 
 def _use_threads(count: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(count)
+    hush()
     import torch
 
     torch.set_num_threads(count)

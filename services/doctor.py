@@ -7,14 +7,16 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from services.errors import PresetProblem, ServiceError
-from services.footprint import BYTES, Box, Part, boxes_of, commands, missing_files
+from services.footprint import Box, Part, boxes_of, commands, missing_files, needed
+from services.memory_plan import LEFT_FREE, Plan, fits, plan_for
 from services.presets import BoxPreset, Preset
 
+QUANTIZER = "torchao"
 LIBRARIES = ("torch", "transformers", "diffusers", "peft", "ray", "gradio", "fastapi", "av", "soundfile")
 SERVICE_MB = 6000  # what `patchbay serve` takes besides the weights, with all its processes
 
@@ -43,6 +45,19 @@ def expect_files(preset: Preset) -> None:
         )
 
 
+def expect_trainable(preset: Preset) -> None:
+    """Raise PresetProblem when training would put parts of the toy box in place of weights of others."""
+    origins = [origin for box in _settings(preset) for origin in box.origins]
+    if origins:
+        raise PresetProblem(
+            f"The preset {preset.name!r} is made of published weights ({origins[0].model} and "
+            f"{len(origins) - 1} more); `patchbay train` makes the parts of a toy box from nothing, and would "
+            f"write them into {preset.weights_folder}. Train the preset toybox, or a copy of its YAML with "
+            "another folder of weights.",
+            code="not_trainable",
+        )
+
+
 def expect_free_port(host: str, port: int) -> None:
     """Raise PresetProblem when another program listens on the port, or the address is not ours."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -58,15 +73,26 @@ def expect_free_port(host: str, port: int) -> None:
             ) from error
 
 
-def examine(preset: Preset, host: str = "127.0.0.1", port: int = 8000) -> Iterator[Check]:
-    """Look at everything, one check after the other; the last ones load the models."""
+def examine(
+    preset: Preset, host: str = "127.0.0.1", port: int = 8000, memory: int | None = None
+) -> Iterator[Check]:
+    """Look at everything, one check after the other; the last ones load the models.
+
+    With ``memory``, bytes of another machine, nothing is loaded.
+    """
     version = ".".join(str(number) for number in sys.version_info[:3])
     yield Check("Python", sys.version_info >= (3, 11), f"{version}; 3.11 or newer is needed")
-    for name in LIBRARIES:
+    quantizes = (QUANTIZER,) if preset.language_model.quantization else ()
+    for name in (*LIBRARIES, *quantizes):
         try:
             yield Check(name, True, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            yield Check(name, False, "not installed; run `make run`, or pip install -r requirements.lock")
+            way = (
+                "pip install 'patchbay[quantize]'"
+                if name in quantizes
+                else "pip install -r requirements.lock"
+            )
+            yield Check(name, False, f"not installed; run `make run`, or {way}")
     yield _memory()
     free_mb = shutil.disk_usage(preset.file.parent).free // 2**20
     yield Check("disk", free_mb > 500, f"{free_mb} MB free")
@@ -81,9 +107,9 @@ def examine(preset: Preset, host: str = "127.0.0.1", port: int = 8000) -> Iterat
     except ServiceError as error:
         yield Check("weights", False, error.message)
         return
-    fits = fitting(preset.device, sum(box.in_memory for box in boxes_of(preset)))
-    yield fits
-    if fits.ok:
+    room = fitting(preset.device, needed(preset, boxes_of(preset)), memory)
+    yield room
+    if room.ok and memory is None:
         yield from _load(preset)
 
 
@@ -103,21 +129,32 @@ def _free_memory() -> int | None:
     return int(values["MemAvailable"].split()[0]) * 1024
 
 
-def fitting(device: str, needed: int) -> Check:
-    """Say whether ``needed`` bytes of weights fit into what is free on ``device``."""
-    name, free = f"room on {device}", _free_memory()
-    if device != "cpu":
-        import torch
+def room_on(device: str, memory: int | None = None) -> int | None:
+    """Return the bytes that are free on ``device``, or ``memory`` if that is given; None if unknown."""
+    if memory is not None:
+        return memory
+    if device == "cpu":
+        return _free_memory()
+    import torch
 
-        if not torch.cuda.is_available():
-            return Check(name, False, f"{_gb(needed)} are needed; there is no CUDA device here")
-        free = torch.cuda.mem_get_info(torch.device(device))[0]
-    if free is None:
-        return Check(name, True, f"{_gb(needed)} are needed; what is free is unknown on this system")
-    detail = f"{_gb(needed)} are needed for weights and caches, {_gb(free)} are free"
-    if needed > free:
-        detail += f"; {_gb(needed - free)} are short, and nothing is offloaded or quantised by itself"
-    return Check(name, needed <= free, detail)
+    if not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.mem_get_info(torch.device(device))[0])
+
+
+def fitting(device: str, size: int, memory: int | None = None) -> Check:
+    """Say whether ``size`` bytes of weights fit into what is free on ``device``, or into ``memory`` bytes."""
+    name, room = f"room on {device}", room_on(device, memory)
+    if room is None and device != "cpu":
+        return Check(name, False, f"{_gb(size)} are needed; there is no CUDA device here")
+    if room is None:
+        return Check(name, True, f"{_gb(size)} are needed; what is free is unknown on this system")
+    there = "free" if memory is None else "given"
+    detail = f"{_gb(size)} are needed for weights and caches, {_gb(room)} are {there}"
+    if not fits(size, room):
+        short = size - int(room * (1 - LEFT_FREE))
+        detail += f"; {_gb(short)} are short, with {LEFT_FREE:.0%} left to what requests need"
+    return Check(name, fits(size, room), detail)
 
 
 @dataclass(frozen=True)
@@ -128,6 +165,7 @@ class Survey:
     boxes: tuple[Box, ...]
     fits: Check
     next_steps: tuple[str, ...]
+    plan: Plan | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; sizes are bytes."""
@@ -155,6 +193,13 @@ class Survey:
                 for box in self.boxes
             ],
             "fits": {"ok": self.fits.ok, "detail": self.fits.detail},
+            "plan": None
+            if self.plan is None
+            else {
+                "fits": self.plan.fits,
+                "needed": self.plan.needed,
+                "changes": list(self.plan.words),
+            },
             "next": list(self.next_steps),
         }
 
@@ -163,15 +208,22 @@ class Survey:
         rows = [("part", "files", "parameters", "in memory", "as")]
         for box in self.boxes:
             for part in box.parts:
-                rows.append((f"{box.name}: {part.name}", _files(part), *_size(part), part.dtype))
+                rows.append(
+                    (f"{box.name}: {part.name}", _files(part), *_size(part), part.quantization or part.dtype)
+                )
             if box.cache:
-                rows.append((f"{box.name}: cache", "", "", _gb(box.cache), "full context"))
+                slots = self.preset.language_model.slots
+                rows.append((f"{box.name}: cache", "", "", _gb(box.cache), f"{slots} conversations"))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = []
         for row in rows:
             cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
             lines.append("  ".join([*cells, row[4]]))
         lines.append(f"{self.fits.name}: {self.fits.detail}.")
+        if self.plan is not None:
+            lines += [f"to fit: {words}" for words in self.plan.words]
+            enough = "which fits" if self.plan.fits else "which is still too much"
+            lines.append(f"to fit: then {_gb(self.plan.needed)} are needed, {enough}")
         lines.append("What a request needs while it is made comes on top.")
         for box in self.boxes:
             for origin in box.origins:
@@ -181,41 +233,53 @@ class Survey:
         return "\n".join(line.rstrip() for line in lines)
 
 
-def survey(preset: Preset) -> Survey:
-    """Look at files, terms and memory. Loads nothing."""
+def survey(preset: Preset, memory: int | None = None) -> Survey:
+    """Look at files, terms and memory, of this machine or of one with ``memory`` bytes. Loads nothing."""
     boxes = tuple(boxes_of(preset))
-    fits = fitting(preset.device, sum(box.in_memory for box in boxes))
-    settings: list[BoxPreset] = [preset.encoder, preset.language_model, *preset.decoders.values()]
+    check = fitting(preset.device, needed(preset, boxes), memory)
     steps = [
         step
-        for box, setting in zip(boxes, settings, strict=True)
+        for box, setting in zip(boxes, _settings(preset), strict=True)
         if box.missing
         for step in commands(setting, preset)
     ]
     if any(box.missing for box in boxes) and not steps:
         steps.append(f"patchbay train all --preset {preset.name}")
-    if not fits.ok:
-        steps.append(_way_out(preset, boxes))
-    return Survey(preset, boxes, fits, tuple(steps or [f"patchbay serve --preset {preset.name}"]))
+    room, plan, asked = room_on(preset.device, memory), None, f"patchbay doctor --preset {preset.name}"
+    if not check.ok and room is not None:
+        plan = plan_for(preset, room, _free_memory())
+        given = "" if memory is None else f" --memory {memory / 1e9:g}GB"
+        if plan.fits:
+            steps.append(f"{asked}{given} --write fitted.yaml")
+            steps.append("patchbay serve --preset fitted.yaml")
+        else:
+            steps.append(f"{asked} --table, and choose a machine with more memory or a smaller preset")
+    elif not check.ok:
+        steps.append(f"{asked} --memory 24GB, to see what would fit on a machine with that")
+    return Survey(preset, boxes, check, tuple(steps or [f"patchbay serve --preset {preset.name}"]), plan)
 
 
-def _way_out(preset: Preset, boxes: tuple[Box, ...]) -> str:
-    in_half = sum(min(BYTES[part.dtype], 2) * (part.parameters or 0) for box in boxes for part in box.parts)
-    return (
-        f"copy {preset.file.name} and, in the copy, name another device, leave decoders out, or give boxes "
-        f"the dtype bfloat16 (with it in all of them the weights take {_gb(in_half)})"
-    )
+def _settings(preset: Preset) -> list[BoxPreset]:
+    return [preset.encoder, preset.language_model, *preset.decoders.values()]
 
 
 def _files(part: Part) -> str:
     if not part.missing:
         return f"there, {_gb(part.on_disk)}"
-    return f"missing, {len(part.missing)} file{'s' if len(part.missing) > 1 else ''}"
+    files = f"missing, {len(part.missing)} file{'s' if len(part.missing) > 1 else ''}"
+    return files if part.parameters is None else f"{files} of about {_gb(_to_get(part))}"
+
+
+def _to_get(part: Part) -> int:
+    """Return the bytes of weights in the dtype that the box will hold them in, before quantisation."""
+    return replace(part, quantization=None, stays=True).in_memory
 
 
 def _size(part: Part) -> tuple[str, str]:
     if part.parameters is None:
         return "unknown", "unknown"
+    if not part.stays:
+        return f"{part.parameters:,}", "let go"
     return f"{part.parameters:,}", _gb(part.in_memory)
 
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from encoders.media import Modality
-from services.presets import BoxPreset, Origin, Preset
+from services.presets import BoxPreset, LanguageModelPreset, Origin, Preset, QuantizationName
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 NOT_MODELS = ("scheduler", "tokenizer", "feature_extractor", "safety_checker", "image_encoder")
+LINKS_OWN = "projection"
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Part:
     """One model of a box.
 
     ``parameters`` is None where neither weights nor a configuration tell. ``dtype`` is that in which the
-    box will hold them, ``missing`` are files that it needs and does not have.
+    box will hold them, ``missing`` are files that it needs and does not have. Of its weights ``matrices``
+    are those that ``quantization`` replaces. ``stays`` is False for what is let go after a moment's use.
     """
 
     name: str
@@ -34,21 +36,34 @@ class Part:
     dtype: str
     on_disk: int
     missing: tuple[Path, ...]
+    matrices: tuple[tuple[int, int], ...] = ()
+    quantization: QuantizationName | None = None
+    stays: bool = True
 
     @property
     def in_memory(self) -> int:
         """Bytes of its weights once it is loaded."""
-        return (self.parameters or 0) * BYTES[self.dtype]
+        if not self.stays or self.parameters is None:
+            return 0
+        size = BYTES[self.dtype]
+        if self.quantization is None:
+            return self.parameters * size
+        from llm.quantization import quantized_bytes
+
+        whole = self.parameters - sum(rows * columns for rows, columns in self.matrices)
+        return whole * size + sum(quantized_bytes(*shape, self.quantization, size) for shape in self.matrices)
 
 
 @dataclass(frozen=True)
 class Box:
-    """A box, its parts, and where they come from. ``cache`` is what a whole conversation adds, in bytes."""
+    """A box, its parts, and where they come from. ``cache`` is what full conversations add, in bytes."""
 
     name: str
     parts: tuple[Part, ...]
     origins: tuple[Origin, ...]
     cache: int = 0
+    modality: Modality | None = None
+    """What it makes, if it is a decoder."""
 
     @property
     def in_memory(self) -> int:
@@ -56,9 +71,32 @@ class Box:
         return sum(part.in_memory for part in self.parts) + self.cache
 
     @property
+    def movable(self) -> int:
+        """Bytes of a decoder's own weights, without those of the link to it."""
+        if self.modality is None:
+            return 0
+        return sum(part.in_memory for part in self.parts if part.name != LINKS_OWN)
+
+    @property
     def missing(self) -> tuple[Path, ...]:
         """All files that are not there."""
         return tuple(path for part in self.parts for path in part.missing)
+
+
+def decoder_bytes(preset: Preset, modality: Modality) -> int:
+    """Return the bytes that the weights of one decoder take, without the link to it."""
+    return _decoder(preset, modality).movable
+
+
+def needed(preset: Preset, boxes: Sequence[Box]) -> int:
+    """Return the bytes that the boxes of ``preset`` take on its device when all of them are in use.
+
+    With ``decoders_gb`` that is less than their sum, as decoders then make room for each other.
+    """
+    every = sum(box.in_memory for box in boxes)
+    movable = sum(box.movable for box in boxes)
+    budget = movable if preset.decoders_gb is None else int(preset.decoders_gb * 1e9)
+    return every - max(0, movable - budget)
 
 
 def boxes_of(preset: Preset) -> list[Box]:
@@ -103,7 +141,7 @@ def _needed(preset: Preset) -> dict[str, list[Path]]:
 
 def _encoder(preset: Preset) -> Box:
     folder = preset.encoder_folder
-    count = _counted(folder, _configured(preset, folder), _count_imagebind)
+    count, _ = _counted(folder, _configured(preset, folder), "ImageBind")
     dtype = preset.encoder.dtype or "float32"
     part = Part("towers", count, dtype, _weight(folder), tuple(_needed(preset)["encoder/towers"]))
     return Box("encoder", (part,), preset.encoder.origins)
@@ -111,19 +149,31 @@ def _encoder(preset: Preset) -> Box:
 
 def _language_model(preset: Preset) -> Box:
     needed, llm = _needed(preset), preset.language_model_folder
-    usual = "float32" if preset.device == "cpu" else "bfloat16"
-    dtype = preset.language_model.dtype or usual
+    dtype = preset.language_model_dtype
     config = _configured(preset, llm / "base")
-    count = _counted(llm / "base", config, _count_language_model)
-    base = Part("base", count, dtype, _weight(llm / "base"), tuple(needed["language model/base"]))
+    count, matrices = _counted(llm / "base", config, "language model")
+    base = Part(
+        "base",
+        count,
+        dtype,
+        _weight(llm / "base"),
+        tuple(needed["language model/base"]),
+        matrices,
+        preset.language_model.quantization,
+    )
     bridge = Part(
         "bridge",
-        _counted(llm, _configured(preset, llm, "bridge.json"), _count_bridge),
+        _counted(llm, _configured(preset, llm, "bridge.json"), "bridge")[0],
         "float32",
         sum(_weight(llm / name) for name in (".", "adapter")),
         tuple(needed["language model/bridge"]),
     )
-    return Box("language model", (base, bridge), preset.language_model.origins, _cache(config, dtype))
+    return Box(
+        "language model",
+        (base, bridge),
+        preset.language_model.origins,
+        _cache(config, dtype, preset.language_model),
+    )
 
 
 def _decoder(preset: Preset, modality: Modality) -> Box:
@@ -137,17 +187,18 @@ def _decoder(preset: Preset, modality: Modality) -> Box:
     parts = []
     for part in _models(index):
         config = _configured(preset, folder / part)
-        count = _counted(folder / part, config, partial(_count_class, index[part][1]))
-        missing = needed.get(f"{name}/{part}", [folder / part / "config.json"])
-        parts.append(Part(part, count, dtype, _weight(folder / part), tuple(missing)))
+        count, _ = _counted(folder / part, config, index[part][1])
+        missing = tuple(needed.get(f"{name}/{part}", [folder / part / "config.json"]))
+        stays = not part.startswith("text_encoder") or decoder.link == "caption"
+        parts.append(Part(part, count, dtype, _weight(folder / part), missing, stays=stays))
     if not parts:
         parts.append(Part("pipeline", None, dtype, 0, tuple(needed.get(f"{name}/pipeline", ()))))
     if decoder.link == "signal":
         link = preset.projections_folder / modality.value
-        count = _counted(link, _configured(preset, link), _count_projection)
-        missing = needed[f"{name}/projection"]
-        parts.append(Part("projection", count, "float32", _weight(link), tuple(missing)))
-    return Box(name, tuple(parts), decoder.origins)
+        count, _ = _counted(link, _configured(preset, link), LINKS_OWN)
+        missing = tuple(needed[f"{name}/projection"])
+        parts.append(Part(LINKS_OWN, count, "float32", _weight(link), missing))
+    return Box(name, tuple(parts), decoder.origins, modality=modality)
 
 
 def _configured(preset: Preset, folder: Path, name: str = "config.json") -> dict[str, Any]:
@@ -184,18 +235,33 @@ def _weight(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _counted(
-    folder: Path, config: dict[str, Any], count: Callable[[dict[str, Any]], int | None]
-) -> int | None:
-    """Count what ``config`` describes, on the meta device; where that is not known, what the files hold."""
+Matrices = tuple[tuple[int, int], ...]
+
+
+def _counted(folder: Path, config: dict[str, Any], kind: str) -> tuple[int | None, Matrices]:
+    """Count what ``config`` describes; where that is not known, what the files hold."""
+    found, matrices = _described(kind, json.dumps(config)) if config else (None, ())
+    return _numbers_in(folder) if found is None else found, matrices
+
+
+@lru_cache(maxsize=256)
+def _described(kind: str, config: str) -> tuple[int | None, Matrices]:
+    """Build a network on the meta device; return its parameters and what of it can be quantised."""
     import torch
 
     try:
         with torch.device("meta"):
-            found = count(config) if config else None
+            model = _build(kind, json.loads(config))
     except (ImportError, KeyError, TypeError, ValueError):
-        found = None
-    return _numbers_in(folder) if found is None else found
+        return None, ()
+    if model is None:
+        return None, ()
+    matrices: Matrices = ()
+    if kind == "language model":
+        from llm.quantization import quantizable
+
+        matrices = tuple((layer.out_features, layer.in_features) for _, layer in quantizable(model))
+    return sum(parameter.numel() for parameter in model.parameters()), matrices
 
 
 def _numbers_in(folder: Path) -> int | None:
@@ -213,53 +279,49 @@ def _numbers_in(folder: Path) -> int | None:
     return total or None
 
 
-def _count_imagebind(values: dict[str, Any]) -> int:
-    from encoders.imagebind import ImageBind, ImageBindConfig
+def _build(kind: str, values: dict[str, Any]) -> Any:
+    """Build a network of a kind that is known here, by its configuration; None for any other class."""
+    match kind:
+        case "ImageBind":
+            from encoders.imagebind import ImageBind, ImageBindConfig
 
-    return _sum(ImageBind(ImageBindConfig.from_json(values["model"])))
+            return ImageBind(ImageBindConfig.from_json(values["model"]))
+        case "language model":
+            from transformers import AutoConfig, AutoModelForCausalLM
+
+            config = AutoConfig.for_model(values.pop("model_type"), **values)
+            return AutoModelForCausalLM.from_config(config)
+        case "bridge":
+            return _bridge(values)
+        case "projection":
+            from decoders.projection import OutputProjection, OutputProjectionConfig
+
+            return OutputProjection(OutputProjectionConfig(**values))
+        case "UNet2DConditionModel" | "UNet3DConditionModel" | "AutoencoderKL":
+            import diffusers
+
+            return getattr(diffusers, kind).from_config(values)
+        case "CLIPTextModel" | "ClapTextModelWithProjection" | "SpeechT5HifiGan":
+            import transformers
+
+            model = getattr(transformers, kind)
+            return model(model.config_class.from_dict(values))
+    return None
 
 
-def _count_language_model(values: dict[str, Any]) -> int:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _bridge(values: dict[str, Any]) -> Any:
+    from torch import nn
 
-    rest = dict(values)
-    return _sum(AutoModelForCausalLM.from_config(AutoConfig.for_model(rest.pop("model_type"), **rest)))
-
-
-def _count_bridge(values: dict[str, Any]) -> int:
     from llm.checkpoint import Manifest
     from llm.projectors import build_projector
 
     manifest = Manifest(**values)
-    projectors = sum(_sum(build_projector(config)) for config in manifest.projector_configs.values())
-    return projectors + 2 * len(manifest.added_tokens) * manifest.llm_width
+    rows = nn.Embedding(2 * len(manifest.added_tokens), manifest.llm_width)
+    return nn.ModuleList([rows, *map(build_projector, manifest.projector_configs.values())])
 
 
-def _count_projection(values: dict[str, Any]) -> int:
-    from decoders.projection import OutputProjection, OutputProjectionConfig
-
-    return _sum(OutputProjection(OutputProjectionConfig(**values)))
-
-
-def _count_class(kind: str, values: dict[str, Any]) -> int | None:
-    """Count a network of one of the published pipelines; None for a class that is not one of theirs."""
-    import diffusers
-    import transformers
-
-    if kind in ("UNet2DConditionModel", "UNet3DConditionModel", "AutoencoderKL"):
-        return _sum(getattr(diffusers, kind).from_config(values))
-    if kind in ("CLIPTextModel", "ClapTextModelWithProjection", "SpeechT5HifiGan"):
-        model = getattr(transformers, kind)
-        return _sum(model(model.config_class.from_dict(values)))
-    return None
-
-
-def _sum(model: Any) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _cache(config: dict[str, Any], dtype: str) -> int:
-    """Return the bytes of keys and values of a full context."""
+def _cache(config: dict[str, Any], dtype: str, options: LanguageModelPreset) -> int:
+    """Return the bytes of keys and values when a slot is full: all of them are as long as the longest."""
     try:
         heads = config["num_attention_heads"]
         width = config.get("head_dim") or config["hidden_size"] // heads
@@ -267,7 +329,8 @@ def _cache(config: dict[str, Any], dtype: str) -> int:
         positions, layers = config["max_position_embeddings"], config["num_hidden_layers"]
     except KeyError:
         return 0
-    return int(2 * layers * shared * width * positions * BYTES[dtype])
+    positions = min(positions, options.context or positions)
+    return int(2 * layers * shared * width * positions * options.slots * BYTES[dtype])
 
 
 def commands(box: BoxPreset, preset: Preset) -> list[str]:

@@ -1,6 +1,7 @@
 """The decode box of one modality in this process: a denoising engine, and what comes before and after it.
 
-The model is loaded at the first use, or by :meth:`LocalDecoder.load`.
+The model is loaded at the first use, or by :meth:`LocalDecoder.load`, and shared with others that have the same
+:class:`services.decoder_pool.DecoderPool`.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from decoders.writing import to_mp4, to_png, to_wav
 from encoders.media import Audio, Image, Medium, Modality, Video
 from services.artefacts import ArtefactStore
 from services.boxes import Made, Progress, SpokenSignal
+from services.decoder_pool import DecoderKey, DecoderPool
+from services.footprint import decoder_bytes
 from services.links import CaptionLink, Link, SignalLink
 from services.loading import LOADING, loading
 from services.presets import Preset
@@ -27,45 +31,63 @@ from services.presets import Preset
 class LocalDecoder:
     """Makes media of one kind, several at a time, and stores them."""
 
-    def __init__(self, preset: Preset, modality: Modality, store: ArtefactStore) -> None:
+    def __init__(
+        self, preset: Preset, modality: Modality, store: ArtefactStore, pool: DecoderPool | None = None
+    ) -> None:
         self.preset = preset
         self.modality = modality
         self.store = store
-        self.engine: DenoisingEngine | None = None
-        self.link: Link | None = None
+        self.pool = pool_for(preset) if pool is None else pool
+        self.chosen = preset.decoders[modality]
+        self.key = DecoderKey(
+            folder=preset.decoder_folder(modality).resolve(),
+            device=preset.device,
+            dtype=getattr(torch, self.chosen.dtype or "float32"),
+            vae=self.chosen.vae,
+            waits_in=self.chosen.waits_in,
+        )
+        self._projecting: SignalLink | None = None
 
     def load(self) -> None:
         """Load the decoder and the link to it, unless they are loaded."""
-        if self.engine is not None:
-            return
-        with LOADING:
-            if self.engine is not None:
-                return
-            chosen = self.preset.decoders[self.modality]
-            with loading(f"{self.modality.value} decoder"):
-                decoder = decoder_class(self.modality).load(
-                    self.preset.decoder_folder(self.modality),
-                    self.preset.device,
-                    getattr(torch, chosen.dtype or "float32"),
-                )
-                if chosen.link == "caption":
-                    self.link = CaptionLink(decoder)
-                else:
-                    folder = self.preset.projections_folder / self.modality.value
-                    self.link = SignalLink(folder, decoder.condition_spec, self.preset.device)
-            config = EngineConfig(max_batch=chosen.max_batch, max_wait_s=chosen.max_wait_s)
-            self.engine = DenoisingEngine(decoder, config)
+        with self.pool.use_now(self.key, self._need, self._engine) as engine:
+            self._link(engine)
 
     def warm_up(self) -> None:
         """Take a few denoising steps, so that the first real ones come fast and their time is known."""
-        engine, _ = self._loaded()
-        engine.calibrate()
+        with self.pool.use_now(self.key, self._need, self._engine) as engine:
+            engine.calibrate()
 
-    def _loaded(self) -> tuple[DenoisingEngine, Link]:
-        self.load()
-        assert self.engine is not None
-        assert self.link is not None
-        return self.engine, self.link
+    @property
+    def engine(self) -> DenoisingEngine | None:
+        """The engine, None while the weights are not in memory."""
+        return self.pool.engine(self.key)
+
+    @cached_property
+    def _need(self) -> int:
+        if self.pool.budget is None:
+            return 0
+        return decoder_bytes(self.preset, self.modality)
+
+    def _engine(self) -> DenoisingEngine:
+        with loading(f"{self.modality.value} decoder"):
+            decoder = decoder_class(self.modality).load(self.key.folder, self.key.device, self.key.dtype)
+            decoder.forget_text_encoder()
+            decoder.use_vae(self.chosen.vae)
+        return DenoisingEngine(
+            decoder, EngineConfig(max_batch=self.chosen.max_batch, max_wait_s=self.chosen.max_wait_s)
+        )
+
+    def _link(self, engine: DenoisingEngine) -> Link:
+        if self.chosen.link == "caption":
+            return CaptionLink(engine.decoder)
+        with LOADING:
+            if self._projecting is None:
+                with loading(f"{self.modality.value} decoder"):
+                    folder = self.preset.projections_folder / self.modality.value
+                    spec = engine.decoder.condition_spec
+                    self._projecting = SignalLink(folder, spec, self.preset.device)
+            return self._projecting
 
     async def available(self) -> bool:
         """Whether the decoder can work: in this process it always can."""
@@ -75,23 +97,24 @@ class LocalDecoder:
         self, signal: SpokenSignal, settings: DecodeSettings
     ) -> AsyncGenerator[Progress | Made, None]:
         """Stream progress and the medium."""
-        engine, link = await asyncio.to_thread(self._loaded)
-        condition = await engine.call(lambda: link.condition(signal))
-        settings = self.preset.decoders[self.modality].fill(settings)
-        async with aclosing(engine.decode(condition, settings)) as stream:
-            async for value in stream:
-                match value:
-                    case StepDone(step=step, total=total, left_s=left_s):
-                        yield Progress(step, total, None if left_s is None else round(left_s, 2))
-                    case Decoded():
-                        yield await asyncio.to_thread(self._kept, signal, value)
+        need = await asyncio.to_thread(lambda: self._need)
+        async with self.pool.use(self.key, need, self._engine) as engine:
+            link = await asyncio.to_thread(self._link, engine)
+            condition = await engine.call(lambda: link.condition(signal))
+            async with aclosing(engine.decode(condition, self.chosen.fill(settings))) as stream:
+                async for value in stream:
+                    match value:
+                        case StepDone(step=step, total=total, left_s=left_s):
+                            yield Progress(step, total, None if left_s is None else round(left_s, 2))
+                        case Decoded():
+                            yield await asyncio.to_thread(self._kept, signal, value)
 
     def _kept(self, signal: SpokenSignal, decoded: Decoded) -> Made:
         """Write a medium to the store."""
         manifest = {
             **decoded.manifest,
             "caption": signal.caption,
-            "link": self.preset.decoders[self.modality].link,
+            "link": self.chosen.link,
             "preset": self.preset.name,
             "made_by": "patchbay",
         }
@@ -106,6 +129,11 @@ class LocalDecoder:
             manifest=manifest,
         )
         return Made(artefact, manifest)
+
+
+def pool_for(preset: Preset) -> DecoderPool:
+    """Return a pool with the budget of ``preset``."""
+    return DecoderPool(None if preset.decoders_gb is None else int(preset.decoders_gb * 1e9))
 
 
 def decoder_class(modality: Modality) -> type[LatentDecoder]:

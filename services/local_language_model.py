@@ -18,6 +18,7 @@ from llm.engine import Engine, EngineStats
 from llm.generate import ContextTooLong, GenerationEvent, GenerationOptions, SignalReady, TextDelta
 from llm.generate import Finished as ModelFinished
 from llm.model import LanguageModel
+from llm.quantization import quantize
 from llm.template import Dialogue, MediaTokens, SignalPart
 from llm.template import Message as TemplateMessage
 from services.boxes import (
@@ -47,13 +48,16 @@ class LocalLanguageModel:
         """Load the weights, unless they are loaded, with LoRA merged for speed."""
         with loading("language model"):
             if self.engine is None:
-                options = self.preset.language_model
+                options, device = self.preset.language_model, self.preset.device
                 model = LanguageModel.load(
                     self.preset.language_model_folder,
-                    self.preset.device,
-                    dtype=getattr(torch, options.dtype) if options.dtype else None,
+                    "cpu" if options.quantization else device,
+                    dtype=getattr(torch, self.preset.language_model_dtype),
                 )
                 model.merge_adapter()
+                if options.quantization:
+                    quantize(model.causal_lm, options.quantization, device)
+                    model.to(device)
                 engine = Engine(
                     model, slots=options.slots, context=options.context, step_tokens=options.step_tokens
                 )

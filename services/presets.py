@@ -25,6 +25,7 @@ class _Strict(BaseModel):
 
 
 DtypeName = Literal["float32", "float16", "bfloat16"]
+QuantizationName = Literal["int8", "nf4"]
 
 
 class Origin(_Strict):
@@ -62,9 +63,11 @@ class LanguageModelPreset(BoxPreset):
 
     ``context`` None is all that the model sees; less saves memory. ``step_tokens`` is the most that one
     step of the engine reads; more answers long prompts sooner, less keeps running replies steadier.
+    ``quantization`` keeps the weights in 8 or 4 bits, see :mod:`llm.quantization`.
     """
 
     folder: str = "llm"
+    quantization: QuantizationName | None = None
     slots: int = Field(default=8, ge=1, description="replies that are made at the same time")
     context: int | None = Field(default=None, ge=1, description="positions of a conversation and its reply")
     step_tokens: int = Field(default=256, ge=2)
@@ -103,8 +106,13 @@ class DecoderPreset(BoxPreset):
     sends the words before the medium through the decoder's own text encoder. ``steps``,
     ``guidance_scale`` and sizes of None leave the choice to the pipeline's folder. ``max_batch`` media
     are made at the same time; a request that would wait longer than ``max_wait_s`` for others is refused.
+    ``waits_in`` is where the weights are while nobody uses them: on the ``device``, in the memory of the
+    ``cpu``, or only on the ``disk``; with ``decoders_gb`` they leave the device only to make room. ``vae`` ``sliced`` sends pictures and frames through the VAE one at a
+    time, ``tiled`` also in tiles where they are larger than it was made for, which shows a little.
     """
 
+    waits_in: Literal["device", "cpu", "disk"] = "device"
+    vae: Literal["whole", "sliced", "tiled"] = "whole"
     link: Literal["signal", "caption"] = "signal"
     steps: int | None = Field(default=None, ge=1)
     guidance_scale: float | None = Field(default=None, ge=0)
@@ -180,6 +188,9 @@ class Preset(_Strict):
     encoder: EncoderPreset = EncoderPreset()
     language_model: LanguageModelPreset = LanguageModelPreset()
     decoders: dict[Modality, DecoderPreset] = {}
+    decoders_gb: float | None = Field(
+        default=None, gt=0, description="most that loaded decoders take; then they make room for each other"
+    )
     projections: str = "projections"
     generation: GenerationDefaults = GenerationDefaults()
     limits: Limits = Limits()
@@ -201,6 +212,8 @@ class Preset(_Strict):
             for name in ("width_px", "height_px", "num_frames", "duration_s"):
                 if getattr(decoder, name) is not None and name not in own[modality]:
                     raise ValueError(f"{modality.value} has no {name}; leave it out")
+            if modality is Modality.AUDIO and decoder.vae != "whole":
+                raise ValueError("audio has no pictures to slice or tile; leave vae out")
         return decoders
 
     @property
@@ -222,6 +235,11 @@ class Preset(_Strict):
     def language_model_folder(self) -> Path:
         """The folder of the language model."""
         return self.weights_folder / self.language_model.folder
+
+    @property
+    def language_model_dtype(self) -> DtypeName:
+        """The dtype of the language model, by default the one that suits the device."""
+        return self.language_model.dtype or ("float32" if self.device == "cpu" else "bfloat16")
 
     @property
     def projections_folder(self) -> Path:
