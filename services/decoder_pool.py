@@ -67,7 +67,8 @@ class _Ticket:
 class DecoderPool:
     """Decoders by :class:`DecoderKey`. Every method may be called from any thread and any event loop.
 
-    Who comes first loads a decoder, with its own limits on batch and queue. ``budget`` is the most bytes that the weights of decoders on one device may take; None is no limit.
+    Who comes first loads a decoder, with its own limits on batch and queue. ``budget`` is the most bytes that
+    the weights of decoders on one device may take; None is no limit.
     """
 
     def __init__(self, budget: int | None = None) -> None:

@@ -51,8 +51,8 @@ def expect_trainable(preset: Preset) -> None:
     if origins:
         raise PresetProblem(
             f"The preset {preset.name!r} is made of published weights ({origins[0].model} and "
-            f"{len(origins) - 1} more); `patchbay train` makes the parts of a toy box from nothing, and would "
-            f"write them into {preset.weights_folder}. Train the preset toybox, or a copy of its YAML with "
+            f"{len(origins) - 1} more); `patchbay train` makes parts of a toy box from nothing, and would "
+            f"put them into {preset.weights_folder}. Train the preset toybox, or a copy of its YAML with "
             "another folder of weights.",
             code="not_trainable",
         )
