@@ -121,10 +121,10 @@ class DecoderPool:
             self._release(ticket.entry)
 
     def on_device(self) -> list[DecoderKey]:
-        """Return what is where it can be used, the one used longest ago first."""
+        """Return what is where it can be used: the one used longest ago first, those in use last."""
         with self._lock:
-            ready = sorted((e for e in self._entries.values() if e.ready), key=lambda e: e.used_at)
-            return [entry.key for entry in ready]
+            ready = [entry for entry in self._entries.values() if entry.ready]
+            return [entry.key for entry in sorted(ready, key=lambda e: (e.users > 0, e.used_at))]
 
     def in_memory(self) -> list[DecoderKey]:
         """Return what is loaded, on its device or in the memory of the CPU."""

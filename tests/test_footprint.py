@@ -196,7 +196,9 @@ def test_doctor_says_what_the_published_preset_lacks_and_what_to_type(
     assert "NExT-GPT 7B v0: CC-BY-NC-SA-4.0; NOT for commercial use." in captured.out
     steps = [line for line in lines if line.startswith("next: ")]
     assert any(
-        step.endswith(f"patchbay convert nextgpt pytorch_model.pt --base vicuna-7b-v0 --out {tmp_path}/nowhere")
+        step.endswith(
+            f"patchbay convert nextgpt pytorch_model.pt --base vicuna-7b-v0 --out {tmp_path}/nowhere"
+        )
         for step in steps
     )
     for revision in (

@@ -39,8 +39,9 @@ def allocated(session: Session) -> Iterator[tuple[str, int]]:
     yield "language model", held_bytes(agent.generate.engine._engine.model)
     for modality, box in agent.decode.items():
         box.load()
-        yield f"{modality.value} decoder", box.engine.decoder.weight_bytes() + held_bytes(
-            box._projecting.projection
+        yield (
+            f"{modality.value} decoder",
+            box.engine.decoder.weight_bytes() + held_bytes(box._projecting.projection),
         )
 
 
@@ -170,9 +171,10 @@ def test_a_written_plan_is_a_preset_that_runs_from_anywhere(tiny_preset: Path, t
     preset = load_preset(str(tiny_preset))
     half = plan_for(preset, needed(preset, boxes_of(preset)), None)
     plan = plan_for(preset, int(half.needed / (1 - LEFT_FREE)) - 1, None)
-    assert [*half.words, f"decoders take turns within {plan.preset.decoders_gb:g} GB and wait on the disk"] == [
-        *plan.words
-    ]
+    assert [
+        *half.words,
+        f"decoders take turns within {plan.preset.decoders_gb:g} GB and wait on the disk",
+    ] == [*plan.words]
     path = tmp_path / "deep" / "fitted.yaml"
     path.parent.mkdir()
 
