@@ -75,7 +75,7 @@ def build_app(args: AppArgs) -> Application:
     makes: dict[str, list[Modality]] = {}
     for modality in preset.decoders:
         makes.setdefault(decoder_name(modality, preset), []).append(modality)
-    decoders = {}
+    decoders: dict[Modality, Application] = {}
     for name, modalities in makes.items():
         at_once = QUEUED_BATCHES * sum(preset.decoders[modality].max_batch for modality in modalities)
         options = {**usual, "max_ongoing_requests": at_once}
