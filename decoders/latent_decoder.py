@@ -179,7 +179,7 @@ class LatentDecoder(ABC):
         """
         if how == "tiled" and isinstance(self.vae, PatchAutoencoderKL):
             raise ValueError(
-                f"{self.folder.path}: a PatchAutoencoderKL cannot be tiled, as its tiles do not fit its folds. "
+                f"{self.folder.path}: its PatchAutoencoderKL cannot be tiled, as tiles do not fit its folds. "
                 f"Choose sliced."
             )
         if how == "tiled":

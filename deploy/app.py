@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
+from encoders.media import Modality
 from services.deployments import (
     AgentReplica,
     DecoderReplica,
@@ -66,21 +67,20 @@ def build_app(args: AppArgs) -> Application:
         "logging_config": {"log_level": "WARNING", "enable_access_log": False},
     }
     model: dict[str, Any] = {**usual, "max_ongoing_requests": 1}
-    decoder = {
-        modality: {**usual, "max_ongoing_requests": QUEUED_BATCHES * chosen.max_batch}
-        for modality, chosen in preset.decoders.items()
-    }
     door: dict[str, Any] = {**usual, "max_ongoing_requests": 256}
 
     encoder = serve.deployment(name="Encoder", **model)(EncoderReplica).bind(replica)
     speaking = {**model, "max_ongoing_requests": preset.language_model.slots}
     language_model = serve.deployment(name="LanguageModel", **speaking)(LanguageModelReplica).bind(replica)
-    decoders = {
-        modality: serve.deployment(name=decoder_name(modality), **decoder[modality])(DecoderReplica).bind(
-            replica, modality
-        )
-        for modality in preset.decoders
-    }
+    makes: dict[str, list[Modality]] = {}
+    for modality in preset.decoders:
+        makes.setdefault(decoder_name(modality, preset), []).append(modality)
+    decoders: dict[Modality, Application] = {}
+    for name, modalities in makes.items():
+        at_once = QUEUED_BATCHES * sum(preset.decoders[modality].max_batch for modality in modalities)
+        options = {**usual, "max_ongoing_requests": at_once}
+        bound = serve.deployment(name=name, **options)(DecoderReplica).bind(replica, modalities)
+        decoders |= dict.fromkeys(modalities, bound)
     agent = serve.deployment(name="Agent", **door)(AgentReplica).bind(
         replica, encoder, language_model, decoders
     )

@@ -80,13 +80,16 @@ def _library(kind: str) -> Any:
 
 
 def _quantized(weight: Tensor, kind: Quantization, library: Any) -> Tensor:
-    made: Tensor
+    made: Any
     if kind == "int8":
         made = library.Int8Tensor.from_hp(weight, granularity=library.PerRow())
     else:
         blocks = weight.numel() // BLOCK
         made = library.NF4Tensor.from_tensor(weight.contiguous(), BLOCK, _scales_per_block(blocks))
-    return made
+        # A view of a value per block, which would keep them all: a sixteenth of the whole weight.
+        made.quantization_factor = made.quantization_factor.clone()
+    quantized: Tensor = made
+    return quantized
 
 
 def _scales_per_block(blocks: int) -> int:

@@ -389,8 +389,8 @@ def _write_plan(found: Survey, path: Path) -> int:
         return 0 if found.fits.ok else 1
     if not found.plan.fits:
         raise PresetProblem(
-            f"Nothing makes the preset {found.preset.name!r} fit: even then {found.plan.needed / 1e9:.2f} GB are "
-            f"needed, and there are {found.plan.room / 1e9:.2f} GB. See `patchbay doctor --preset "
+            f"Nothing makes {found.preset.name!r} fit: {found.plan.needed / 1e9:.2f} GB are needed "
+            f"at the least, and there are {found.plan.room / 1e9:.2f} GB. See `patchbay doctor --preset "
             f"{found.preset.name} --table`.",
             code="too_large",
         )

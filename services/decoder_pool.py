@@ -69,7 +69,8 @@ class _Ticket:
 class DecoderPool:
     """Decoders by :class:`DecoderKey`. Every method may be called from any thread and any event loop.
 
-    Who comes first loads a decoder, with its own limits on batch and queue. ``budget`` is the most bytes that the weights of decoders on one device may take; None is no limit.
+    Who comes first loads a decoder, with its own limits on batch and queue. ``budget`` is the most bytes that
+    the weights of decoders on one device may take; None is no limit.
     """
 
     def __init__(self, budget: int | None = None) -> None:
@@ -120,10 +121,10 @@ class DecoderPool:
             self._release(ticket.entry)
 
     def on_device(self) -> list[DecoderKey]:
-        """Return what is where it can be used, the one used longest ago first."""
+        """Return what is where it can be used: the one used longest ago first, those in use last."""
         with self._lock:
-            ready = sorted((e for e in self._entries.values() if e.ready), key=lambda e: e.used_at)
-            return [entry.key for entry in ready]
+            ready = [entry for entry in self._entries.values() if entry.ready]
+            return [entry.key for entry in sorted(ready, key=lambda e: (e.users > 0, e.used_at))]
 
     def in_memory(self) -> list[DecoderKey]:
         """Return what is loaded, on its device or in the memory of the CPU."""

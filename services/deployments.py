@@ -33,7 +33,7 @@ from services.errors import ServiceError, Unavailable, translate
 from services.events import Event, TurnFailed
 from services.loading import hush
 from services.messages import Message, TurnOptions
-from services.presets import load_preset
+from services.presets import Preset, load_preset
 
 logger = logging.getLogger(__name__)
 
@@ -111,22 +111,29 @@ class LanguageModelReplica:
 
 
 class DecoderReplica:
-    """Makes media of one kind and stores them."""
+    """Makes media of one kind, or of several whose decoders make room for each other, and stores them.
 
-    def __init__(self, args: ReplicaArgs, modality: Modality) -> None:
+    Decoders are loaded at once, unless the preset lets them leave the device: then at their first use.
+    """
+
+    def __init__(self, args: ReplicaArgs, modalities: Sequence[Modality]) -> None:
         _use_threads(args.torch_threads)
-        from services.local_decoder import LocalDecoder
+        from services.local_decoder import LocalDecoder, pool_for
 
-        self.box = LocalDecoder(load_preset(args.preset), modality, ArtefactStore(args.store))
-        self.box.load()
-        self.box.warm_up()
+        preset, store = load_preset(args.preset), ArtefactStore(args.store)
+        pool = pool_for(preset)
+        self.boxes = {modality: LocalDecoder(preset, modality, store, pool) for modality in modalities}
+        for box in self.boxes.values():
+            if preset.decoders_gb is None and box.chosen.waits_in == "device":
+                box.load()
+                box.warm_up()
 
     async def decode(
         self, signal: SpokenSignal, settings: DecodeSettings
     ) -> AsyncGenerator[Progress | Made | Failure, None]:
         """Stream progress and the medium."""
         try:
-            async with aclosing(self.box.decode(signal, settings)) as stream:
+            async with aclosing(self.boxes[signal.modality].decode(signal, settings)) as stream:
                 async for step in stream:
                     yield step
         except Exception as error:  # noqa: BLE001  (the edge of a process: it must answer)
@@ -149,7 +156,8 @@ class AgentReplica:
             encode=RemoteEncoder(encoder),
             generate=RemoteLanguageModel(language_model),
             decode={
-                modality: RemoteDecoder(handle, modality, status) for modality, handle in decoders.items()
+                modality: RemoteDecoder(handle, modality, status, decoder_name(modality, preset))
+                for modality, handle in decoders.items()
             },
             store=ArtefactStore(args.store),
             inputs=preset.encoder.modalities,
@@ -231,15 +239,20 @@ class RemoteDecoder:
     """A decode box behind a handle."""
 
     def __init__(
-        self, handle: DeploymentHandle[DecoderReplica], modality: Modality, status: ClusterStatus
+        self,
+        handle: DeploymentHandle[DecoderReplica],
+        modality: Modality,
+        status: ClusterStatus,
+        deployment: str,
     ) -> None:
         self.handle = handle
         self.modality = modality
         self.status = status
+        self.deployment = deployment
 
     async def available(self) -> bool:
         """Whether a replica is running."""
-        return await self.status.is_running(decoder_name(self.modality))
+        return await self.status.is_running(self.deployment)
 
     async def decode(
         self, signal: SpokenSignal, settings: DecodeSettings
@@ -304,8 +317,10 @@ class ClusterStatus:
         return {name: counts.get("RUNNING", 0) > 0 for name, counts in states.items()}
 
 
-def decoder_name(modality: Modality) -> str:
-    """Return the name of the deployment that makes ``modality``."""
+def decoder_name(modality: Modality, preset: Preset) -> str:
+    """Return the name of the deployment that makes ``modality``: with a common budget, the same for all."""
+    if preset.decoders_gb is not None:
+        return "Decoders"
     return f"{modality.value.capitalize()}Decoder"
 
 

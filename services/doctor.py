@@ -51,8 +51,8 @@ def expect_trainable(preset: Preset) -> None:
     if origins:
         raise PresetProblem(
             f"The preset {preset.name!r} is made of published weights ({origins[0].model} and "
-            f"{len(origins) - 1} more); `patchbay train` makes the parts of a toy box from nothing, and would "
-            f"write them into {preset.weights_folder}. Train the preset toybox, or a copy of its YAML with "
+            f"{len(origins) - 1} more); `patchbay train` makes parts of a toy box from nothing, and would "
+            f"put them into {preset.weights_folder}. Train the preset toybox, or a copy of its YAML with "
             "another folder of weights.",
             code="not_trainable",
         )
@@ -291,18 +291,18 @@ def _load(preset: Preset) -> Iterator[Check]:
     import tempfile
 
     from services.artefacts import ArtefactStore
-    from services.local_decoder import LocalDecoder
+    from services.local_decoder import LocalDecoder, pool_for
     from services.local_encoder import LocalEncoder
     from services.local_language_model import LocalLanguageModel
 
     with tempfile.TemporaryDirectory(prefix="patchbay-") as folder:
-        store = ArtefactStore(Path(folder).as_uri())
+        store, pool = ArtefactStore(Path(folder).as_uri()), pool_for(preset)
         boxes: list[tuple[str, LocalEncoder | LocalLanguageModel | LocalDecoder]] = [
             ("encoder", LocalEncoder(preset, store)),
             ("language model", LocalLanguageModel(preset)),
         ]
         boxes += [
-            (f"{modality.value} decoder", LocalDecoder(preset, modality, store))
+            (f"{modality.value} decoder", LocalDecoder(preset, modality, store, pool))
             for modality in preset.decoders
         ]
         for name, box in boxes:

@@ -1,7 +1,7 @@
 """The decode box of one modality in this process: a denoising engine, and what comes before and after it.
 
-The model is loaded at the first use, or by :meth:`LocalDecoder.load`, and shared with others that have the same
-:class:`services.decoder_pool.DecoderPool`.
+The model is loaded at the first use, or by :meth:`LocalDecoder.load`, and shared with others that have the
+same :class:`services.decoder_pool.DecoderPool`.
 """
 
 from __future__ import annotations

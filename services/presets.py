@@ -110,8 +110,9 @@ class DecoderPreset(BoxPreset):
     ``guidance_scale`` and sizes of None leave the choice to the pipeline's folder. ``max_batch`` media
     are made at the same time; a request that would wait longer than ``max_wait_s`` for others is refused.
     ``waits_in`` is where the weights are while nobody uses them: on the ``device``, in the memory of the
-    ``cpu``, or only on the ``disk``; with ``decoders_gb`` they leave the device only to make room. ``vae`` ``sliced`` sends pictures and frames through the VAE one at a
-    time, ``tiled`` also in tiles where they are larger than it was made for, which shows a little.
+    ``cpu``, or only on the ``disk``; with ``decoders_gb`` they leave the device only to make room. ``vae``
+    ``sliced`` sends pictures and frames through the VAE one at a time, ``tiled`` also in tiles where they are
+    larger than it was made for, which shows a little.
     """
 
     waits_in: Literal["device", "cpu", "disk"] = "device"

@@ -59,7 +59,7 @@ def test_memory_follows_from_parameters_dtype_and_context(published: Preset) -> 
     encoder, language_model, *_ = boxes_of(published)
 
     assert encoder.in_memory == 2 * 719_065_088
-    assert language_model.cache == 2 * 32 * 4096 * 2048 * 2
+    assert language_model.cache == 8 * 2 * 32 * 4096 * 2048 * 2  # slots, keys and values, layers, ...
     base, bridge = language_model.parts
     assert (base.dtype, base.in_memory) == ("float16", 2 * 6_738_415_616)
     assert (bridge.dtype, bridge.in_memory) == ("float32", 4 * 12_906_496)
@@ -154,10 +154,10 @@ def test_what_does_not_fit_is_said_with_how_much_is_short(monkeypatch: pytest.Mo
     short = fitting("cpu", 24 * 10**9)
 
     assert not short.ok
-    assert short.detail.startswith(
-        "24.00 GB are needed for weights and caches, 10.00 GB are free; 14.00 GB are"
+    assert short.detail == (
+        "24.00 GB are needed for weights and caches, 10.00 GB are free; 15.00 GB are short, with 10% left to "
+        "what requests need"
     )
-    assert "nothing is offloaded or quantised by itself" in short.detail
     assert fitting("cpu", 9 * 10**9).ok
 
 
@@ -171,7 +171,9 @@ def test_a_preset_that_does_not_fit_is_not_loaded(
     out = capsys.readouterr().out
     assert "BAD room on cpu" in out
     assert "loads" not in out
-    assert "next: copy tiny.yaml and, in the copy, name another device" in out
+    assert "to fit: no image decoder" in out
+    assert "which is still too much" in out
+    assert "next: patchbay doctor --preset tiny --table, and choose a machine with more memory" in out
 
 
 def test_doctor_says_what_the_published_preset_lacks_and_what_to_type(
@@ -187,17 +189,25 @@ def test_doctor_says_what_the_published_preset_lacks_and_what_to_type(
     lines = captured.out.splitlines()
     (row,) = [line for line in lines if line.startswith("language model: base")]
     assert row.split("  ")[1:] != []
-    assert "missing, 3 files" in row
+    assert "missing, 3 files of about 13.48 GB" in row
     assert "6,738,415,616" in row
     assert "13.48 GB" in row
     assert "ImageBind-Huge: CC-BY-NC-4.0; NOT for commercial use." in captured.out
     assert "NExT-GPT 7B v0: CC-BY-NC-SA-4.0; NOT for commercial use." in captured.out
     steps = [line for line in lines if line.startswith("next: ")]
-    assert (
-        f"next: patchbay convert nextgpt pytorch_model.pt --base vicuna-7b-v0 --out {tmp_path}/nowhere"
-        in steps
+    assert any(
+        step.endswith(
+            f"patchbay convert nextgpt pytorch_model.pt --base vicuna-7b-v0 --out {tmp_path}/nowhere"
+        )
+        for step in steps
     )
-    assert any("--revision 9707fa44eb3fb539e293ebc682209d0895042aa0" in step for step in steps)
+    for revision in (
+        "f28bea33714c810ef6cb9b9e440edcddb93297a4",
+        "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
+        "1f35e3dc3350d649f342bb7618fe34ac8fae5c9e",
+        "9707fa44eb3fb539e293ebc682209d0895042aa0",
+    ):
+        assert sum(f"--revision {revision} " in step for step in steps) == 1
 
 
 def test_doctor_prints_one_json_object(tiny_preset: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,10 +225,11 @@ def test_an_unknown_network_is_counted_from_its_file(tiny_preset: Path) -> None:
     preset = load_preset(str(tiny_preset))
     folder = preset.decoder_folder(VIDEO) / "unet"
 
-    assert footprint._counted(folder, {"a": 1}, lambda config: None) == sum(
-        tensor.numel() for path in folder.glob("*.safetensors") for tensor in load_file(path).values()
+    assert footprint._counted(folder, {"a": 1}, "NobodysModel") == (
+        sum(t.numel() for path in folder.glob("*.safetensors") for t in load_file(path).values()),
+        (),
     )
-    assert footprint._counted(folder / "none", {}, lambda config: 1) is None
+    assert footprint._counted(folder / "none", {}, "NobodysModel") == (None, ())
 
 
 def test_a_whole_turn_runs_with_every_box_in_half_precision(tiny_preset: Path) -> None:
