@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -272,7 +273,8 @@ def _described(kind: str, config: str) -> tuple[int | None, Matrices]:
     import torch
 
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of what the libraries themselves use
             model = _build(kind, json.loads(config))
     except (ImportError, KeyError, TypeError, ValueError):
         return None, ()

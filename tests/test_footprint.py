@@ -251,3 +251,35 @@ def test_a_whole_turn_runs_with_every_box_in_half_precision(tiny_preset: Path) -
 
     assert [part.error for part in reply.parts if part.error] == []
     assert [part.type for part in reply.parts if part.text is None] == [IMAGE, AUDIO, VIDEO]
+
+
+def test_the_open_preset_has_the_sizes_of_the_published_parts() -> None:
+    found = counts(load_preset("open-8b"))
+    published = {  # bytes of the published weights, by the bytes that one number takes in them
+        "language model/base": (16.38e9, 2),
+        "image decoder/text_encoder": (8.05e9, 2),
+        "video decoder/text_encoder": (11.36e9, 2),
+        "audio decoder/transformer": (4.23e9, 4),
+    }
+    for name, (size, each) in published.items():
+        assert found[name] == pytest.approx(size / each, rel=0.005), name
+    assert found["encoder/vision tower"] == 428_225_600
+    assert found["encoder/audio tower"] == 68_611_864
+    assert all(count for count in found.values())
+
+
+def test_every_part_of_the_open_preset_names_its_licence_and_the_one_with_conditions_says_so() -> None:
+    origins = [origin for box in boxes_of(load_preset("open-8b")) for origin in box.origins]
+
+    apache = {origin.model for origin in origins if origin.licence == "Apache-2.0"}
+    assert apache == {
+        "SigLIP 2 So400m, 384 px",
+        "CLAP, larger, general",
+        "Qwen3-8B",
+        "FLUX.2 klein 4B",
+        "Wan 2.1 T2V 1.3B",
+    }
+    (other,) = [origin for origin in origins if origin.model.startswith("Stable Audio")]
+    assert "on its conditions only" in other.licence
+    hub = [origin for origin in origins if origin.source.count("/") == 1]
+    assert all(origin.revision and len(origin.revision) == 40 for origin in hub)
