@@ -281,5 +281,6 @@ def test_every_part_of_the_open_preset_names_its_licence_and_the_one_with_condit
     }
     (other,) = [origin for origin in origins if origin.model.startswith("Stable Audio")]
     assert "on its conditions only" in other.licence
-    hub = [origin for origin in origins if origin.source.count("/") == 1]
+    hub = [origin for origin in origins if origin.get.startswith("hf download")]
+    assert len(hub) == 6
     assert all(origin.revision and len(origin.revision) == 40 for origin in hub)

@@ -222,7 +222,8 @@ def audioldm2_pipeline() -> AudioLDM2Pipeline:
     t5_words = T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=2 * TOKENS)
     text = ClapTextConfig(
         vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=64, projection_dim=WIDTH, bos_token_id=0, pad_token_id=1, eos_token_id=2,
+        num_attention_heads=2, max_position_embeddings=64, projection_dim=WIDTH,
+        bos_token_id=0, pad_token_id=1, eos_token_id=2,
     )  # fmt: skip
     audio = ClapAudioConfig(
         spec_size=32, num_mel_bins=8, patch_size=2, patch_stride=[2, 2], patch_embeds_hidden_size=16,
