@@ -55,6 +55,7 @@ class EncoderPreset(BoxPreset):
 
     folder: str = "encoder"
     modalities: tuple[Modality, ...] = (Modality.IMAGE, Modality.VIDEO, Modality.AUDIO)
+    cache_mb: int = Field(default=256, ge=0, description="encoded media that are kept, by their content")
 
 
 class LanguageModelPreset(BoxPreset):
@@ -128,6 +129,8 @@ class GenerationDefaults(_Strict):
 
     temperature: float = Field(default=0.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=2)
     max_new_tokens: int = Field(default=256, ge=1)
 
 

@@ -69,6 +69,7 @@ class StreamOptions(BaseModel):
 
     include_usage: bool = False
     include_progress: bool = False
+    previews: int = 0
 
 
 class ChatRequest(BaseModel):
@@ -82,6 +83,11 @@ class ChatRequest(BaseModel):
     stream_options: StreamOptions | None = None
     temperature: float | None = None
     top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    user: str | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     seed: int | None = None
@@ -107,15 +113,21 @@ class ChatRequest(BaseModel):
             seed=self.seed,
             temperature=self.temperature,
             top_p=self.top_p,
+            top_k=self.top_k,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             max_new_tokens=limit,
             decoders=decoders,
+            previews=self.stream_options.previews if self.stream and self.stream_options else 0,
+            user=self.user or None,
         )
 
     def refuse_unsupported(self) -> None:
         """Raise BadRequest for wishes that would silently not be granted."""
         wishes = {
             "n": self.n not in (None, 1),
-            "stop": bool(self.stop),
             "tools": bool(self.tools),
             "functions": bool(self.functions),
             "logprobs": bool(self.logprobs),
