@@ -87,11 +87,22 @@ class _MediaBeingMade:
     def settle(self, index: int, item: Made | PartFailure, now_s: float = 0.0) -> None:
         """Note how it ended."""
         self.done_s = now_s
-        about = {"index": index, "modality": self.modality, "caption": self.caption}
         if isinstance(item, Made):
-            self.outcome = PartDone(**about, artefact=item.artefact, manifest=item.manifest)
+            self.outcome = PartDone(
+                index=index,
+                modality=self.modality,
+                caption=self.caption,
+                artefact=item.artefact,
+                manifest=item.manifest,
+            )
         else:
-            self.outcome = PartFailed(**about, code=item.error.code, message=item.error.message)
+            self.outcome = PartFailed(
+                index=index,
+                modality=self.modality,
+                caption=self.caption,
+                code=item.error.code,
+                message=item.error.message,
+            )
 
 
 @dataclass
@@ -183,8 +194,11 @@ class Agent:
 
     async def counts(self) -> dict[str, Mapping[str, Counts]]:
         """Return what the boxes count: by ``encoder``, ``language_model`` and modality, then by replica."""
-        boxes = {"encoder": self.encode, "language_model": self.generate}
-        boxes |= {modality.value: box for modality, box in self.decode.items()}
+        boxes: dict[str, EncodeBox | GenerateBox | DecodeBox] = {
+            "encoder": self.encode,
+            "language_model": self.generate,
+            **{modality.value: box for modality, box in self.decode.items()},
+        }
         answers = await asyncio.gather(*(box.counts() for box in boxes.values()))
         return dict(zip(boxes, answers, strict=True))
 
