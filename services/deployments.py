@@ -47,7 +47,8 @@ logger = logging.getLogger(__name__)
 
 APP_NAME = "patchbay"
 STATUS_KEPT_S = 1.0
-ANSWERS_WITHIN_S = 5.0  # a replica that is full answers when its next request has ended
+COUNTS_WITHIN_S = 5.0  # a replica that is full answers when its next request has ended
+STOPS_WITHIN_S = 60.0  # a step of a large video takes a while
 
 
 class ReplicaArgs(BaseModel):
@@ -335,7 +336,12 @@ class RemoteAgent:
 
     async def cancel_part(self, turn: str, index: int) -> bool:
         """Stop one medium; return False when no replica is making it."""
-        return any(await _all(self.handle, "cancel_part", turn, index))
+        answers = await _all(self.handle, "cancel_part", turn, index, within_s=STOPS_WITHIN_S)
+        if not answers:
+            raise Unavailable(
+                "The agent does not answer. Try again soon.", code="agent_unavailable", retry_after_s=5
+            )
+        return any(answers)
 
     async def retry_part(
         self, turn: str, index: int, wishes: DecodeSettings, *, user: str | None = None, previews: int = 0
@@ -406,11 +412,11 @@ async def _stream(
             response.cancel()
 
 
-async def _all(handle: DeploymentHandle[Any], method: str, *args: Any) -> list[Any]:
+async def _all(handle: DeploymentHandle[Any], method: str, *args: Any, within_s: float) -> list[Any]:
     """Call a method of every replica; return the answers of those that gave one in time."""
     try:
         call = handle.broadcast(method, *args)
-        answers = await call.results_async(timeout_s=ANSWERS_WITHIN_S, return_exceptions=True)
+        answers = await call.results_async(timeout_s=within_s, return_exceptions=True)
     except (TimeoutError, RayError, RayServeException) as error:
         logger.warning("%s.%s: no answer: %s", handle.deployment_name, method, type(error).__name__)
         return []
@@ -418,7 +424,7 @@ async def _all(handle: DeploymentHandle[Any], method: str, *args: Any) -> list[A
 
 
 async def _counts(handle: DeploymentHandle[Any]) -> Mapping[str, Counts]:
-    answers: list[Mapping[str, Counts]] = await _all(handle, "counts")
+    answers: list[Mapping[str, Counts]] = await _all(handle, "counts", within_s=COUNTS_WITHIN_S)
     return {replica: counts for answer in answers for replica, counts in answer.items()}
 
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from decoders.settings import DecodeSettings
 from decoders.writing import read_manifest
@@ -93,11 +93,18 @@ class ChatRequest(BaseModel):
     seed: int | None = None
     audio: dict[str, Any] | None = None
     n: int | None = None
-    stop: str | list[str] | None = None
+    stop: list[str] = []
     tools: list[Any] | None = None
     functions: list[Any] | None = None
     logprobs: bool | None = None
     response_format: dict[str, Any] | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _listed(cls, stop: object) -> object:
+        if stop is None:
+            return []
+        return [stop] if isinstance(stop, str) else stop
 
     def options(self) -> TurnOptions:
         """Return how the reply is wanted."""
@@ -117,7 +124,7 @@ class ChatRequest(BaseModel):
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
-            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            stop=tuple(self.stop),
             max_new_tokens=limit,
             decoders=decoders,
             previews=self.stream_options.previews if self.stream and self.stream_options else 0,
