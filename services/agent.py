@@ -232,7 +232,7 @@ class Agent:
         signal, settings = await asyncio.to_thread(kept, self.store, turn, index)
         modality = signal.modality
         if modality in self.cost_limits:
-            self.cost_limits[modality].check(wishes, modality)
+            self.cost_limits[modality].check(wishes, modality, place="")
         self._check_up([modality], await self.outputs(), param=None)
         order = Order(
             turn=turn,
@@ -403,7 +403,7 @@ class Agent:
         self._check_up(options.modalities or (), up, param="modalities")
         for modality, settings in options.decoders.items():
             if modality in self.cost_limits:
-                self.cost_limits[modality].check(settings, modality)
+                self.cost_limits[modality].check(settings, modality, place=f"decoders.{modality.value}.")
         wanted = set(up) if options.modalities is None else set(options.modalities)
         return frozenset(wanted & set(up))
 

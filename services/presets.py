@@ -79,8 +79,8 @@ class CostLimits(_Strict):
     num_frames: int = Field(default=64, ge=1)
     duration_s: float = Field(default=30.0, gt=0)
 
-    def check(self, settings: DecodeSettings, modality: Modality) -> None:
-        """Raise BadRequest when ``settings`` ask for more."""
+    def check(self, settings: DecodeSettings, modality: Modality, *, place: str) -> None:
+        """Raise BadRequest when ``settings`` ask for more; ``place`` is where in the request they stand."""
         for name, given, most in (
             ("num_inference_steps", settings.steps, self.steps),
             ("size", settings.width_px, self.side_px),
@@ -93,7 +93,7 @@ class CostLimits(_Strict):
                     f"{name} is {given:g}; for {modality.value} this model allows at most {most:g}. "
                     "Ask for less.",
                     code="decoder_limit_exceeded",
-                    param=f"decoders.{modality.value}.{name}",
+                    param=f"{place}{name}",
                 )
 
 

@@ -447,7 +447,9 @@ async def test_a_part_that_cannot_be_made_again_says_why(store: ArtefactStore) -
 
     async def refusal(turn: str, index: int, **wishes: int) -> str:
         events = [event async for event in the_agent.retry_part(turn, index, DecodeSettings(**wishes))]
-        return str(failure(events)["code"])
+        told = failure(events)
+        assert told["param"] == ("num_inference_steps" if wishes else None)
+        return str(told["code"])
 
     events: list[Event] = []
     async with aclosing(the_agent.turn(said(), TurnOptions())) as stream:
