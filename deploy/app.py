@@ -25,7 +25,11 @@ from services.deployments import (
 from services.presets import load_preset
 
 QUEUED_BATCHES = 4
-"""Batches that wait in a decoder's replica: there their seconds are known, and too many are refused."""
+"""Batches that a replica with an engine takes on, the one it works at included.
+
+They wait in the engine, where they are counted; a decoder knows their seconds and refuses too many. A
+replica that has taken on all that it may answers no question about itself before one of them is done.
+"""
 
 QUEUED_MEDIA = 16
 """Media that one replica of the encoder takes on."""
@@ -77,7 +81,7 @@ def build_app(args: AppArgs) -> Application:
     door: dict[str, Any] = {**usual, "max_ongoing_requests": 256}
 
     encoder = serve.deployment(name="Encoder", **encoding)(EncoderReplica).bind(replica)
-    speaking = {**usual, "max_ongoing_requests": preset.language_model.slots}
+    speaking = {**usual, "max_ongoing_requests": QUEUED_BATCHES * preset.language_model.slots}
     language_model = serve.deployment(name="LanguageModel", **speaking)(LanguageModelReplica).bind(replica)
     decoders = {
         modality: serve.deployment(name=decoder_name(modality), **decoder[modality])(DecoderReplica).bind(
