@@ -21,6 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from encoders.media import Audio, Image, Video
 
 MANIFEST_KEY = "patchbay"
+PREVIEW_QUALITY = 85
 SMALL_VIDEO_PX = 256
 BT601 = 6
 """What ITU-T H.273 calls SMPTE 170M: the colour matrix that swscale converts with."""
@@ -34,6 +35,13 @@ def to_png(image: Image, manifest: Mapping[str, Any]) -> bytes:
     text.add_text(MANIFEST_KEY, _to_json(manifest))
     buffer = io.BytesIO()
     PIL.Image.fromarray(image.pixels).save(buffer, "PNG", pnginfo=text)
+    return buffer.getvalue()
+
+
+def to_jpeg(image: Image) -> bytes:
+    """Return a small JPEG that looks like ``image``: for previews, without a manifest."""
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(image.pixels).save(buffer, "JPEG", quality=PREVIEW_QUALITY)
     return buffer.getvalue()
 
 

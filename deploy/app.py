@@ -26,7 +26,14 @@ from services.deployments import (
 from services.presets import load_preset
 
 QUEUED_BATCHES = 4
-"""Batches that wait in a decoder's replica: there their seconds are known, and too many are refused."""
+"""Batches that a replica with an engine takes on, the one it works at included.
+
+They wait in the engine, where they are counted; a decoder knows their seconds and refuses too many. A
+replica that has taken on all that it may answers no question about itself before one of them is done.
+"""
+
+QUEUED_MEDIA = 16
+"""Media that one replica of the encoder takes on."""
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -66,11 +73,12 @@ def build_app(args: AppArgs) -> Application:
         "graceful_shutdown_timeout_s": 5,
         "logging_config": {"log_level": "WARNING", "enable_access_log": False},
     }
-    model: dict[str, Any] = {**usual, "max_ongoing_requests": 1}
+    # One at a time is encoded; the others are there because what is known already need not wait for it.
+    encoding = {**usual, "max_ongoing_requests": QUEUED_MEDIA}
     door: dict[str, Any] = {**usual, "max_ongoing_requests": 256}
 
-    encoder = serve.deployment(name="Encoder", **model)(EncoderReplica).bind(replica)
-    speaking = {**model, "max_ongoing_requests": preset.language_model.slots}
+    encoder = serve.deployment(name="Encoder", **encoding)(EncoderReplica).bind(replica)
+    speaking = {**usual, "max_ongoing_requests": QUEUED_BATCHES * preset.language_model.slots}
     language_model = serve.deployment(name="LanguageModel", **speaking)(LanguageModelReplica).bind(replica)
     makes: dict[str, list[Modality]] = {}
     for modality in preset.decoders:

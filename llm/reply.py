@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Literal
 
 import torch
@@ -41,11 +42,13 @@ class GenerationOptions:
 
     ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 leave all tokens in. ``repetition_penalty``
     divides the positive and multiplies the negative logits of words that the conversation or the reply
-    has used already; 1 changes nothing. ``seed`` None draws another reply each time. The text ends before
-    the first of the ``stop`` strings; it may not span a medium. Only ``allowed`` media are made, at most
-    ``max_signals``. Each medium in ``required`` comes (twice if it is named twice); where the model would
-    end without them, they follow in this order. ``max_new_tokens`` counts text, the end and the tokens of
-    blocks; a block that has begun and the required ones are made whole beyond it.
+    has used already; 1 changes nothing. ``presence_penalty`` is taken off the logits of words that the
+    reply has used, ``frequency_penalty`` as many times as it has used them. ``seed`` None draws another
+    reply each time. The text ends before the first of the ``stop`` strings; it may not span a medium. Only
+    ``allowed`` media are made, at most ``max_signals``. Each medium in ``required`` comes (twice if it is
+    named twice); where the model would end without them, they follow in this order. ``max_new_tokens``
+    counts text, the end and the tokens of blocks; a block that has begun and the required ones are made
+    whole beyond it.
     """
 
     max_new_tokens: int = 256
@@ -53,6 +56,8 @@ class GenerationOptions:
     top_p: float = 1.0
     top_k: int = 0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
     allowed: frozenset[Modality] = ALL_MEDIA
@@ -72,6 +77,9 @@ class GenerationOptions:
             raise ValueError(
                 f"repetition_penalty is {self.repetition_penalty}; expected more than 0, 1 for none."
             )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a number, 0 for none.")
         if not all(self.stop):
             raise ValueError("A stop string is empty; expected at least one character in each.")
         if self.max_signals < 0:
@@ -178,6 +186,9 @@ class Reply:
         if options.repetition_penalty != 1:
             self.used = torch.zeros(len(tokenizer), dtype=torch.bool)
             self.used[[token for token in prompt if token not in tokenizer.live_ids]] = True
+        self.counts: Tensor | None = None  # (V,): how often the reply has used each word
+        if options.presence_penalty or options.frequency_penalty:
+            self.counts = torch.zeros(len(tokenizer))
 
     @property
     def _has_ended(self) -> bool:
@@ -238,6 +249,8 @@ class Reply:
             return self.finish("stop")
         if self.used is not None:
             self.used[token] = True
+        if self.counts is not None:
+            self.counts[token] += 1
         text = self._text.push(token)
         events = self._spoken(self._stops.push(text if self._end is None else self._end.push(text)))
         if self._has_ended and not self.missing:

@@ -51,7 +51,7 @@ class Sampler:
         """
         codes = [sum(self._bits[modality] for modality in reply.open_media()) for reply in replies]
         masked = logits + self._masks[codes]  # (R, V)
-        scored = _penalised(masked, replies)
+        scored = _discouraged(_penalised(masked, replies), replies)
         highest, best = scored.max(dim=-1)  # (R,)
         tokens: list[int] = best.tolist()
         sound = highest.isfinite().tolist()
@@ -80,6 +80,17 @@ def _penalised(masked: Tensor, replies: Sequence[Reply]) -> Tensor:
     scores = masked[rows]
     worse = torch.where(scores < 0, scores * penalty, scores / penalty)
     return masked.index_copy(0, torch.tensor(rows, device=masked.device), torch.where(used, worse, scores))
+
+
+def _discouraged(scores: Tensor, replies: Sequence[Reply]) -> Tensor:
+    rows = [i for i, reply in enumerate(replies) if reply.counts is not None]
+    if not rows:
+        return scores
+    counts = torch.stack([c for reply in replies if (c := reply.counts) is not None]).to(scores.device)
+    presence = scores.new_tensor([[replies[i].options.presence_penalty] for i in rows])
+    frequency = scores.new_tensor([[replies[i].options.frequency_penalty] for i in rows])
+    worse = scores[rows] - presence * (counts > 0) - frequency * counts
+    return scores.index_copy(0, torch.tensor(rows, device=scores.device), worse)
 
 
 def _drawn(replies: Sequence[Reply], sound: Sequence[bool]) -> list[tuple[list[int], bool]]:

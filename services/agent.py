@@ -10,22 +10,24 @@ import itertools
 import logging
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from decoders.settings import MAX_SEED, DecodeSettings
 from encoders.media import Modality
 from services.artefacts import ArtefactStore
 from services.boxes import (
+    Counts,
     DecodeBox,
     EncodeBox,
     Encoded,
     Finished,
     GenerateBox,
     Made,
+    Preview,
     Progress,
     PromptMessage,
     PromptPart,
@@ -39,13 +41,16 @@ from services.events import (
     Event,
     PartDone,
     PartFailed,
+    PartPreview,
     PartProgress,
     PartStarted,
     TextDelta,
     TurnDone,
     TurnFailed,
     TurnStarted,
+    new_turn_id,
 )
+from services.making import Making, Order, PartFailure, Told, changed, kept
 from services.messages import (
     MEDIA,
     MediaPart,
@@ -59,7 +64,7 @@ from services.presets import CostLimits, GenerationDefaults, Limits
 
 logger = logging.getLogger(__name__)
 
-ENCODED_KEPT = 64
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -67,11 +72,6 @@ class _SpeechEnded:
     """The language model is done; ``error`` says why if it was not its own choice."""
 
     error: ServiceError | None
-
-
-@dataclass(frozen=True)
-class _PartFailure:
-    error: ServiceError
 
 
 @dataclass
@@ -84,11 +84,32 @@ class _MediaBeingMade:
     done_s: float | None = None
     outcome: PartDone | PartFailed | None = None
 
+    def settle(self, index: int, item: Made | PartFailure, now_s: float = 0.0) -> None:
+        """Note how it ended."""
+        self.done_s = now_s
+        if isinstance(item, Made):
+            self.outcome = PartDone(
+                index=index,
+                modality=self.modality,
+                caption=self.caption,
+                artefact=item.artefact,
+                manifest=item.manifest,
+            )
+        else:
+            self.outcome = PartFailed(
+                index=index,
+                modality=self.modality,
+                caption=self.caption,
+                code=item.error.code,
+                message=item.error.message,
+            )
+
 
 @dataclass
 class _Reply:
     """The state of one turn while it runs."""
 
+    turn: str = field(default_factory=new_turn_id)
     began: float = field(default_factory=time.monotonic)
     queue: asyncio.Queue[tuple[int, Any]] = field(default_factory=asyncio.Queue)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
@@ -101,6 +122,10 @@ class _Reply:
     def now(self) -> float:
         """Seconds since the turn began."""
         return round(time.monotonic() - self.began, 4)
+
+    def tell(self, index: int, item: object) -> None:
+        """Hand something to the turn: of the medium ``index``, or -1 for the language model."""
+        self.queue.put_nowait((index, item))
 
     def words(self, text: str) -> TextDelta | None:
         """Return the event for some more text.
@@ -159,7 +184,7 @@ class Agent:
         self.generation = generation or GenerationDefaults()
         self.limits = limits or Limits()
         self.cost_limits = cost_limits or {}
-        self.encoded: OrderedDict[tuple[str, Modality | None], Encoded] = OrderedDict()
+        self.making = Making(decode, store)
 
     async def outputs(self) -> tuple[Modality, ...]:
         """Return the media that can be made now."""
@@ -167,23 +192,70 @@ class Agent:
         alive = {modality for modality, is_up in zip(self.decode, up, strict=True) if is_up}
         return tuple(modality for modality in MEDIA if modality in alive)
 
-    async def turn(
-        self, conversation: Sequence[Message], options: TurnOptions
-    ) -> AsyncGenerator[Event, None]:
+    async def counts(self) -> dict[str, Mapping[str, Counts]]:
+        """Return what the boxes count: by ``encoder``, ``language_model`` and modality, then by replica."""
+        boxes: dict[str, EncodeBox | GenerateBox | DecodeBox] = {
+            "encoder": self.encode,
+            "language_model": self.generate,
+            **{modality.value: box for modality, box in self.decode.items()},
+        }
+        answers = await asyncio.gather(*(box.counts() for box in boxes.values()))
+        return dict(zip(boxes, answers, strict=True))
+
+    def turn(self, conversation: Sequence[Message], options: TurnOptions) -> AsyncGenerator[Event, None]:
         """Stream the reply to a conversation. Closing the stream stops all models.
 
         The last event is :class:`TurnDone` or :class:`TurnFailed`; no other error leaves here.
         """
-        sequence = itertools.count()
+        return _told(self._events(conversation, options))
+
+    async def cancel_part(self, turn: str, index: int) -> bool:
+        """Stop one medium of a turn and nothing else; return False when it is not being made here.
+
+        The turn tells it as a :class:`PartFailed` with the code ``part_cancelled``.
+        """
+        return await self.making.cancel(turn, index)
+
+    def retry_part(
+        self, turn: str, index: int, wishes: DecodeSettings, *, user: str | None = None, previews: int = 0
+    ) -> AsyncGenerator[Event, None]:
+        """Make one medium of an earlier turn again, from the same signal; ``wishes`` change its settings.
+
+        The last event is :class:`PartDone`, :class:`PartFailed` or, when it cannot even start,
+        :class:`TurnFailed`; no other error leaves here. Closing the stream stops the decoder.
+        """
+        return _told(self._retried(turn, index, wishes, user, previews))
+
+    async def _retried(
+        self, turn: str, index: int, wishes: DecodeSettings, user: str | None, previews: int
+    ) -> AsyncGenerator[Event, None]:
+        signal, settings = await asyncio.to_thread(kept, self.store, turn, index)
+        modality = signal.modality
+        if modality in self.cost_limits:
+            self.cost_limits[modality].check(wishes, modality, place="")
+        self._check_up([modality], await self.outputs(), param=None)
+        order = Order(
+            turn=turn,
+            index=index,
+            signal=signal,
+            settings=changed(settings, wishes),
+            user=_user(user, turn),
+            previews=previews,
+        )
+        told: asyncio.Queue[Told] = asyncio.Queue()
+        medium = _MediaBeingMade(modality, signal.caption, 0.0)
+        task = self.making.start(order, told.put_nowait, again=True)
         try:
-            async with aclosing(self._events(conversation, options)) as events:
-                async for event in events:
-                    yield replace(event, sequence=next(sequence))
-        except Exception as error:
-            known = translate(error)
-            if known.status == 500:
-                logger.exception("A turn failed.")
-            yield TurnFailed(sequence=next(sequence), error=known.to_wire())
+            yield PartStarted(index=index, modality=modality, caption=signal.caption)
+            while medium.outcome is None:
+                match await told.get():
+                    case Progress() | Preview() as step:
+                        yield _step_event(index, step)
+                    case outcome:
+                        medium.settle(index, outcome)
+            yield medium.outcome
+        finally:
+            await _end([task])
 
     async def _events(
         self, conversation: Sequence[Message], options: TurnOptions
@@ -202,9 +274,14 @@ class Agent:
             ),
             temperature=_given(options.temperature, self.generation.temperature),
             top_p=_given(options.top_p, self.generation.top_p),
+            top_k=_given(options.top_k, self.generation.top_k),
+            repetition_penalty=_given(options.repetition_penalty, self.generation.repetition_penalty),
+            presence_penalty=options.presence_penalty,
+            frequency_penalty=options.frequency_penalty,
+            stop=options.stop,
             seed=seed,
         )
-        yield TurnStarted(seed=seed)
+        yield TurnStarted(id=reply.turn, seed=seed)
 
         reply.tasks.append(asyncio.create_task(self._speak(reply, prompt, speech)))
         finished: Finished | None = None
@@ -225,10 +302,10 @@ class Agent:
                     case _SpeechEnded():
                         ended = item
                         timings["text_s"] = reply.now()
-                    case Progress(step=step, total=total, eta_s=eta_s):
-                        yield PartProgress(index=index, step=step, total=total, eta_s=eta_s)
+                    case Progress() | Preview():
+                        yield _step_event(index, item)
                     case _:
-                        self._settle(reply, index, item)
+                        reply.media[index].settle(index, item, reply.now())
                         for event in reply.ready():
                             yield event
             if ended.error is not None:
@@ -256,12 +333,12 @@ class Agent:
         try:
             async with aclosing(self.generate.generate(prompt, options)) as stream:
                 async for said in stream:
-                    reply.queue.put_nowait((-1, said))
+                    reply.tell(-1, said)
         except Exception as caught:
             error = translate(caught)
             if error.status == 500:
                 logger.exception("The language model failed.")
-        reply.queue.put_nowait((-1, _SpeechEnded(error)))
+        reply.tell(-1, _SpeechEnded(error))
 
     def _start_decoder(
         self, reply: _Reply, signal: SpokenSignal, options: TurnOptions, seed: int
@@ -271,49 +348,16 @@ class Agent:
         settings = options.decoders.get(signal.modality, DecodeSettings())
         if settings.seed is None:
             settings = replace(settings, seed=(seed + nth) % (MAX_SEED + 1))
-        reply.tasks.append(asyncio.create_task(self._make(reply, index, signal, settings)))
+        order = Order(
+            turn=reply.turn,
+            index=index,
+            signal=signal,
+            settings=settings,
+            user=_user(options.user, reply.turn),
+            previews=options.previews,
+        )
+        reply.tasks.append(self.making.start(order, partial(reply.tell, index)))
         return PartStarted(index=index, modality=signal.modality, caption=signal.caption)
-
-    async def _make(self, reply: _Reply, index: int, signal: SpokenSignal, settings: DecodeSettings) -> None:
-        try:
-            async with aclosing(self.decode[signal.modality].decode(signal, settings)) as stream:
-                made: Made | None = None
-                async for step in stream:
-                    if isinstance(step, Made):
-                        made = step
-                    else:
-                        reply.queue.put_nowait((index, step))
-            if made is None:
-                raise Unavailable(
-                    f"The {signal.modality.value} decoder stopped before it was done. Try again.",
-                    code="decoder_unavailable",
-                )
-            reply.queue.put_nowait((index, made))
-        except Exception as caught:
-            error = translate(caught)
-            if error.status == 500:
-                logger.exception("The %s decoder failed.", signal.modality.value)
-            reply.queue.put_nowait((index, _PartFailure(error)))
-
-    def _settle(self, reply: _Reply, index: int, item: Made | _PartFailure) -> None:
-        medium = reply.media[index]
-        medium.done_s = reply.now()
-        if isinstance(item, Made):
-            medium.outcome = PartDone(
-                index=index,
-                modality=medium.modality,
-                caption=medium.caption,
-                artefact=item.artefact,
-                manifest=item.manifest,
-            )
-        else:
-            medium.outcome = PartFailed(
-                index=index,
-                modality=medium.modality,
-                caption=medium.caption,
-                code=item.error.code,
-                message=item.error.message,
-            )
 
     def _check_conversation(self, conversation: Sequence[Message]) -> None:
         if not conversation or conversation[-1].role is not Role.USER:
@@ -356,20 +400,24 @@ class Agent:
                     code="unsupported_modality",
                     param=param,
                 )
-        for modality in options.modalities or ():
-            if modality is not Modality.TEXT and modality not in up:
-                raise Unavailable(
-                    f"The {modality.value} decoder is not available at the moment. Try again soon, or leave "
-                    f"{modality.value} out of modalities.",
-                    code="decoder_unavailable",
-                    param="modalities",
-                    retry_after_s=5,
-                )
+        self._check_up(options.modalities or (), up, param="modalities")
         for modality, settings in options.decoders.items():
             if modality in self.cost_limits:
-                self.cost_limits[modality].check(settings, modality)
+                self.cost_limits[modality].check(settings, modality, place=f"decoders.{modality.value}.")
         wanted = set(up) if options.modalities is None else set(options.modalities)
         return frozenset(wanted & set(up))
+
+    @staticmethod
+    def _check_up(wanted: Sequence[Modality], up: Sequence[Modality], param: str | None) -> None:
+        for modality in wanted:
+            if modality is not Modality.TEXT and modality not in up:
+                way_out = "" if param is None else f", or leave {modality.value} out of {param}"
+                raise Unavailable(
+                    f"The {modality.value} decoder is not available at the moment. Try again soon{way_out}.",
+                    code="decoder_unavailable",
+                    param=param,
+                    retry_after_s=5,
+                )
 
     async def _prompt(self, conversation: Sequence[Message]) -> list[PromptMessage]:
         prompt = []
@@ -398,17 +446,37 @@ class Agent:
                 f"{', '.join(('text', *(known.value for known in self.inputs)))}. Leave it out.",
                 code="unsupported_modality",
             )
-        artefact = await asyncio.to_thread(self.store.get, part.artefact_id)
-        key = (artefact.sha256, part.modality)
-        if key not in self.encoded:
-            self.encoded[key] = await self.encode.encode(artefact.id, part.modality)
-        self.encoded.move_to_end(key)
-        while len(self.encoded) > ENCODED_KEPT:
-            self.encoded.popitem(last=False)
-        return self.encoded[key]
+        return await self.encode.encode(part.artefact_id, part.modality)
 
 
-def _given(value: float | None, default: float) -> float:
+async def _told(events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
+    """Number the events, and end with :class:`TurnFailed` where they end with an error."""
+    sequence = itertools.count()
+    try:
+        async with aclosing(events):
+            async for event in events:
+                yield replace(event, sequence=next(sequence))
+    except Exception as error:
+        known = translate(error)
+        if known.status == 500:
+            logger.exception("A turn failed.")
+        yield TurnFailed(sequence=next(sequence), error=known.to_wire())
+
+
+def _step_event(index: int, step: Progress | Preview) -> PartProgress | PartPreview:
+    if isinstance(step, Progress):
+        return PartProgress(index=index, step=step.step, total=step.total, eta_s=step.eta_s)
+    return PartPreview(
+        index=index, step=step.step, total=step.total, data=step.data, media_type=step.media_type
+    )
+
+
+def _user(name: str | None, turn: str) -> str:
+    """Return who shares the decoders with others; nobody can take another's name by leaving his own out."""
+    return f"turn {turn}" if name is None else f"user {name}"
+
+
+def _given(value: Number | None, default: Number) -> Number:
     return default if value is None else value
 
 

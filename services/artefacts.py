@@ -60,10 +60,11 @@ class ArtefactStore:
         modality: Modality | None = None,
         caption: str | None = None,
         manifest: Mapping[str, Any] | None = None,
+        artefact_id: str | None = None,
     ) -> Artefact:
-        """Store ``data`` under a new id."""
+        """Store ``data`` under a new id, or under ``artefact_id`` in place of what is there."""
         artefact = Artefact(
-            id=f"file-{secrets.token_hex(16)}",
+            id=artefact_id or f"file-{secrets.token_hex(16)}",
             sha256=hashlib.sha256(data).hexdigest(),
             bytes=len(data),
             media_type=media_type,

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from fastapi import Request, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.errors import BadRequest, ServiceError, TooLarge
+from services.errors import BadRequest, Conflict, ServiceError, TooLarge
 
 T = TypeVar("T")
 
@@ -173,6 +173,8 @@ def error_response(error: ServiceError) -> Response:
     headers = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, Conflict):
+        headers["x-should-retry"] = "false"  # OpenAI's clients would ask again at once
     return Response(json.dumps(error.body()), error.status, headers=headers, media_type="application/json")
 
 

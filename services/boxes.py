@@ -21,6 +21,12 @@ from services.messages import Role
 
 Array = NDArray[np.float32]
 
+LOCAL = "local"
+"""The name of a box in this process, where boxes have no replicas."""
+
+Counts = Mapping[str, float]
+"""What one replica of a box counts and measures, by the names that ``services.metrics`` knows."""
+
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
@@ -59,6 +65,11 @@ class SpeechOptions:
     max_new_tokens: int
     temperature: float
     top_p: float
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop: tuple[str, ...] = ()
     seed: int
 
 
@@ -104,6 +115,16 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Preview:
+    """What a medium looks like after ``step`` of ``total`` steps: a small picture, also for a sound."""
+
+    step: int
+    total: int
+    data: bytes = field(repr=False)
+    media_type: str
+
+
+@dataclass(frozen=True)
 class Made:
     """A finished medium and how it was made."""
 
@@ -111,11 +132,18 @@ class Made:
     manifest: Mapping[str, Any]
 
 
+Step = Progress | Preview | Made
+
+
 class EncodeBox(Protocol):
     """Reads media."""
 
     async def encode(self, artefact_id: str, expect: Modality | None) -> Encoded:
         """Read the artefact and encode it; a :class:`ServiceError` says why not."""
+        ...
+
+    async def counts(self) -> Mapping[str, Counts]:
+        """Return what each replica counts, by the name of the replica."""
         ...
 
 
@@ -128,6 +156,10 @@ class GenerateBox(Protocol):
         """Stream the reply; closing the stream stops the model."""
         ...
 
+    async def counts(self) -> Mapping[str, Counts]:
+        """Return what each replica counts, by the name of the replica."""
+        ...
+
 
 class DecodeBox(Protocol):
     """Makes one kind of media."""
@@ -136,6 +168,16 @@ class DecodeBox(Protocol):
         """Whether a signal sent now would be decoded."""
         ...
 
-    def decode(self, signal: SpokenSignal, settings: DecodeSettings) -> AsyncGenerator[Progress | Made, None]:
-        """Stream progress and, last, the medium; closing the stream stops within one step."""
+    def decode(
+        self, signal: SpokenSignal, settings: DecodeSettings, *, user: str = "", previews: int = 0
+    ) -> AsyncGenerator[Step, None]:
+        """Stream progress and, last, the medium; closing the stream stops within one step.
+
+        Users share the box fairly: those who ask for equally much get equally much of it. At most
+        ``previews`` previews come, evenly spread.
+        """
+        ...
+
+    async def counts(self) -> Mapping[str, Counts]:
+        """Return what each replica counts, by the name of the replica."""
         ...

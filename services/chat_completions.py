@@ -2,15 +2,14 @@
 
 Text is ``content``, pictures are ``images``, the first sound is ``audio``, videos are ``videos`` by
 URL, in the dialects that clients know. The whole reply, in the order spoken, is the extension
-``parts``; in a stream, ``delta.parts`` tells when a part starts, moves, ends or fails, with its
-``index``, because a medium may arrive after the words that follow it.
+``parts``; in a stream, ``delta.parts`` tells when a part starts, moves, shows itself, ends or fails, with
+its ``index``, because a medium may arrive after the words that follow it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
@@ -24,12 +23,14 @@ from services.events import (
     Event,
     PartDone,
     PartFailed,
+    PartPreview,
     PartProgress,
     PartStarted,
     TextDelta,
     TurnDone,
     TurnFailed,
     TurnStarted,
+    new_turn_id,
 )
 
 Json = dict[str, Any]
@@ -45,7 +46,7 @@ class Completion:
     expires_after_s: int
     include_progress: bool = False
     include_usage: bool = False
-    id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
+    id: str = field(default_factory=lambda: f"chatcmpl-{new_turn_id()}")
     created: int = field(default_factory=lambda: int(time.time()))
     types: dict[int, str] = field(default_factory=dict)
 
@@ -57,7 +58,8 @@ class Completion:
     def chunks(self, event: Event) -> list[Json]:
         """Return what a stream says about one event; a failed turn is raised."""
         match event:
-            case TurnStarted():
+            case TurnStarted(id=turn):
+                self.id = f"chatcmpl-{turn}"
                 return [self.chunk({"role": "assistant", "content": ""})]
             case TextDelta(index=index, text=text):
                 return [self.chunk({"content": self._separator(index) + text})]
@@ -68,6 +70,10 @@ class Completion:
                 if not self.include_progress:
                     return []
                 return [self._part(index, "working", step=step, total=total, eta_s=eta_s)]
+            case PartPreview(index=index, step=step, total=total):
+                url = _data_url(event.media_type, event.data)
+                picture = {"type": "image_url", "image_url": {"url": url}}
+                return [self._part(index, "preview", step=step, total=total, preview=picture)]
             case PartDone(index=index):
                 delta = self.medium(event)
                 done = {**self.reference(event), "index": index, "status": "done"}
@@ -88,6 +94,8 @@ class Completion:
         async with aclosing(events):
             async for event in events:
                 match event:
+                    case TurnStarted(id=turn):
+                        self.id = f"chatcmpl-{turn}"
                     case TextDelta(index=index, text=text):
                         part = parts.setdefault(index, {"type": "text", "text": ""})
                         part["text"] += text
@@ -100,11 +108,7 @@ class Completion:
                             else:
                                 media.setdefault(name, []).extend(value)
                     case PartFailed(index=index):
-                        parts[index] = {
-                            "type": event.modality.value,
-                            "caption": event.caption,
-                            "error": {"code": event.code, "message": event.message},
-                        }
+                        parts[index] = self.failure(event)
                     case TurnFailed(error=error):
                         raise ServiceError.from_wire(dict(error))
                     case TurnDone():
@@ -120,14 +124,14 @@ class Completion:
             case Modality.AUDIO:
                 audio = {
                     "id": artefact.id,
-                    "data": self._base64(artefact),
+                    "data": base64.b64encode(self.store.read(artefact.id)).decode("ascii"),
                     "expires_at": artefact.created_at + self.expires_after_s,
                     "transcript": event.caption,
                     "format": "wav",
                 }
                 return {"audio": audio}
             case _:
-                url = f"data:{artefact.media_type};base64,{self._base64(artefact)}"
+                url = _data_url(artefact.media_type, self.store.read(artefact.id))
                 return {"images": [{"type": "image_url", "image_url": {"url": url}}]}
 
     def reference(self, event: PartDone) -> Json:
@@ -139,6 +143,14 @@ class Completion:
             "media_type": event.artefact.media_type,
             "caption": event.caption,
             "manifest": dict(event.manifest),
+        }
+
+    def failure(self, event: PartFailed) -> Json:
+        """Return a medium that could not be made as an entry of ``parts``."""
+        return {
+            "type": event.modality.value,
+            "caption": event.caption,
+            "error": {"code": event.code, "message": event.message},
         }
 
     def url(self, artefact: Artefact) -> str:
@@ -184,8 +196,9 @@ class Completion:
             "timings": dict(done.timings),
         }
 
-    def _base64(self, artefact: Artefact) -> str:
-        return base64.b64encode(self.store.read(artefact.id)).decode("ascii")
+
+def _data_url(media_type: str, data: bytes) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def _usage(done: TurnDone) -> dict[str, int]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
+import secrets
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext, suppress
@@ -23,6 +25,7 @@ Json = dict[str, Any]
 Shown = list[Json]
 
 NAMES = {Modality.IMAGE: "picture", Modality.VIDEO: "video", Modality.AUDIO: "sound"}
+PREVIEWS = 6
 SUFFIXES = {"image": ".png", "video": ".mp4", "audio": ".wav"}
 CSS = """
 #chat [data-testid] img, #chat video { width: 224px !important; object-fit: contain; border-radius: 8px; }
@@ -88,6 +91,8 @@ class Shelf:
             part = self.parts.setdefault(index, {"type": told["type"]})
             part.update(told)
             self.text_index = max(self.text_index, index + 1)
+            if told["status"] == "preview":
+                self._show(part)
             if told["status"] == "done":
                 wanted.append((index, told["url"]))
         return wanted
@@ -95,13 +100,28 @@ class Shelf:
     def put(self, index: int, data: bytes) -> None:
         """Keep the bytes of a medium in a file that the page can show."""
         part = self.parts[index]
+        self._drop_preview(part)
         path = self.folder / f"{part['file_id']}{SUFFIXES[part['type']]}"
         path.write_bytes(data)
         part["path"] = str(path)
 
+    def _show(self, part: Json) -> None:
+        """Keep a preview in a file in place of the one before; a new name, or browsers show the old one."""
+        data = part["preview"]["image_url"]["url"].partition(",")[2]
+        self._drop_preview(part)
+        path = self.folder / f"preview-{secrets.token_hex(8)}.jpg"
+        path.write_bytes(base64.b64decode(data))
+        part["preview_path"] = str(path)
+
+    @staticmethod
+    def _drop_preview(part: Json) -> None:
+        if "preview_path" in part:
+            Path(part.pop("preview_path")).unlink(missing_ok=True)
+
     def messages(self) -> Shown:
         """Return the conversation as the page shows it."""
-        return [*self.shown, *(_bubble(self.parts[index]) for index in sorted(self.parts))]
+        reply = [bubble for index in sorted(self.parts) for bubble in _bubbles(self.parts[index])]
+        return [*self.shown, *reply]
 
     def assistant(self) -> Json:
         """Return the reply as the next request repeats it."""
@@ -115,22 +135,28 @@ class Shelf:
         return {"role": "assistant", "parts": parts}
 
 
-def _bubble(part: Json) -> Json:
+def _bubbles(part: Json) -> Shown:
     if part["type"] == "text":
-        return {"role": "assistant", "content": part["text"]}
+        return [{"role": "assistant", "content": part["text"]}]
     name = NAMES[Modality(part["type"])]
     if "path" in part:
-        content = {"path": part["path"], "alt_text": part.get("caption", "")}
-        return {"role": "assistant", "content": content}
+        return [_file(part["path"], part.get("caption", ""))]
     if part["status"] == "failed":
         title = {"title": f"The {name} could not be made", "status": "done"}
-        return {"role": "assistant", "content": part["error"]["message"], "metadata": title}
+        return [{"role": "assistant", "content": part["error"]["message"], "metadata": title}]
     progress = "waiting for its decoder"
     if "step" in part:
         left = "" if part.get("eta_s") is None else f", about {part['eta_s']:.0f} s left"
         progress = f"step {part['step']} of {part['total']}{left}"
     title = {"title": f"Making a {name}: {progress}", "status": "pending"}
-    return {"role": "assistant", "content": part.get("caption", ""), "metadata": title}
+    pending = {"role": "assistant", "content": part.get("caption", ""), "metadata": title}
+    if "preview_path" not in part:
+        return [pending]
+    return [pending, _file(part["preview_path"], f"preview of the {name}")]
+
+
+def _file(path: str, alt_text: str) -> Json:
+    return {"role": "assistant", "content": {"path": path, "alt_text": alt_text}}
 
 
 def _blocks(preset: Preset, base_url: str, folder: Path) -> gr.Blocks:
@@ -243,9 +269,8 @@ async def _turn(
             if text := str(value.get("text") or "").strip():
                 content.append({"type": "text", "text": text})
             history = [*earlier, {"role": "user", "content": content}]
-            wishes = {**body, "stream_options": {"include_progress": True}}
             async with (
-                aclosing(client.stream(history, **wishes)) as chunks,
+                aclosing(client.stream(history, **body)) as chunks,
                 aclosing(_until(stop, chunks)) as wanted,
             ):
                 async for chunk in wanted:
@@ -293,8 +318,11 @@ class Settings:
 
     def body(self, values: Sequence[Any]) -> Json:
         """Return the part of a request that ``values`` ask for; what is empty is left out."""
-        seed, temperature, *rest = values
-        body: Json = {"temperature": temperature}
+        seed, temperature, shows_previews, *rest = values
+        options: Json = {"include_progress": True}
+        if shows_previews:
+            options["previews"] = PREVIEWS
+        body: Json = {"temperature": temperature, "stream_options": options}
         if (number := _number(seed, "Seed", int)) is not None:
             body["seed"] = number
         decoders: Json = {}
@@ -332,6 +360,7 @@ def _settings(preset: Preset) -> Settings:
                     0, 2, preset.generation.temperature, step=0.1, label="Temperature", info="Of the words"
                 )
             )
+            components.append(gr.Checkbox(False, label="Previews", info="Of media while they are made"))
         for modality, decoder in preset.decoders.items():
             name = NAMES[modality].capitalize()
             with gr.Row():

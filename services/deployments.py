@@ -28,7 +28,16 @@ from decoders.settings import DecodeSettings
 from encoders.media import Modality
 from services.agent import Agent
 from services.artefacts import ArtefactStore
-from services.boxes import Encoded, Made, Progress, PromptMessage, Speech, SpeechOptions, SpokenSignal
+from services.boxes import (
+    LOCAL,
+    Counts,
+    Encoded,
+    PromptMessage,
+    Speech,
+    SpeechOptions,
+    SpokenSignal,
+    Step,
+)
 from services.errors import ServiceError, Unavailable, translate
 from services.events import Event, TurnFailed
 from services.loading import hush
@@ -39,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 APP_NAME = "patchbay"
 STATUS_KEPT_S = 1.0
+COUNTS_WITHIN_S = 5.0  # a replica that is full answers when its next request has ended
+STOPS_WITHIN_S = 60.0  # a step of a large video takes a while
 
 
 class ReplicaArgs(BaseModel):
@@ -86,6 +97,10 @@ class EncoderReplica:
         except Exception as error:  # noqa: BLE001  (the edge of a process: it must answer)
             return _failure(error)
 
+    async def counts(self) -> Mapping[str, Counts]:
+        """Return what this replica counts."""
+        return _named(await self.box.counts())
+
 
 class LanguageModelReplica:
     """Speaks: words, and signals for media."""
@@ -109,6 +124,10 @@ class LanguageModelReplica:
         except Exception as error:  # noqa: BLE001  (the edge of a process: it must answer)
             yield _failure(error)
 
+    async def counts(self) -> Mapping[str, Counts]:
+        """Return what this replica counts."""
+        return _named(await self.box.counts())
+
 
 class DecoderReplica:
     """Makes media of one kind, or of several whose decoders make room for each other, and stores them.
@@ -129,15 +148,20 @@ class DecoderReplica:
                 box.warm_up()
 
     async def decode(
-        self, signal: SpokenSignal, settings: DecodeSettings
-    ) -> AsyncGenerator[Progress | Made | Failure, None]:
-        """Stream progress and the medium."""
+        self, signal: SpokenSignal, settings: DecodeSettings, *, user: str, previews: int
+    ) -> AsyncGenerator[Step | Failure, None]:
+        """Stream progress, previews and the medium."""
         try:
-            async with aclosing(self.boxes[signal.modality].decode(signal, settings)) as stream:
+            work = self.boxes[signal.modality].decode(signal, settings, user=user, previews=previews)
+            async with aclosing(work) as stream:
                 async for step in stream:
                     yield step
         except Exception as error:  # noqa: BLE001  (the edge of a process: it must answer)
             yield _failure(error)
+
+    async def counts(self, modality: Modality) -> Mapping[str, Counts]:
+        """Return what this replica counts of one kind."""
+        return _named(await self.boxes[modality].counts())
 
 
 class AgentReplica:
@@ -177,6 +201,23 @@ class AgentReplica:
     async def outputs(self) -> tuple[Modality, ...]:
         """Return the media that can be made now."""
         return await self.agent.outputs()
+
+    async def counts(self) -> dict[str, Mapping[str, Counts]]:
+        """Return what the boxes count."""
+        return await self.agent.counts()
+
+    async def cancel_part(self, turn: str, index: int) -> bool:
+        """Stop one medium, if it is being made by this replica."""
+        return await self.agent.cancel_part(turn, index)
+
+    async def retry_part(
+        self, turn: str, index: int, wishes: DecodeSettings, *, user: str | None, previews: int
+    ) -> AsyncGenerator[Event, None]:
+        """Stream the events of a medium that is made again."""
+        again = self.agent.retry_part(turn, index, wishes, user=user, previews=previews)
+        async with aclosing(again) as events:
+            async for event in events:
+                yield event
 
 
 class GatewayReplica:
@@ -219,6 +260,10 @@ class RemoteEncoder:
             raise encoded.raised()
         return encoded
 
+    async def counts(self) -> Mapping[str, Counts]:
+        """Return what each replica counts."""
+        return await _counts(self.handle)
+
 
 class RemoteLanguageModel:
     """A generate box behind a handle."""
@@ -233,6 +278,10 @@ class RemoteLanguageModel:
         async with aclosing(_stream(self.handle, "generate", "language model", prompt, options)) as stream:
             async for speech in stream:
                 yield speech
+
+    async def counts(self) -> Mapping[str, Counts]:
+        """Return what each replica counts."""
+        return await _counts(self.handle)
 
 
 class RemoteDecoder:
@@ -255,13 +304,18 @@ class RemoteDecoder:
         return await self.status.is_running(self.deployment)
 
     async def decode(
-        self, signal: SpokenSignal, settings: DecodeSettings
-    ) -> AsyncGenerator[Progress | Made, None]:
-        """Stream progress and the medium."""
+        self, signal: SpokenSignal, settings: DecodeSettings, *, user: str = "", previews: int = 0
+    ) -> AsyncGenerator[Step, None]:
+        """Stream progress, previews and the medium."""
         box = f"{self.modality.value} decoder"
-        async with aclosing(_stream(self.handle, "decode", box, signal, settings)) as stream:
+        work = _stream(self.handle, "decode", box, signal, settings, user=user, previews=previews)
+        async with aclosing(work) as stream:
             async for step in stream:
                 yield step
+
+    async def counts(self) -> Mapping[str, Counts]:
+        """Return what each replica counts."""
+        return await _counts(self.handle, self.modality)
 
 
 class RemoteAgent:
@@ -274,12 +328,9 @@ class RemoteAgent:
         self, conversation: Sequence[Message], options: TurnOptions
     ) -> AsyncGenerator[Event, None]:
         """Stream the events of a turn; a lost agent is a failed turn."""
-        try:
-            async with aclosing(_stream(self.handle, "turn", "agent", conversation, options)) as stream:
-                async for event in stream:
-                    yield event
-        except ServiceError as error:
-            yield TurnFailed(error=error.to_wire())
+        async with aclosing(self._events("turn", conversation, options)) as events:
+            async for event in events:
+                yield event
 
     async def outputs(self) -> tuple[Modality, ...]:
         """Return the media that can be made now."""
@@ -288,6 +339,40 @@ class RemoteAgent:
         except (RayError, RayServeException) as error:
             raise _lost("agent", error) from error
         return outputs
+
+    async def counts(self) -> Mapping[str, Mapping[str, Counts]]:
+        """Return what the boxes count, by box and replica."""
+        try:
+            counts: Mapping[str, Mapping[str, Counts]] = await self.handle.counts.remote()
+        except (RayError, RayServeException) as error:
+            raise _lost("agent", error) from error
+        return counts
+
+    async def cancel_part(self, turn: str, index: int) -> bool:
+        """Stop one medium; return False when no replica is making it."""
+        answers = await _all(self.handle, "cancel_part", turn, index, within_s=STOPS_WITHIN_S)
+        if not answers:
+            raise Unavailable(
+                "The agent does not answer. Try again soon.", code="agent_unavailable", retry_after_s=5
+            )
+        return any(answers)
+
+    async def retry_part(
+        self, turn: str, index: int, wishes: DecodeSettings, *, user: str | None = None, previews: int = 0
+    ) -> AsyncGenerator[Event, None]:
+        """Stream the events of a medium that is made again; any replica can make it."""
+        again = self._events("retry_part", turn, index, wishes, user=user, previews=previews)
+        async with aclosing(again) as events:
+            async for event in events:
+                yield event
+
+    async def _events(self, method: str, *args: Any, **wishes: Any) -> AsyncGenerator[Event, None]:
+        try:
+            async with aclosing(_stream(self.handle, method, "agent", *args, **wishes)) as stream:
+                async for event in stream:
+                    yield event
+        except ServiceError as error:
+            yield TurnFailed(error=error.to_wire())
 
 
 class ClusterStatus:
@@ -325,10 +410,10 @@ def decoder_name(modality: Modality, preset: Preset) -> str:
 
 
 async def _stream(
-    handle: DeploymentHandle[Any], method: str, box: str, *args: Any
+    handle: DeploymentHandle[Any], method: str, box: str, *args: Any, **wishes: Any
 ) -> AsyncGenerator[Any, None]:
     """Iterate over a streaming method; closing this cancels the call on the other side."""
-    response = getattr(handle.options(stream=True), method).remote(*args)
+    response = getattr(handle.options(stream=True), method).remote(*args, **wishes)
     ended = False
     try:
         async for item in response:
@@ -341,6 +426,29 @@ async def _stream(
     finally:
         if not ended:
             response.cancel()
+
+
+async def _all(handle: DeploymentHandle[Any], method: str, *args: Any, within_s: float) -> list[Any]:
+    """Call a method of every replica; return the answers of those that gave one in time."""
+    try:
+        call = handle.broadcast(method, *args)
+        answers = await call.results_async(timeout_s=within_s, return_exceptions=True)
+    except (TimeoutError, RayError, RayServeException) as error:
+        logger.warning("%s.%s: no answer: %s", handle.deployment_name, method, type(error).__name__)
+        return []
+    return [answer for answer in answers if not isinstance(answer, BaseException)]
+
+
+async def _counts(handle: DeploymentHandle[Any], *args: object) -> Mapping[str, Counts]:
+    answers: list[Mapping[str, Counts]] = await _all(handle, "counts", *args, within_s=COUNTS_WITHIN_S)
+    return {replica: counts for answer in answers for replica, counts in answer.items()}
+
+
+def _named(counts: Mapping[str, Counts]) -> Mapping[str, Counts]:
+    """Give the counts of the box in this replica the name of the replica."""
+    if LOCAL not in counts:
+        return {}
+    return {serve.get_replica_context().replica_id.unique_id: counts[LOCAL]}
 
 
 def _lost(box: str, error: Exception) -> Unavailable:

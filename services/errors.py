@@ -78,6 +78,13 @@ class MethodNotAllowed(ServiceError):
     type = "invalid_request_error"
 
 
+class Conflict(ServiceError):
+    """It cannot be done to the thing as it is now."""
+
+    status = 409
+    type = "conflict_error"
+
+
 class TooLarge(ServiceError):
     """The request, or a medium in it, is above a limit."""
 
@@ -127,6 +134,7 @@ KINDS: dict[str, type[ServiceError]] = {
         BadRequest,
         NotFound,
         MethodNotAllowed,
+        Conflict,
         TooLarge,
         Unprocessable,
         RangeNotSatisfiable,
@@ -163,7 +171,9 @@ def translate(error: BaseException) -> ServiceError:
             retry_after_s=60,
         )
     if isinstance(error, ValueError):
-        return BadRequest(message, code=str(getattr(error, "code", "invalid_value")))
+        return BadRequest(
+            message, code=str(getattr(error, "code", "invalid_value")), param=getattr(error, "param", None)
+        )
     return Internal(
         f"Something went wrong inside the service ({type(error).__name__}). Its log has the details.",
         code="internal_error",

@@ -6,6 +6,7 @@ in the reply: text parts and media parts count alike.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -14,13 +15,19 @@ from encoders.media import Modality
 from services.artefacts import Artefact
 
 
+def new_turn_id() -> str:
+    """Return a name for a turn that nobody can guess: 32 hexadecimal digits."""
+    return secrets.token_hex(16)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TurnStarted:
-    """The conversation was accepted. ``seed`` makes the turn again."""
+    """The conversation was accepted. ``seed`` makes the turn again; ``id`` names it for its parts."""
 
     type: ClassVar[str] = "turn.started"
     sequence: int = 0
     seed: int
+    id: str = field(default_factory=new_turn_id)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +61,19 @@ class PartProgress:
     step: int
     total: int
     eta_s: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartPreview:
+    """Roughly what a medium will be, after ``step`` of ``total`` steps: the bytes of a small picture."""
+
+    type: ClassVar[str] = "part.preview"
+    sequence: int = 0
+    index: int
+    step: int
+    total: int
+    data: bytes = field(repr=False)
+    media_type: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,4 +122,5 @@ class TurnFailed:
     error: Mapping[str, Any]
 
 
-Event = TurnStarted | TextDelta | PartStarted | PartProgress | PartDone | PartFailed | TurnDone | TurnFailed
+PartEvent = PartStarted | PartProgress | PartPreview | PartDone | PartFailed
+Event = TurnStarted | TextDelta | PartEvent | TurnDone | TurnFailed

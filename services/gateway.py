@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -24,10 +25,9 @@ from services.asgi import (
     end,
     error_response,
     read_json,
-    sse,
     until_gone,
-    with_pings,
 )
+from services.boxes import Counts
 from services.chat_completions import Completion
 from services.errors import (
     Internal,
@@ -37,19 +37,21 @@ from services.errors import (
     Unprocessable,
     translate,
 )
-from services.events import Event, TurnFailed, TurnStarted
+from services.events import Event
 from services.files import files_router
 from services.messages import Message, TurnOptions
+from services.metrics import MEDIA_TYPE, exposition
+from services.part_routes import PartMaker, parts_router
 from services.presets import Preset
 from services.requests import StreamOptions, read_chat_request, read_messages
+from services.turn_stream import lines, opened
 
 logger = logging.getLogger(__name__)
 
 SWEEP_EVERY_S = 600
-PATIENCE_S = 5.0  # how long a stream waits for its first words before it commits to status 200
 
 
-class TurnMaker(Protocol):
+class TurnMaker(PartMaker, Protocol):
     """The agent, as the gateway needs it."""
 
     def turn(self, conversation: Sequence[Message], options: TurnOptions) -> AsyncGenerator[Event, None]:
@@ -58,6 +60,10 @@ class TurnMaker(Protocol):
 
     async def outputs(self) -> Sequence[Modality]:
         """Return the media that can be made now."""
+        ...
+
+    async def counts(self) -> Mapping[str, Mapping[str, Counts]]:
+        """Return what the boxes count, by box and replica."""
         ...
 
 
@@ -74,7 +80,19 @@ def build_gateway(preset: Preset, agent: TurnMaker, store: ArtefactStore, *, lab
         await end(sweeper)
 
     app = FastAPI(title="Patchbay", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+
+    def new_completion(request: Request, wishes: StreamOptions | None) -> Completion:
+        return Completion(
+            model=preset.name,
+            store=store,
+            base_url=str(request.base_url),
+            expires_after_s=expires_after_s,
+            include_progress=wishes is not None and wishes.include_progress,
+            include_usage=wishes is not None and wishes.include_usage,
+        )
+
     app.include_router(files_router(store, limits.media.budget()))
+    app.include_router(parts_router(agent, new_completion))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
@@ -83,20 +101,12 @@ def build_gateway(preset: Preset, agent: TurnMaker, store: ArtefactStore, *, lab
             raise _no_model(chat.model, preset)
         options = chat.options()
         conversation = await asyncio.to_thread(read_messages, chat.messages, store)
-        wishes = chat.stream_options or StreamOptions()
-        completion = Completion(
-            model=preset.name,
-            store=store,
-            base_url=str(request.base_url),
-            expires_after_s=expires_after_s,
-            include_progress=wishes.include_progress,
-            include_usage=wishes.include_usage,
-        )
+        completion = new_completion(request, chat.stream_options)
         events = agent.turn(conversation, options)
         if not chat.stream:
-            return _json(await until_gone(request, completion.collect(events)))
-        opening, rest = await until_gone(request, _opened(events))
-        return EventStream(_lines(completion, opening, rest))
+            return JSONResponse(await until_gone(request, completion.collect(events)))
+        opening, rest = await until_gone(request, opened(events))
+        return EventStream(lines(completion, opening, rest))
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -119,90 +129,27 @@ def build_gateway(preset: Preset, agent: TurnMaker, store: ArtefactStore, *, lab
             "unavailable": lacking,
         }
 
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(exposition(await agent.counts()), media_type=MEDIA_TYPE)
+
     _answer_errors(app)
     app.add_middleware(RequestEnvelope, max_body_bytes=limits.max_request_mb * 2**20, labels=labels)
     return app
 
 
 def with_page(api: FastAPI, page: ASGIApp) -> ASGIApp:
-    """Return one application: the API under /v1 and /health, and ``page`` everywhere else.
+    """Return one application: the API under /v1, /health and /metrics, and ``page`` everywhere else.
 
     ``page`` gets the lifespan; the API's own runs inside it.
     """
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "")
-        is_api = path == "/health" or path == "/v1" or path.startswith("/v1/")
+        is_api = path in ("/health", "/metrics", "/v1") or path.startswith("/v1/")
         await (api if is_api else page)(scope, receive, send)
 
     return app
-
-
-async def _opened(
-    events: AsyncGenerator[Event, None],
-) -> tuple[list[Event], AsyncGenerator[Event, None]]:
-    """Read a turn up to its first words, so that what is wrong with a request is its status.
-
-    Returns the events read and a stream of the others. After some seconds it does not wait longer.
-    """
-    opening: list[Event] = []
-    following = asyncio.ensure_future(anext(events))
-    try:
-        async with asyncio.timeout(PATIENCE_S):
-            while True:
-                event = await asyncio.shield(following)
-                if isinstance(event, TurnFailed):
-                    raise ServiceError.from_wire(dict(event.error))
-                opening.append(event)
-                following = asyncio.ensure_future(anext(events))
-                if not isinstance(event, TurnStarted):
-                    break
-    except TimeoutError:
-        pass
-    except BaseException:
-        await end(following)
-        await events.aclose()
-        raise
-    return opening, _rest(following, events)
-
-
-async def _rest(
-    following: asyncio.Future[Event], events: AsyncGenerator[Event, None]
-) -> AsyncGenerator[Event, None]:
-    try:
-        with suppress(StopAsyncIteration):
-            yield await following
-            async for event in events:
-                yield event
-    finally:
-        await end(following)
-        await events.aclose()
-
-
-async def _lines(
-    completion: Completion, opening: Sequence[Event], rest: AsyncGenerator[Event, None]
-) -> AsyncGenerator[str, None]:
-    async def all_events() -> AsyncGenerator[Event, None]:
-        async with aclosing(rest):
-            for event in opening:
-                yield event
-            async for event in rest:
-                yield event
-
-    async with aclosing(with_pings(all_events())) as events:
-        try:
-            async for event in events:
-                if event is None:
-                    yield ": ping\n\n"
-                    continue
-                for chunk in await asyncio.to_thread(completion.chunks, event):
-                    yield sse(chunk)
-            yield "data: [DONE]\n\n"
-        except ServiceError as error:
-            yield sse(error.body())
-        except Exception as error:
-            logger.exception("A stream failed.")
-            yield sse(translate(error).body())
 
 
 async def _model(preset: Preset, agent: TurnMaker, created: int) -> dict[str, Any]:
@@ -278,9 +225,3 @@ async def _sweep(store: ArtefactStore, expires_after_s: float) -> None:
         except OSError:
             logger.exception("Old files could not be removed.")
         await asyncio.sleep(SWEEP_EVERY_S)
-
-
-def _json(value: object) -> Response:
-    import json
-
-    return Response(json.dumps(value), media_type="application/json")

@@ -7,7 +7,8 @@ same :class:`services.decoder_pool.DecoderPool`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import math
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from functools import cached_property
 from pathlib import Path
@@ -16,15 +17,16 @@ from typing import Any
 import torch
 
 from decoders.engine import DenoisingEngine, EngineConfig, StepDone
+from decoders.engine import Preview as EnginePreview
 from decoders.latent_decoder import Decoded, LatentDecoder
 from decoders.pipeline_engine import PipelineEngine
 from decoders.pipeline_folder import PipelineFolder
 from decoders.settings import DecodeSettings
 from decoders.whole_pipeline import WholePipeline
-from decoders.writing import to_mp4, to_png, to_wav
+from decoders.writing import to_jpeg, to_mp4, to_png, to_wav
 from encoders.media import Audio, Image, Medium, Modality, Video
 from services.artefacts import ArtefactStore
-from services.boxes import Made, Progress, SpokenSignal
+from services.boxes import LOCAL, Counts, Made, Preview, Progress, SpokenSignal, Step
 from services.decoder_pool import DecoderKey, DecoderPool
 from services.footprint import decoder_bytes
 from services.links import CaptionLink, Link, SignalLink
@@ -98,19 +100,42 @@ class LocalDecoder:
         """Whether the decoder can work: in this process it always can."""
         return True
 
+    async def counts(self) -> Mapping[str, Counts]:
+        """Return what the engine is doing; nothing before the weights are loaded."""
+        if self.engine is None:
+            return {}
+        stats = self.engine.stats()
+        counts = {
+            "requests": stats.requests,
+            "stepping": stats.stepping,
+            "most_stepping": stats.most_stepping,
+            "batch_limit": stats.batch_limit,
+            "queue_seconds": stats.work_s,
+        }
+        if stats.prediction_error is not None:
+            counts["prediction_error"] = stats.prediction_error
+        return {LOCAL: counts}
+
     async def decode(
-        self, signal: SpokenSignal, settings: DecodeSettings
-    ) -> AsyncGenerator[Progress | Made, None]:
-        """Stream progress and the medium."""
+        self, signal: SpokenSignal, settings: DecodeSettings, *, user: str = "", previews: int = 0
+    ) -> AsyncGenerator[Step, None]:
+        """Stream progress, previews and the medium."""
         need = await asyncio.to_thread(lambda: self._need)
         async with self.pool.use(self.key, need, self._engine) as engine:
             link = await asyncio.to_thread(self._link, engine)
             condition = await engine.call(lambda: link.condition(signal))
-            async with aclosing(engine.decode(condition, self.chosen.fill(settings))) as stream:
+            settings = self.chosen.fill(settings)
+            steps = settings.steps or engine.decoder.defaults.steps
+            every = math.ceil(steps / (previews + 1)) if previews else 0
+            work = engine.decode(condition, settings, user=user, preview_every=every)
+            async with aclosing(work) as stream:
                 async for value in stream:
                     match value:
                         case StepDone(step=step, total=total, left_s=left_s):
                             yield Progress(step, total, None if left_s is None else round(left_s, 2))
+                        case EnginePreview(step=step, total=total, image=image):
+                            data = await asyncio.to_thread(to_jpeg, image)
+                            yield Preview(step, total, data, "image/jpeg")
                         case Decoded():
                             yield await asyncio.to_thread(self._kept, signal, value)
 

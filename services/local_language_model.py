@@ -6,7 +6,7 @@ The model is loaded at the first use, or by :meth:`LocalLanguageModel.load`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import asdict
@@ -22,6 +22,8 @@ from llm.quantization import quantize
 from llm.template import Dialogue, MediaTokens, SignalPart
 from llm.template import Message as TemplateMessage
 from services.boxes import (
+    LOCAL,
+    Counts,
     Encoded,
     Finished,
     PromptMessage,
@@ -76,6 +78,22 @@ class LocalLanguageModel:
         with ThreadPoolExecutor(1) as thread:  # the caller may have an event loop that runs
             thread.submit(asyncio.run, say()).result()
 
+    async def counts(self) -> Mapping[str, Counts]:
+        """Return what the engine counts; nothing before the weights are loaded."""
+        if (stats := self.stats) is None:
+            return {}
+        counts: Counts = {
+            "slots": self.preset.language_model.slots,
+            "slots_in_use": stats.running,
+            "waiting": stats.waiting,
+            "requests_total": stats.requests,
+            "steps_total": stats.steps,
+            "prompt_tokens_total": stats.prompt_tokens,
+            "reused_prompt_tokens_total": stats.reused_tokens,
+            "prefix_hit_rate": stats.hit_rate,
+        }
+        return {LOCAL: counts}
+
     @property
     def stats(self) -> EngineStats | None:
         """Counts of the engine, or None before the weights are loaded."""
@@ -95,6 +113,11 @@ class LocalLanguageModel:
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
             top_p=options.top_p,
+            top_k=options.top_k,
+            repetition_penalty=options.repetition_penalty,
+            presence_penalty=options.presence_penalty,
+            frequency_penalty=options.frequency_penalty,
+            stop=options.stop,
             seed=options.seed,
             allowed=options.allowed,
             max_signals=options.max_signals,

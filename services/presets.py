@@ -56,6 +56,7 @@ class EncoderPreset(BoxPreset):
 
     folder: str = "encoder"
     modalities: tuple[Modality, ...] = (Modality.IMAGE, Modality.VIDEO, Modality.AUDIO)
+    cache_mb: int = Field(default=256, ge=0, description="encoded media that are kept, by their content")
 
 
 class LanguageModelPreset(BoxPreset):
@@ -84,8 +85,8 @@ class CostLimits(_Strict):
     num_frames: int = Field(default=64, ge=1)
     duration_s: float = Field(default=30.0, gt=0)
 
-    def check(self, settings: DecodeSettings, modality: Modality) -> None:
-        """Raise BadRequest when ``settings`` ask for more."""
+    def check(self, settings: DecodeSettings, modality: Modality, *, place: str) -> None:
+        """Raise BadRequest when ``settings`` ask for more; ``place`` is where in the request they stand."""
         for name, given, most in (
             ("num_inference_steps", settings.steps, self.steps),
             ("size", settings.width_px, self.side_px),
@@ -98,7 +99,7 @@ class CostLimits(_Strict):
                     f"{name} is {given:g}; for {modality.value} this model allows at most {most:g}. "
                     "Ask for less.",
                     code="decoder_limit_exceeded",
-                    param=f"decoders.{modality.value}.{name}",
+                    param=f"{place}{name}",
                 )
 
 
@@ -140,6 +141,8 @@ class GenerationDefaults(_Strict):
 
     temperature: float = Field(default=0.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=2)
     max_new_tokens: int = Field(default=256, ge=1)
 
 

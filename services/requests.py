@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from decoders.settings import DecodeSettings
 from decoders.writing import read_manifest
@@ -69,6 +69,7 @@ class StreamOptions(BaseModel):
 
     include_usage: bool = False
     include_progress: bool = False
+    previews: int = 0
 
 
 class ChatRequest(BaseModel):
@@ -82,16 +83,28 @@ class ChatRequest(BaseModel):
     stream_options: StreamOptions | None = None
     temperature: float | None = None
     top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    user: str | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     seed: int | None = None
     audio: dict[str, Any] | None = None
     n: int | None = None
-    stop: str | list[str] | None = None
+    stop: list[str] = []
     tools: list[Any] | None = None
     functions: list[Any] | None = None
     logprobs: bool | None = None
     response_format: dict[str, Any] | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _listed(cls, stop: object) -> object:
+        if stop is None:
+            return []
+        return [stop] if isinstance(stop, str) else stop
 
     def options(self) -> TurnOptions:
         """Return how the reply is wanted."""
@@ -107,15 +120,21 @@ class ChatRequest(BaseModel):
             seed=self.seed,
             temperature=self.temperature,
             top_p=self.top_p,
+            top_k=self.top_k,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            stop=tuple(self.stop),
             max_new_tokens=limit,
             decoders=decoders,
+            previews=self.stream_options.previews if self.stream and self.stream_options else 0,
+            user=self.user or None,
         )
 
     def refuse_unsupported(self) -> None:
         """Raise BadRequest for wishes that would silently not be granted."""
         wishes = {
             "n": self.n not in (None, 1),
-            "stop": bool(self.stop),
             "tools": bool(self.tools),
             "functions": bool(self.functions),
             "logprobs": bool(self.logprobs),

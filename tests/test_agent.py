@@ -16,12 +16,14 @@ from services.boxes import (
     Encoded,
     Finished,
     Made,
+    Preview,
     Progress,
     PromptMessage,
     Speech,
     SpeechOptions,
     SpokenEarlier,
     SpokenSignal,
+    Step,
     Words,
 )
 from services.errors import BadRequest
@@ -29,6 +31,7 @@ from services.events import (
     Event,
     PartDone,
     PartFailed,
+    PartPreview,
     PartProgress,
     PartStarted,
     TextDelta,
@@ -37,7 +40,7 @@ from services.events import (
     TurnStarted,
 )
 from services.messages import MediaPart, Message, Role, SpokenPart, TextPart, TurnOptions
-from services.presets import CostLimits, Limits
+from services.presets import CostLimits, GenerationDefaults, Limits
 
 IMAGE, VIDEO, AUDIO = Modality.IMAGE, Modality.VIDEO, Modality.AUDIO
 
@@ -48,11 +51,7 @@ def signal(modality: Modality, caption: str = "a bell") -> SpokenSignal:
 
 
 class FakeEncoder:
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-
     async def encode(self, artefact_id: str, expect: Modality | None) -> Encoded:
-        self.asked.append(artefact_id)
         if expect is AUDIO:
             raise BadRequest("This is not a sound.", code="unsupported_media")
         tokens = np.zeros((3, 4), dtype=np.float32)
@@ -97,6 +96,8 @@ class FakeDecoder:
         self.began: list[float] = []
         self.ended: list[float] = []
         self.settings: list[DecodeSettings] = []
+        self.signals: list[SpokenSignal] = []
+        self.users: list[str] = []
         self.steps_taken = 0
         self.stopped = False
 
@@ -104,15 +105,19 @@ class FakeDecoder:
         return self.up
 
     async def decode(
-        self, signal: SpokenSignal, settings: DecodeSettings
-    ) -> AsyncGenerator[Progress | Made, None]:
+        self, signal: SpokenSignal, settings: DecodeSettings, *, user: str = "", previews: int = 0
+    ) -> AsyncGenerator[Step, None]:
         self.began.append(time.monotonic())
         self.settings.append(settings)
+        self.signals.append(signal)
+        self.users.append(user)
         try:
             for step in range(self.steps):
                 await asyncio.sleep(self.step_s)
                 self.steps_taken += 1
                 yield Progress(step + 1, self.steps, None)
+                if step < previews:
+                    yield Preview(step + 1, self.steps, b"look", "image/jpeg")
         except (GeneratorExit, asyncio.CancelledError):
             self.stopped = True
             raise
@@ -307,16 +312,6 @@ async def test_a_conversation_that_cannot_be_answered_is_refused(
     assert failure(await events_of(the_agent, conversation))["code"] == code
 
 
-async def test_a_medium_is_encoded_once_for_each_content(store: ArtefactStore) -> None:
-    encoder = FakeEncoder()
-    twins = [store.put(b"same", media_type="image/png", filename="a.png") for _ in range(2)]
-    the_agent = agent(store, FakeSpeaker(Finished("stop")), encoder=encoder)
-    conversation = [Message(Role.USER, tuple(MediaPart(twin.id, IMAGE) for twin in twins))]
-    for _ in range(2):
-        await events_of(the_agent, conversation)
-    assert encoder.asked == [twins[0].id]
-
-
 async def test_an_error_in_a_medium_says_which_part_it_was(store: ArtefactStore) -> None:
     stored = store.put(b"x", media_type="audio/wav", filename="a.wav")
     conversation = [*said(), Message(Role.USER, (TextPart("and"), MediaPart(stored.id, AUDIO)))]
@@ -342,3 +337,158 @@ async def test_a_turn_reports_usage_and_timings(store: ArtefactStore) -> None:
     assert done.finish_reason == "length"
     assert done.usage == {"prompt_tokens": 5, "completion_tokens": 1}
     assert 0 <= done.timings["first_text_s"] <= done.timings["total_s"]
+
+
+async def test_how_the_words_are_chosen_reaches_the_language_model(store: ArtefactStore) -> None:
+    speaker = FakeSpeaker(Finished("stop"))
+    wishes: dict[str, Any] = {
+        "top_k": 5,
+        "repetition_penalty": 1.5,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "stop": ("bell",),
+    }
+    await events_of(agent(store, speaker), **wishes)
+    assert {name: getattr(speaker.options, name) for name in wishes} == wishes
+    defaults = GenerationDefaults(top_k=7, repetition_penalty=1.25)
+    await events_of(agent(store, speaker, generation=defaults))
+    assert speaker.options is not None
+    assert (speaker.options.top_k, speaker.options.repetition_penalty, speaker.options.stop) == (7, 1.25, ())
+
+
+async def test_decoders_know_whose_media_they_make(store: ArtefactStore) -> None:
+    decoder = FakeDecoder(store, IMAGE)
+    the_agent = agent(store, FakeSpeaker(signal(IMAGE), signal(IMAGE), Finished("stop")), decoder)
+    for user in ("ann", "ann", None, None):
+        await events_of(the_agent, user=user)
+    named, anonymous = decoder.users[:4], decoder.users[4:]
+    assert set(named) == {"user ann"}
+    assert anonymous[0] == anonymous[1] != anonymous[2] == anonymous[3]
+    assert not any(name.startswith("user ") for name in anonymous)
+
+
+async def test_previews_are_told_to_those_who_ask(store: ArtefactStore) -> None:
+    the_agent = agent(store, FakeSpeaker(signal(IMAGE), Finished("stop")), FakeDecoder(store, IMAGE, steps=3))
+    events = await events_of(the_agent, previews=2)
+    looks = [event for event in events if isinstance(event, PartPreview)]
+    assert [(look.index, look.step, look.total, look.data) for look in looks] == [
+        (0, 1, 3, b"look"),
+        (0, 2, 3, b"look"),
+    ]
+    assert not any(isinstance(event, PartPreview) for event in await events_of(the_agent))
+
+
+async def test_a_cancelled_part_loses_neither_text_nor_the_other_parts(store: ArtefactStore) -> None:
+    slow = FakeDecoder(store, IMAGE, steps=1000, step_s=0.01)
+    speaker = FakeSpeaker(Words("Here."), signal(IMAGE), Words("Listen."), signal(AUDIO), Finished("stop"))
+    the_agent = agent(store, speaker, slow, FakeDecoder(store, AUDIO))
+    events: list[Event] = []
+    async for event in the_agent.turn(said(), TurnOptions()):
+        events.append(event)
+        if isinstance(event, PartProgress) and event.index == 1 and not slow.stopped:
+            assert await the_agent.cancel_part(turn_of(events), 1)
+            assert slow.stopped
+            assert not await the_agent.cancel_part(turn_of(events), 1)
+    (failed,) = [event for event in events if isinstance(event, PartFailed)]
+    assert (failed.index, failed.code) == (1, "part_cancelled")
+    assert [event.index for event in events if isinstance(event, PartDone)] == [3]
+    assert [event.text for event in events if isinstance(event, TextDelta)] == ["Here.", "Listen."]
+    assert isinstance(events[-1], TurnDone)
+
+
+async def test_a_part_can_be_cancelled_before_its_decoder_has_begun(store: ArtefactStore) -> None:
+    decoder = FakeDecoder(store, IMAGE)
+    the_agent = agent(store, FakeSpeaker(signal(IMAGE), Finished("stop")), decoder)
+    events: list[Event] = []
+    async for event in the_agent.turn(said(), TurnOptions()):
+        events.append(event)
+        if isinstance(event, PartStarted):
+            assert await the_agent.cancel_part(turn_of(events), 0)
+    assert decoder.steps_taken == 0
+    assert [event.code for event in events if isinstance(event, PartFailed)] == ["part_cancelled"]
+
+
+async def test_a_failed_part_is_made_again_from_the_same_signal_without_the_language_model(
+    store: ArtefactStore,
+) -> None:
+    broken = FakeDecoder(store, IMAGE, error=MemoryError())
+    speaker = FakeSpeaker(Words("Here."), signal(IMAGE), Finished("stop"))
+    wishes = {IMAGE: DecodeSettings(steps=4, seed=3)}
+    turn = turn_of(await events_of(agent(store, speaker, broken), decoders=wishes))
+
+    other = FakeDecoder(store, IMAGE)  # in another process, after a restart
+    silent = FakeSpeaker(RuntimeError("nobody asked it to speak"))
+    the_agent = agent(store, silent, other)
+    events = [event async for event in the_agent.retry_part(turn, 1, DecodeSettings(), previews=1)]
+
+    assert [type(event) for event in events] == [
+        PartStarted, PartProgress, PartPreview, PartProgress, PartDone
+    ]  # fmt: skip
+    assert [event.sequence for event in events] == list(range(5))
+    assert {event.index for event in events if not isinstance(event, TurnFailed)} == {1}
+    (before,), (after,) = broken.signals, other.signals
+    assert (after.modality, after.caption) == (before.modality, before.caption)
+    np.testing.assert_array_equal(after.hidden, before.hidden)
+    np.testing.assert_array_equal(after.embeddings, before.embeddings)
+    assert other.settings == [DecodeSettings(steps=4, seed=3)]
+    assert not silent.prompt
+
+    again = [event async for event in the_agent.retry_part(turn, 1, DecodeSettings(seed=9), user="ann")]
+    assert isinstance(again[-1], PartDone)
+    assert other.settings[-1] == DecodeSettings(steps=4, seed=9)
+    assert other.users[-1] == "user ann"
+
+
+async def test_a_part_that_cannot_be_made_again_says_why(store: ArtefactStore) -> None:
+    decoder = FakeDecoder(store, IMAGE, steps=1000, step_s=0.01)
+    limits = {IMAGE: CostLimits(steps=10)}
+    speaker = FakeSpeaker(Words("Here."), signal(IMAGE), Finished("stop"))
+    the_agent = agent(store, speaker, decoder, cost_limits=limits)
+
+    async def refusal(turn: str, index: int, **wishes: int) -> str:
+        events = [event async for event in the_agent.retry_part(turn, index, DecodeSettings(**wishes))]
+        told = failure(events)
+        assert told["param"] == ("num_inference_steps" if wishes else None)
+        return str(told["code"])
+
+    events: list[Event] = []
+    async with aclosing(the_agent.turn(said(), TurnOptions())) as stream:
+        async for event in stream:
+            events.append(event)
+            if isinstance(event, PartProgress):
+                assert await refusal(turn_of(events), 1) == "part_running"
+                break
+    turn = turn_of(events)
+    assert await refusal(turn, 0) == "part_not_found"
+    assert await refusal("0" * 32, 1) == "part_not_found"
+    assert await refusal(turn, 1, steps=11) == "decoder_limit_exceeded"
+    decoder.up = False
+    assert await refusal(turn, 1) == "decoder_unavailable"
+
+
+async def test_a_retry_can_be_cancelled_or_dropped(store: ArtefactStore) -> None:
+    speaker = FakeSpeaker(signal(IMAGE), Finished("stop"))
+    turn = turn_of(await events_of(agent(store, speaker, FakeDecoder(store, IMAGE))))
+    slow = FakeDecoder(store, IMAGE, steps=1000, step_s=0.01)
+    the_agent = agent(store, speaker, slow)
+
+    events = []
+    async for event in the_agent.retry_part(turn, 0, DecodeSettings()):
+        events.append(event)
+        if isinstance(event, PartProgress) and event.step == 1:
+            assert await the_agent.cancel_part(turn, 0)
+    assert isinstance(events[-1], PartFailed)
+    assert events[-1].code == "part_cancelled"
+
+    slow.stopped = False
+    async with aclosing(the_agent.retry_part(turn, 0, DecodeSettings())) as stream:
+        async for event in stream:
+            if isinstance(event, PartProgress):
+                break
+    assert slow.stopped
+    assert slow.steps_taken < 20
+
+
+def turn_of(events: Sequence[Event]) -> str:
+    assert isinstance(events[0], TurnStarted)
+    return events[0].id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import shutil
 import subprocess
@@ -59,6 +60,25 @@ def test_a_medium_appears_where_it_was_spoken(tmp_path: Path) -> None:
     ]
 
 
+def test_a_preview_stands_below_the_progress_until_the_medium_is_there(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, [])
+    shelf.take(told(0, "started", caption="A bell."))
+    for step in (1, 2):
+        url = f"data:image/jpeg;base64,{base64.b64encode(b'look %d' % step).decode()}"
+        preview = {"type": "image_url", "image_url": {"url": url}}
+        shelf.take(told(0, "preview", step=step, total=3, preview=preview))
+    progress, picture = shelf.messages()
+    assert progress["metadata"]["title"] == "Making a picture: step 2 of 3"
+    path = Path(picture["content"]["path"])
+    assert path.read_bytes() == b"look 2"
+    assert list(tmp_path.iterdir()) == [path]
+    shelf.take(told(0, "done", caption="A bell.", file_id="file-1", url="http://x/y"))
+    shelf.put(0, b"png")
+    (medium,) = shelf.messages()
+    assert medium["content"]["path"].endswith("file-1.png")
+    assert not path.exists()
+
+
 def test_a_failed_medium_says_why_and_is_not_repeated(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path, [])
     shelf.take(told(0, "started", caption=""))
@@ -70,9 +90,11 @@ def test_a_failed_medium_says_why_and_is_not_repeated(tmp_path: Path) -> None:
 
 def test_settings_send_what_is_filled_in_only() -> None:
     settings = Settings((Modality.IMAGE, Modality.AUDIO), [])
-    assert settings.body(["", 0.0, "", "", "", ""]) == {"temperature": 0.0}
-    assert settings.body([" 7", 0.5, "4", "", None, "2.5"]) == {
+    progress = {"include_progress": True}
+    assert settings.body(["", 0.0, False, "", "", "", ""]) == {"temperature": 0.0, "stream_options": progress}
+    assert settings.body([" 7", 0.5, True, "4", "", None, "2.5"]) == {
         "temperature": 0.5,
+        "stream_options": {**progress, "previews": 6},
         "seed": 7,
         "decoders": {"image": {"num_inference_steps": 4}, "audio": {"guidance_scale": 2.5}},
     }
@@ -81,7 +103,7 @@ def test_settings_send_what_is_filled_in_only() -> None:
 def test_a_setting_that_is_no_number_is_named() -> None:
     settings = Settings((Modality.IMAGE,), [])
     with pytest.raises(BadRequest, match="Picture: steps is 'many'; expected a whole number"):
-        settings.body(["", 0.0, "many", ""])
+        settings.body(["", 0.0, False, "many", ""])
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -133,7 +134,9 @@ def test_errors_come_through_all_processes(client: openai.OpenAI) -> None:
     assert (broken.value.code, broken.value.param) == ("invalid_media", "messages[0].content[0]")
 
 
-def test_leaving_a_stream_stops_the_decoder_in_its_process(client: openai.OpenAI) -> None:
+def test_leaving_a_stream_stops_the_decoder_in_its_process(
+    client: openai.OpenAI, service: tuple[str, object]
+) -> None:
     slow = {"decoders": {"image": {"num_inference_steps": 1000}}}
     began = time.monotonic()
     ask(client, "draw a bell", 1000)
@@ -148,6 +151,53 @@ def test_leaving_a_stream_stops_the_decoder_in_its_process(client: openai.OpenAI
     began = time.monotonic()
     ask(client, "draw a bell", 1)
     assert time.monotonic() - began < whole / 2
+    assert metrics(service[0], "patchbay_decoder_requests") == [0, 0, 0]
+
+
+def test_one_part_is_cancelled_and_made_again_by_other_processes(
+    client: openai.OpenAI, service: tuple[str, object]
+) -> None:
+    told = []
+    with client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "draw, play and film a bell"}],
+        stream=True,
+        stream_options={"previews": 9},  # type: ignore[typeddict-unknown-key]
+        extra_body={"user": "ann", "decoders": {"image": {"num_inference_steps": 1000}}},
+    ) as stream:
+        for chunk in stream:
+            for part in (chunk.choices[0].delta.model_extra or {}).get("parts", []):
+                told.append((part["type"], part["status"]))
+                if told.count(("image", "preview")) == 1 and told[-1] == ("image", "preview"):
+                    path = f"/v1/responses/{chunk.id}/parts/{part['index']}"
+                    answer = post(f"{service[0]}{path}/cancel", {})
+                    assert answer["status"] == "cancelled"
+    assert {("image", "failed"), ("audio", "done"), ("video", "done")} <= set(told)
+    wait_until(lambda: metrics(service[0], "patchbay_decoder_requests") == [0, 0, 0])
+    again = post(f"{service[0]}{path}/retry", {"num_inference_steps": 2, "seed": 5})
+    assert (again["status"], again["type"], again["manifest"]["seed"]) == ("done", "image", 5)
+
+
+def test_every_box_counts_in_its_own_process(client: openai.OpenAI, service: tuple[str, object]) -> None:
+    ask(client, "draw a bell")
+    assert metrics(service[0], "patchbay_language_model_slots") == [8]
+    assert metrics(service[0], "patchbay_language_model_slots_in_use") == [0]
+    assert metrics(service[0], "patchbay_encoder_cache_bytes") != []
+    assert metrics(service[0], "patchbay_language_model_requests_total")[0] >= 1
+
+
+def post(url: str, body: dict[str, object]) -> dict[str, Any]:
+    headers = {"Content-Type": "application/json"}
+    with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers)) as answer:
+        value: dict[str, Any] = json.load(answer)
+    return value
+
+
+def metrics(address: str, name: str) -> list[float]:
+    """Return the samples of one metric."""
+    with urllib.request.urlopen(f"{address}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    return [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{")]
 
 
 def test_a_decoder_that_died_is_not_promised_until_it_is_back(

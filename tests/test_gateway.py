@@ -4,7 +4,7 @@ import io
 import json
 import struct
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from decoders.settings import DecodeSettings
 from decoders.writing import to_mp4, to_png, to_wav
 from encoders.media import Audio, Image, Modality, Video
-from services import gateway as gateway_module
+from services import turn_stream
 from services.artefacts import ArtefactStore
 from services.asgi import with_pings
 from services.errors import BadRequest
@@ -25,6 +25,7 @@ from services.events import (
     Event,
     PartDone,
     PartFailed,
+    PartPreview,
     PartProgress,
     PartStarted,
     TextDelta,
@@ -57,6 +58,8 @@ class FakeAgent:
         self.conversation: Sequence[Message] = ()
         self.options = TurnOptions()
         self.ended = asyncio.Event()
+        self.running: set[tuple[str, int]] = set()
+        self.retried: list[tuple[Any, ...]] = []
 
     async def turn(
         self, conversation: Sequence[Message], options: TurnOptions
@@ -73,6 +76,20 @@ class FakeAgent:
 
     async def outputs(self) -> Sequence[Modality]:
         return (IMAGE, VIDEO)
+
+    async def counts(self) -> dict[str, dict[str, dict[str, float]]]:
+        return {"image": {"local": {"requests": 2}}}
+
+    async def cancel_part(self, turn: str, index: int) -> bool:
+        return (turn, index) in self.running
+
+    async def retry_part(
+        self, turn: str, index: int, wishes: DecodeSettings, *, user: str | None = None, previews: int = 0
+    ) -> AsyncGenerator[Event, None]:
+        self.retried.append((turn, index, wishes, user, previews))
+        async with aclosing(self.turn((), TurnOptions())) as events:
+            async for event in events:
+                yield event
 
 
 @pytest.fixture
@@ -191,6 +208,41 @@ async def test_progress_is_told_only_to_those_who_ask(preset: Preset, store: Art
     assert "usage" not in answer.text
 
 
+async def test_a_preview_is_a_picture_of_its_part(preset: Preset, store: ArtefactStore) -> None:
+    look = PartPreview(index=0, step=1, total=3, data=b"look", media_type="image/jpeg")
+    events = [TurnStarted(seed=1), PartStarted(index=0, modality=VIDEO, caption=""), look]
+    answer = await ask(FakeAgent(*events, TurnDone(finish_reason="stop")), preset, store, body(stream=True))
+    told = [
+        part for chunk in chunks_of(answer.text) for part in chunk["choices"][0]["delta"].get("parts", [])
+    ]
+    url = data_url(b"look", "image/jpeg")
+    assert told[1] == {
+        "index": 0,
+        "type": "video",
+        "status": "preview",
+        "step": 1,
+        "total": 3,
+        "preview": {"type": "image_url", "image_url": {"url": url}},
+    }
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_completion_is_named_after_its_turn(
+    preset: Preset, store: ArtefactStore, stream: bool
+) -> None:
+    agent = FakeAgent(TurnStarted(id="a" * 32, seed=1), TurnDone(finish_reason="stop"))
+    answer = await ask(agent, preset, store, body(stream=stream))
+    first = chunks_of(answer.text)[0] if stream else answer.json()
+    assert first["id"] == "chatcmpl-" + "a" * 32
+
+
+async def test_metrics_are_text_for_prometheus(preset: Preset, store: ArtefactStore) -> None:
+    async with client(build_gateway(preset, FakeAgent(), store)) as http:
+        answer = await http.get("/metrics")
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert 'patchbay_decoder_requests{modality="image",replica="local"} 2' in answer.text.splitlines()
+
+
 async def test_a_failed_part_stands_in_its_place(preset: Preset, store: ArtefactStore) -> None:
     failed = PartFailed(index=1, modality=IMAGE, caption="x", code="out_of_memory", message="Too big.")
     events = [TurnStarted(seed=1), TextDelta(index=0, text="Here."), failed, TurnDone(finish_reason="stop")]
@@ -230,6 +282,12 @@ async def test_options_reach_the_agent(preset: Preset, store: ArtefactStore) -> 
         "temperature": 0.5,
         "top_p": 0.9,
         "max_completion_tokens": 12,
+        "top_k": 20,
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.25,
+        "frequency_penalty": -1,
+        "stop": ["a", "b"],
+        "user": "ann",
         "extra_body": {"decoders": {"image": {"seed": 2, "num_inference_steps": 4, "size": "64x32"}}},
     }
     await ask(agent, preset, store, body(**wishes))
@@ -239,8 +297,18 @@ async def test_options_reach_the_agent(preset: Preset, store: ArtefactStore) -> 
         temperature=0.5,
         top_p=0.9,
         max_new_tokens=12,
+        top_k=20,
+        repetition_penalty=1.2,
+        presence_penalty=0.25,
+        frequency_penalty=-1,
+        stop=("a", "b"),
         decoders={IMAGE: DecodeSettings(seed=2, steps=4, width_px=64, height_px=32)},
+        user="ann",
     )
+    await ask(agent, preset, store, body(stop="a", stream=True, stream_options={"previews": 3}))
+    assert agent.options == TurnOptions(stop=("a",), previews=3)
+    await ask(agent, preset, store, body(stop=None, presence_penalty=None, user=""))
+    assert agent.options == TurnOptions()
 
 
 async def test_an_earlier_reply_comes_back_as_signals(preset: Preset, store: ArtefactStore) -> None:
@@ -318,7 +386,19 @@ REFUSED: list[tuple[dict[str, Any], int, str, str | None]] = [
     (body(modalities=["text", "smell"]), 400, "invalid_value", "modalities.1"),
     (body(decoders={"image": {"stesp": 3}}), 400, "invalid_value", "decoders.image.stesp"),
     (body(decoders={"image": {"num_inference_steps": 0}}), 400, "invalid_value", "decoders.image"),
-    (body(temperature=3), 400, "invalid_value", None),
+    (body(temperature=3), 400, "invalid_value", "temperature"),
+    (body(top_p=0), 400, "invalid_value", "top_p"),
+    (body(top_k=-1), 400, "invalid_value", "top_k"),
+    (body(top_k=1.5), 400, "invalid_value", "top_k"),
+    (body(repetition_penalty=0), 400, "invalid_value", "repetition_penalty"),
+    (body(presence_penalty=2.5), 400, "invalid_value", "presence_penalty"),
+    (body(frequency_penalty=-2.5), 400, "invalid_value", "frequency_penalty"),
+    (body(stop=""), 400, "invalid_value", "stop"),
+    (body(stop=["x"] * 5), 400, "invalid_value", "stop"),
+    (body(stop=[1]), 400, "invalid_value", "stop.0"),
+    (body(stop=5), 400, "invalid_value", "stop"),
+    (body(user="x" * 300), 400, "invalid_value", "user"),
+    (body(max_tokens=0), 400, "invalid_value", "max_completion_tokens"),
     (body(n=2), 400, "unsupported_parameter", "n"),
     (body(tools=[{"type": "function"}]), 400, "unsupported_parameter", "tools"),
     (body(audio={"voice": "alloy", "format": "mp3"}), 400, "unsupported_parameter", "audio.format"),
@@ -379,8 +459,8 @@ async def test_a_stream_pings_while_nothing_happens(
     def eager(values: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
         return with_pings(values, every_s=0.02)
 
-    monkeypatch.setattr(gateway_module, "with_pings", eager)
-    monkeypatch.setattr(gateway_module, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(turn_stream, "with_pings", eager)
+    monkeypatch.setattr(turn_stream, "PATIENCE_S", 0.01)
     agent = FakeAgent(TurnStarted(seed=1), 0.1, TextDelta(index=0, text="Hi"), TurnDone(finish_reason="stop"))
     answer = await ask(agent, preset, store, body(stream=True))
     before, _, after = answer.text.partition('"content":"Hi"')
@@ -595,3 +675,38 @@ async def test_signal_tokens_in_a_message_call_no_decoder(real_app: FastAPI, tex
         answer = await http.post("/v1/chat/completions", json=body(text, modalities=["text"]))
     assert plain.status_code == answer.status_code == 200
     assert all(part["type"] == "text" for part in answer.json()["choices"][0]["message"]["parts"])
+
+
+async def test_stop_strings_and_limits_end_the_words_and_say_so(real_app: FastAPI) -> None:
+    async with client(real_app) as http:
+
+        async def said(**wishes: Any) -> tuple[str, str]:
+            payload = body("hello", modalities=["text"], **wishes)
+            (choice,) = (await http.post("/v1/chat/completions", json=payload)).json()["choices"]
+            return choice["message"]["content"], choice["finish_reason"]
+
+        whole = await said()
+        assert whole == ("hello!", "stop")
+        assert await said(stop=["l", "zebra"]) == ("he", "stop")
+        assert await said(stop="zebra") == whole
+        assert await said(max_tokens=1) == (whole[0][: len((await said(max_tokens=1))[0])], "length")
+        assert await said(top_k=1, temperature=2, seed=1) == whole  # only the likeliest word is left
+        assert await said(repetition_penalty=0.001) != whole
+        assert await said(frequency_penalty=-2, temperature=0) == whole
+
+
+async def test_the_metrics_of_a_service_that_has_worked(real_app: FastAPI) -> None:
+    async with client(real_app) as http:
+        content = [{"type": "image_url", "image_url": {"url": data_url(PNG, "image/png")}}]
+        for _ in range(2):
+            await http.post(
+                "/v1/chat/completions", json=body([*content, {"type": "text", "text": "what is this?"}])
+            )
+        await http.post("/v1/chat/completions", json=body())
+        lines = (await http.get("/metrics")).text.splitlines()
+    samples = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert float(samples['patchbay_encoder_cache_hits_total{replica="local"}']) >= 1
+    assert float(samples['patchbay_language_model_slots{replica="local"}']) == 8
+    assert float(samples['patchbay_language_model_slots_in_use{replica="local"}']) == 0
+    assert 0 < float(samples['patchbay_language_model_prefix_hit_rate{replica="local"}']) < 1
+    assert float(samples['patchbay_decoder_queue_seconds{modality="image",replica="local"}']) == 0

@@ -1,8 +1,11 @@
 import asyncio
+import io
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from decoders.engine import EngineConfig
@@ -10,7 +13,7 @@ from decoders.settings import DecodeSettings
 from decoders.writing import read_manifest
 from encoders.media import Image, Modality, read_media
 from services.artefacts import ArtefactStore
-from services.boxes import Made, Progress, SpokenSignal
+from services.boxes import Made, Preview, Progress, SpokenSignal, Step
 from services.errors import PresetProblem, translate
 from services.local_decoder import LocalDecoder
 from services.presets import load_preset
@@ -36,9 +39,32 @@ def signal(number: int) -> SpokenSignal:
     return SpokenSignal(Modality.IMAGE, f"bell {number}", states, states)
 
 
-async def heard(box: LocalDecoder, number: int, settings: DecodeSettings) -> list[Progress | Made]:
-    async with aclosing(box.decode(signal(number), settings)) as stream:
+async def heard(box: LocalDecoder, number: int, settings: DecodeSettings, **wishes: Any) -> list[Step]:
+    async with aclosing(box.decode(signal(number), settings, **wishes)) as stream:
         return [value async for value in stream]
+
+
+def one_at_a_time(box: LocalDecoder) -> None:
+    box.load()
+    assert box.engine is not None
+    box.engine.config = EngineConfig(max_batch=1)
+    box.engine._batch_limit = 1
+
+
+async def steps_in_order(box: LocalDecoder, *demands: tuple[str, int, int]) -> list[str]:
+    """Return whose steps were taken, in order; each demand is a user, a number of media and their steps."""
+    order: list[str] = []
+
+    async def ask(user: str, steps: int) -> None:
+        settings = DecodeSettings(steps=steps, guidance_scale=1.0, seed=0)
+        async with aclosing(box.decode(signal(0), settings, user=user)) as stream:
+            async for value in stream:
+                if isinstance(value, Progress) and 0 < value.step < value.total:
+                    order.append(user)
+
+    tasks = [asyncio.create_task(ask(user, steps)) for user, media, steps in demands for _ in range(media)]
+    await asyncio.gather(*tasks)
+    return order
 
 
 async def test_several_media_are_made_at_the_same_time_and_stored(box: LocalDecoder) -> None:
@@ -131,3 +157,52 @@ def test_a_pipeline_of_another_modality_is_a_problem_of_the_preset(preset_file: 
         PresetProblem, match="AudioLDMPipeline, which makes audio; expected one that makes image"
     ):
         box.load()
+
+
+async def test_users_who_ask_for_equally_much_get_equally_much(box: LocalDecoder) -> None:
+    one_at_a_time(box)
+
+    order = await steps_in_order(box, ("ann", 5, 13), ("bob", 5, 13))
+
+    first_half = order[: len(order) // 2]
+    assert first_half.count("ann") == pytest.approx(first_half.count("bob"), abs=len(first_half) / 2)
+
+
+async def test_a_short_medium_is_not_stuck_behind_a_long_one_of_somebody_else(box: LocalDecoder) -> None:
+    one_at_a_time(box)
+
+    order = await steps_in_order(box, ("ann", 2, 150), ("bob", 1, 6))
+
+    assert len(order) - order[::-1].index("bob") < len(order) / 2
+
+
+@pytest.mark.parametrize("modality", [Modality.IMAGE, Modality.VIDEO, Modality.AUDIO])
+async def test_previews_are_pictures_and_come_only_when_asked_for(
+    preset_file: Path, tmp_path: Path, modality: Modality
+) -> None:
+    box = LocalDecoder(load_preset(str(preset_file)), modality, ArtefactStore(tmp_path.as_uri()))
+
+    with_previews = await heard(box, 0, DecodeSettings(steps=6, seed=0), previews=2)
+    without = await heard(box, 0, DecodeSettings(steps=6, seed=0))
+
+    looks = [value for value in with_previews if isinstance(value, Preview)]
+    assert [(look.step, look.total) for look in looks] == [(2, 6), (4, 6)]
+    for look in looks:
+        picture = PIL.Image.open(io.BytesIO(look.data))
+        assert look.media_type == PIL.Image.MIME[picture.format or ""]
+        assert min(picture.size) >= 8
+    assert not any(isinstance(value, Preview) for value in without)
+    assert len(list(tmp_path.glob("*.bin"))) == 2  # previews are not kept
+
+
+async def test_it_counts_what_it_has_to_do(box: LocalDecoder) -> None:
+    assert await box.counts() == {}
+    box.warm_up()
+    stream = box.decode(signal(0), DecodeSettings(steps=1000))
+    await anext(stream)
+    busy = (await box.counts())["local"]
+    await stream.aclose()
+    idle = (await box.counts())["local"]
+
+    assert (busy["requests"], idle["requests"]) == (1, 0)
+    assert busy["queue_seconds"] > 0 == idle["queue_seconds"]

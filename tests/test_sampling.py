@@ -64,6 +64,24 @@ def test_the_repetition_penalty_is_that_of_transformers() -> None:
     assert said == penalised.argmax(dim=-1).tolist() != logits.argmax(dim=-1).tolist()
 
 
+def test_words_that_the_reply_has_used_come_less_often_by_presence_or_by_number() -> None:
+    def shares_after(first: int, second: int, **options: float) -> list[float]:
+        """Return how often words 0 and 1 come after they were said this many times."""
+        replies = [reply(seed, **options) for seed in range(3000)]
+        for one in replies:
+            for word, times in zip(WORDS, (first, second), strict=False):
+                for _ in range(times):
+                    one.say(word)
+        said = [token for token, _ in Sampler(TOKENIZER).choose(LOGITS.repeat(len(replies), 1), replies)]
+        return [said.count(word) / len(said) for word in WORDS]
+
+    two = torch.tensor(2.0).log().item()
+    assert close(shares_after(3, 1, presence_penalty=two), [0.25 / 0.625, 0.125 / 0.625, 0.24, 0.16])
+    assert close(shares_after(2, 1, frequency_penalty=two), [0.125 / 0.5, 0.125 / 0.5, 0.3, 0.2])
+    assert close(shares_after(0, 0, frequency_penalty=two), [0.5, 0.25, 0.15, 0.1])
+    assert close(shares_after(0, 1, presence_penalty=-two), [0.4, 0.4, 0.12, 0.08])
+
+
 def test_a_draw_is_the_same_in_any_company() -> None:
     kinds: list[dict[str, float | int]] = [
         {"temperature": 0},
@@ -71,6 +89,7 @@ def test_a_draw_is_the_same_in_any_company() -> None:
         {"top_k": 3},
         {"top_p": 0.7},
         {"repetition_penalty": 1.5},
+        {"presence_penalty": 1.5, "frequency_penalty": 0.5},
         {"temperature": 3.0},
     ]
     torch.manual_seed(0)

@@ -1,0 +1,178 @@
+"""The media of replies while they are made: each can be stopped alone, and made again later.
+
+What a medium is made from, its signal and its settings, is stored before its decoder starts, under a name
+that follows from the turn and the place. So any process can make it again without the language model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import aclosing
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+
+from decoders.settings import DecodeSettings
+from encoders.media import Modality
+from services.artefacts import ArtefactStore
+from services.boxes import DecodeBox, Made, Preview, Progress, SpokenSignal
+from services.errors import Conflict, NotFound, ServiceError, Unavailable, translate
+
+logger = logging.getLogger(__name__)
+
+SIGNAL_PURPOSE = "signal"
+
+
+@dataclass(frozen=True)
+class PartFailure:
+    """A medium could not be made, or somebody stopped it."""
+
+    error: ServiceError
+
+
+Told = Progress | Preview | Made | PartFailure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """One medium that is to be made: part ``index`` of the reply of ``turn``."""
+
+    turn: str
+    index: int
+    signal: SpokenSignal
+    settings: DecodeSettings
+    user: str
+    previews: int = 0
+
+
+class Making:
+    """Makes the media of many replies at the same time."""
+
+    def __init__(self, decode: Mapping[Modality, DecodeBox], store: ArtefactStore) -> None:
+        self.decode = decode
+        self.store = store
+        self._under_way: dict[tuple[str, int], asyncio.Task[None]] = {}
+
+    def start(self, order: Order, tell: Callable[[Told], None], *, again: bool = False) -> asyncio.Task[None]:
+        """Begin to make a medium; ``tell`` hears of it, last a :class:`Made` or a :class:`PartFailure`.
+
+        ``again`` says that its signal is stored already. Cancelling the task stops the decoder.
+
+        Raises:
+            Conflict: the same medium is being made.
+
+        """
+        key = order.turn, order.index
+        if key in self._under_way:
+            raise Conflict(
+                f"Part {order.index} is being made at the moment. Cancel it first, or wait until it is done.",
+                code="part_running",
+            )
+
+        def ended(task: asyncio.Task[None]) -> None:
+            del self._under_way[key]
+            if task.cancelled():  # also before it began
+                tell(PartFailure(_cancelled(order)))
+
+        task = asyncio.create_task(self._make(order, tell, again))
+        task.add_done_callback(ended)
+        self._under_way[key] = task
+        return task
+
+    async def cancel(self, turn: str, index: int) -> bool:
+        """Stop a medium; return False when it is not being made here. The decoder is rid of it then."""
+        task = self._under_way.get((turn, index))
+        if task is None:
+            return False
+        task.cancel()
+        await asyncio.wait({task})
+        return True
+
+    async def _make(self, order: Order, tell: Callable[[Told], None], again: bool) -> None:
+        modality = order.signal.modality
+        try:
+            if not again:
+                await asyncio.to_thread(keep, self.store, order)
+            work = self.decode[modality].decode(
+                order.signal, order.settings, user=order.user, previews=order.previews
+            )
+            async with aclosing(work) as stream:
+                made: Made | None = None
+                async for step in stream:
+                    if isinstance(step, Made):
+                        made = step
+                    else:
+                        tell(step)
+            if made is None:
+                raise Unavailable(
+                    f"The {modality.value} decoder stopped before it was done. Try again.",
+                    code="decoder_unavailable",
+                )
+            tell(made)
+        except Exception as caught:
+            error = translate(caught)
+            if error.status == 500:
+                logger.exception("The %s decoder failed.", modality.value)
+            tell(PartFailure(error))
+
+
+def keep(store: ArtefactStore, order: Order) -> None:
+    """Store what a medium is made from."""
+    buffer = io.BytesIO()
+    np.savez(buffer, hidden=order.signal.hidden, embeddings=order.signal.embeddings)
+    store.put(
+        buffer.getvalue(),
+        media_type="application/octet-stream",
+        filename="signal.npz",
+        purpose=SIGNAL_PURPOSE,
+        modality=order.signal.modality,
+        caption=order.signal.caption,
+        manifest={"settings": asdict(order.settings)},
+        artefact_id=_signal_id(order.turn, order.index),
+    )
+
+
+def kept(store: ArtefactStore, turn: str, index: int) -> tuple[SpokenSignal, DecodeSettings]:
+    """Return what a medium was made from.
+
+    Raises:
+        NotFound: there was no such medium, or it was so long ago that its files have expired.
+
+    """
+    name = _signal_id(turn, index)
+    try:
+        artefact, data = store.get(name), store.read(name)
+    except NotFound as error:
+        raise NotFound(
+            f"No medium was part {index} of this reply, or it has expired. Parts are counted from 0, as in "
+            "message.parts, and words cannot be made again alone.",
+            code="part_not_found",
+        ) from error
+    assert artefact.modality is not None
+    assert artefact.manifest is not None
+    with np.load(io.BytesIO(data)) as arrays:
+        signal = SpokenSignal(
+            artefact.modality, artefact.caption or "", arrays["hidden"], arrays["embeddings"]
+        )
+    return signal, DecodeSettings(**artefact.manifest["settings"])
+
+
+def changed(settings: DecodeSettings, wishes: DecodeSettings) -> DecodeSettings:
+    """Return ``settings`` with every wish that is not None."""
+    return replace(settings, **{name: value for name, value in asdict(wishes).items() if value is not None})
+
+
+def _signal_id(turn: str, index: int) -> str:
+    """Return the id of the artefact; as hard to guess as the turn's."""
+    return f"file-{hashlib.sha256(f'{turn}/{index}'.encode()).hexdigest()[:32]}"
+
+
+def _cancelled(order: Order) -> ServiceError:
+    return Unavailable(
+        f"The {order.signal.modality.value} was cancelled. It can be made after all: retry this part.",
+        code="part_cancelled",
+    )

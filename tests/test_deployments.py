@@ -1,0 +1,180 @@
+"""The shells around the boxes, without a cluster: what a caller says reaches the box in its replica."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from ray import serve
+
+from decoders.settings import DecodeSettings
+from encoders.media import Modality
+from services.agent import Agent
+from services.artefacts import ArtefactStore
+from services.boxes import Finished, Made, Preview, SpokenSignal
+from services.deployments import (
+    AgentReplica,
+    ClusterStatus,
+    DecoderReplica,
+    EncoderReplica,
+    LanguageModelReplica,
+    RemoteAgent,
+    RemoteDecoder,
+    RemoteEncoder,
+    RemoteLanguageModel,
+)
+from services.events import PartDone, PartFailed, PartPreview, PartProgress, TurnStarted
+from services.messages import TurnOptions
+from tests.test_agent import FakeDecoder, FakeEncoder, FakeSpeaker, said
+
+IMAGE = Modality.IMAGE
+
+
+class Handle:
+    """Calls the methods of a replica in this process; values are pickled on their way, as Ray does."""
+
+    deployment_name = "Replica"
+
+    def __init__(self, replica: object) -> None:
+        self.replica = replica
+
+    def options(self, stream: bool) -> Handle:
+        assert stream
+        return self
+
+    def __getattr__(self, method: str) -> Any:
+        return SimpleNamespace(remote=lambda *args, **wishes: Call(self._method(method), args, wishes))
+
+    def broadcast(self, method: str, *args: Any) -> Any:
+        call = Call(self._method(method), args, {})
+
+        async def results_async(timeout_s: float, return_exceptions: bool) -> list[Any]:
+            assert return_exceptions
+            return await asyncio.gather(call, return_exceptions=True)
+
+        return SimpleNamespace(results_async=results_async)
+
+    def _method(self, name: str) -> Callable[..., Any]:
+        method: Callable[..., Any] = getattr(self.replica, name)
+        return method
+
+
+class Call:
+    """One call, to be awaited or iterated over."""
+
+    def __init__(self, method: Callable[..., Any], args: tuple[Any, ...], wishes: dict[str, Any]) -> None:
+        self.method, (self.args, self.wishes) = method, sent((args, wishes))
+        self.stream: AsyncGenerator[Any, None] | None = None
+
+    def __await__(self) -> Any:
+        return self.method(*self.args, **self.wishes).__await__()
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        self.stream = self.method(*self.args, **self.wishes)
+        async for value in self.stream:
+            yield sent(value)
+
+    def cancel(self) -> None: ...
+
+
+def sent(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))
+
+
+def replica(kind: type, box: object) -> Any:
+    """Return a replica around a box that needs no weights."""
+    shell = object.__new__(kind)
+    shell.box = box
+    return shell
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ArtefactStore:
+    return ArtefactStore(tmp_path.as_uri())
+
+
+def remote_decoder(decoder: FakeDecoder) -> RemoteDecoder:
+    class AllUp(ClusterStatus):
+        async def is_running(self, deployment: str) -> bool:
+            return True
+
+    return RemoteDecoder(Handle(replica(DecoderReplica, decoder)), IMAGE, AllUp())  # type: ignore[arg-type]
+
+
+def remote_agent(store: ArtefactStore, decoder: FakeDecoder) -> RemoteAgent:
+    zeros = np.zeros((2, 4), np.float32)
+    speaker = FakeSpeaker(SpokenSignal(IMAGE, "a bell", zeros, zeros), Finished("stop"))
+    shell = object.__new__(AgentReplica)
+    shell.agent = Agent(
+        encode=FakeEncoder(),  # type: ignore[arg-type]
+        generate=speaker,  # type: ignore[arg-type]
+        decode={IMAGE: remote_decoder(decoder)},
+        store=store,
+    )
+    return RemoteAgent(Handle(shell))  # type: ignore[arg-type]
+
+
+async def test_the_user_and_the_wish_for_previews_reach_the_decoder(store: ArtefactStore) -> None:
+    decoder = FakeDecoder(store, IMAGE, steps=3)
+    zeros = np.zeros((2, 4), np.float32)
+    work = remote_decoder(decoder).decode(
+        SpokenSignal(IMAGE, "a bell", zeros, zeros), DecodeSettings(seed=1), user="ann", previews=1
+    )
+    steps = [step async for step in work]
+    assert decoder.users == ["ann"]
+    assert [step for step in steps if isinstance(step, Preview)] == [Preview(1, 3, b"look", "image/jpeg")]
+    assert isinstance(steps[-1], Made)
+
+
+async def test_every_replica_counts_under_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r1"))
+    monkeypatch.setattr(serve, "get_replica_context", lambda: name)
+
+    class Counting:
+        async def counts(self) -> dict[str, dict[str, float]]:
+            return {"local": {"slots": 8}}
+
+    for kind, remote in (
+        (EncoderReplica, RemoteEncoder),
+        (LanguageModelReplica, RemoteLanguageModel),
+        (DecoderReplica, lambda handle: RemoteDecoder(handle, IMAGE, ClusterStatus())),
+    ):
+        box: Any = remote(Handle(replica(kind, Counting())))  # type: ignore[operator]
+        assert await box.counts() == {"r1": {"slots": 8}}
+
+
+async def test_a_box_that_does_not_answer_counts_nothing() -> None:
+    class Broken:
+        async def counts(self) -> None:
+            raise OSError("gone")
+
+    handle: Any = Handle(replica(EncoderReplica, Broken()))
+    assert await RemoteEncoder(handle).counts() == {}
+
+
+async def test_parts_are_cancelled_and_made_again_in_the_replica_of_the_agent(store: ArtefactStore) -> None:
+    decoder = FakeDecoder(store, IMAGE, steps=1000, step_s=0.01)
+    agent = remote_agent(store, decoder)
+    turn = ""
+    events = []
+    async for event in agent.turn(said(), TurnOptions(previews=1, user="ann")):
+        events.append(event)
+        if isinstance(event, TurnStarted):
+            turn = event.id
+        if isinstance(event, PartProgress) and event.step == 2:
+            assert await agent.cancel_part(turn, 0)
+    assert not await agent.cancel_part(turn, 0)
+    assert [event.code for event in events if isinstance(event, PartFailed)] == ["part_cancelled"]
+    assert any(isinstance(event, PartPreview) for event in events)
+
+    decoder.step_s, decoder.steps = 0.0, 2
+    again = [event async for event in agent.retry_part(turn, 0, DecodeSettings(seed=5), user="ann")]
+    assert isinstance(again[-1], PartDone)
+    assert decoder.settings[-1].seed == 5
+    assert set(decoder.users) == {"user ann"}
