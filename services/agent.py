@@ -18,6 +18,7 @@ from typing import Any
 
 from decoders.settings import MAX_SEED, DecodeSettings
 from encoders.media import Modality
+from services.adapters import chosen_adapters
 from services.artefacts import ArtefactStore
 from services.boxes import (
     DecodeBox,
@@ -55,7 +56,7 @@ from services.messages import (
     TextPart,
     TurnOptions,
 )
-from services.presets import CostLimits, GenerationDefaults, Limits
+from services.presets import AdapterPreset, CostLimits, GenerationDefaults, Limits
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +151,7 @@ class Agent:
         generation: GenerationDefaults | None = None,
         limits: Limits | None = None,
         cost_limits: Mapping[Modality, CostLimits] | None = None,
+        adapters: Mapping[str, AdapterPreset] | None = None,
     ) -> None:
         self.encode = encode
         self.generate = generate
@@ -159,6 +161,7 @@ class Agent:
         self.generation = generation or GenerationDefaults()
         self.limits = limits or Limits()
         self.cost_limits = cost_limits or {}
+        self.adapters = adapters or {}
         self.encoded: OrderedDict[tuple[str, Modality | None], Encoded] = OrderedDict()
 
     async def outputs(self) -> tuple[Modality, ...]:
@@ -190,6 +193,7 @@ class Agent:
     ) -> AsyncGenerator[Event, None]:
         reply = _Reply()
         self._check_conversation(conversation)
+        options, adapter = self._adapted(options)
         allowed = self._allowed(options, await self.outputs())
         seed = secrets.randbelow(2**31) if options.seed is None else options.seed
         prompt = await self._prompt(conversation)
@@ -203,6 +207,7 @@ class Agent:
             temperature=_given(options.temperature, self.generation.temperature),
             top_p=_given(options.top_p, self.generation.top_p),
             seed=seed,
+            adapter=adapter,
         )
         yield TurnStarted(seed=seed)
 
@@ -344,6 +349,26 @@ class Agent:
                 code="media_limit_exceeded",
                 param="messages",
             )
+
+    def _adapted(self, options: TurnOptions) -> tuple[TurnOptions, str | None]:
+        """Return options whose decoders have their adapters, and the adapter of the language model."""
+        own = {modality: settings.lora for modality, settings in options.decoders.items() if settings.lora}
+        for modality, name in own.items():
+            if name not in self.adapters or self.adapters[name].box != modality.value:
+                known = [known for known, each in self.adapters.items() if each.box == modality.value]
+                raise BadRequest(
+                    f"There is no adapter {name!r:.80} for {modality.value}; there "
+                    f"{'is ' + ', '.join(known) if known else 'is none'}. Name such a one, or leave lora out.",
+                    code="adapter_not_found",
+                    param=f"decoders.{modality.value}.lora",
+                )
+        chosen = chosen_adapters([*options.adapters, *own.values()], self.adapters)
+        decoders = dict(options.decoders)
+        for modality in self.decode:
+            if modality.value in chosen:
+                settings = decoders.get(modality, DecodeSettings())
+                decoders[modality] = replace(settings, lora=chosen[modality.value])
+        return replace(options, decoders=decoders), chosen.get("language_model")
 
     def _allowed(self, options: TurnOptions, up: Sequence[Modality]) -> frozenset[Modality]:
         named = [(modality, "modalities") for modality in options.modalities or ()]

@@ -52,7 +52,10 @@ class PromptMessage:
 
 @dataclass(frozen=True, kw_only=True)
 class SpeechOptions:
-    """How the language model speaks. ``allowed`` are the media it may choose to make."""
+    """How the language model speaks. ``allowed`` are the media it may choose to make.
+
+    ``adapter`` names LoRA of the preset.
+    """
 
     allowed: frozenset[Modality]
     max_signals: int
@@ -60,6 +63,7 @@ class SpeechOptions:
     temperature: float
     top_p: float
     seed: int
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,7 @@ class AgentReplica:
             generation=preset.generation,
             limits=preset.limits,
             cost_limits={modality: decoder.limits for modality, decoder in preset.decoders.items()},
+            adapters=preset.adapters,
         )
 
     async def turn(

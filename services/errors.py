@@ -78,6 +78,13 @@ class MethodNotAllowed(ServiceError):
     type = "invalid_request_error"
 
 
+class Conflict(ServiceError):
+    """It would work, but not in the state that things are in."""
+
+    status = 409
+    type = "invalid_request_error"
+
+
 class TooLarge(ServiceError):
     """The request, or a medium in it, is above a limit."""
 
@@ -127,6 +134,7 @@ KINDS: dict[str, type[ServiceError]] = {
         BadRequest,
         NotFound,
         MethodNotAllowed,
+        Conflict,
         TooLarge,
         Unprocessable,
         RangeNotSatisfiable,

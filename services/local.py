@@ -23,4 +23,5 @@ def local_agent(preset: Preset, store: ArtefactStore) -> Agent:
         generation=preset.generation,
         limits=preset.limits,
         cost_limits={modality: decoder.limits for modality, decoder in preset.decoders.items()},
+        adapters=preset.adapters,
     )

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from typing import Any
 
 import torch
 
 from decoders.engine import DenoisingEngine, EngineConfig, StepDone
 from decoders.latent_decoder import Decoded, LatentDecoder
+from decoders.lora import DecoderLora
 from decoders.settings import DecodeSettings
 from decoders.writing import to_mp4, to_png, to_wav
 from encoders.media import Audio, Image, Medium, Modality, Video
+from services.adapters import AdapterShelf
 from services.artefacts import ArtefactStore
 from services.boxes import Made, Progress, SpokenSignal
 from services.links import CaptionLink, Link, SignalLink
@@ -33,6 +35,7 @@ class LocalDecoder:
         self.store = store
         self.engine: DenoisingEngine | None = None
         self.link: Link | None = None
+        self.adapters: AdapterShelf[DecoderLora] = AdapterShelf(preset, modality.value)
 
     def load(self) -> None:
         """Load the decoder and the link to it, unless they are loaded."""
@@ -78,13 +81,17 @@ class LocalDecoder:
         engine, link = await asyncio.to_thread(self._loaded)
         condition = await engine.call(lambda: link.condition(signal))
         settings = self.preset.decoders[self.modality].fill(settings)
-        async with aclosing(engine.decode(condition, settings)) as stream:
-            async for value in stream:
-                match value:
-                    case StepDone(step=step, total=total, left_s=left_s):
-                        yield Progress(step, total, None if left_s is None else round(left_s, 2))
-                    case Decoded():
-                        yield await asyncio.to_thread(self._kept, signal, value)
+        name = settings.lora
+        with self.adapters.holding(name) if name else nullcontext():
+            read = engine.decoder.read_lora
+            lora = await asyncio.to_thread(self.adapters.get, name, read) if name else None
+            async with aclosing(engine.decode(condition, settings, lora=lora)) as stream:
+                async for value in stream:
+                    match value:
+                        case StepDone(step=step, total=total, left_s=left_s):
+                            yield Progress(step, total, None if left_s is None else round(left_s, 2))
+                        case Decoded():
+                            yield await asyncio.to_thread(self._kept, signal, value)
 
     def _kept(self, signal: SpokenSignal, decoded: Decoded) -> Made:
         """Write a medium to the store."""

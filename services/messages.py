@@ -66,6 +66,7 @@ class TurnOptions:
     """How the reply is wanted. None leaves it to the preset.
 
     ``modalities`` None allows everything that is up; a list is a promise that must be kept.
+    ``adapters`` are names of LoRA, at most one for each box.
     """
 
     modalities: Sequence[Modality] | None = None
@@ -74,6 +75,7 @@ class TurnOptions:
     top_p: float | None = None
     max_new_tokens: int | None = None
     decoders: Mapping[Modality, DecodeSettings] = field(default_factory=dict)
+    adapters: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
