@@ -233,7 +233,7 @@ class LoraRows:
             if len(args[0]) != self._num_rows:  # experts, for instance, see tokens and not rows
                 raise ValueError(
                     f"The adapter {lora.name!r} is for {name}, which sees {len(args[0])} entries in a pass "
-                    f"of {self._num_rows} rows; expected a layer that sees one entry per row. Leave that layer out."
+                    f"of {self._num_rows} rows; expected one entry per row. Train it without that layer."
                 )
             down, up = lora.factors[name]
             x = args[0] if rows is None else args[0].index_select(0, rows)  # (B, T, I)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, Self, TypeVar
 
-from services.errors import BadRequest, Conflict, NotFound, PresetProblem, Unavailable
+from services.errors import BadRequest, Conflict, PresetProblem, ServiceError, Unavailable
 from services.presets import AdapterPreset, Preset
 
 RETRY_AFTER_S = 5
@@ -52,7 +52,7 @@ class AdapterShelf(Generic[A]):
     """The adapters of one box. Any thread may use it."""
 
     def __init__(self, preset: Preset, box: str) -> None:
-        self.box = box
+        self.preset, self.box = preset, box
         self.device = preset.device
         self.folders = {
             name: preset.weights_folder / adapter.folder
@@ -141,11 +141,7 @@ class AdapterShelf(Generic[A]):
 
     def _expect(self, name: str) -> None:
         if name not in self.folders:
-            raise NotFound(
-                f"There is no adapter {name!r:.80} for the {self.box.replace('_', ' ')}; there "
-                f"{_listed(self.folders)}.",
-                code="adapter_not_found",
-            )
+            raise no_adapter(name, self.box, self.preset.adapters)
 
 
 def chosen_adapters(names: Collection[str], adapters: Mapping[str, AdapterPreset]) -> dict[str, str]:
@@ -153,17 +149,12 @@ def chosen_adapters(names: Collection[str], adapters: Mapping[str, AdapterPreset
     chosen: dict[str, str] = {}
     for name in dict.fromkeys(names):
         if name not in adapters:
-            raise BadRequest(
-                f"There is no adapter {name!r:.80}; there {_listed(adapters)}. Name one of them, or leave "
-                f"lora out.",
-                code="adapter_not_found",
-                param="lora",
-            )
+            raise no_adapter(name, None, adapters).at("lora")
         box = adapters[name].box
         if box in chosen:
             raise BadRequest(
-                f"The adapters {chosen[box]!r} and {name!r} are both for the {box.replace('_', ' ')}, which "
-                f"can have one at a time. Leave one out.",
+                f"The adapters {chosen[box]!r} and {name!r} are both for {_spoken(box)}, which can have one "
+                f"at a time. Leave one out.",
                 code="invalid_value",
                 param="lora",
             )
@@ -171,13 +162,22 @@ def chosen_adapters(names: Collection[str], adapters: Mapping[str, AdapterPreset
     return chosen
 
 
+def no_adapter(name: str, box: str | None, adapters: Mapping[str, AdapterPreset]) -> ServiceError:
+    """Return the error for a name that the preset does not have, or not for this box."""
+    known = [each for each, adapter in adapters.items() if box in (None, adapter.box)]
+    for_box = f" for {_spoken(box)}" if box else ""
+    return BadRequest(
+        f"There is no adapter {name!r:.80}{for_box}; expected "
+        f"{', '.join(known) or 'none at all'}. Leave lora out, or name one that is there.",
+        code="adapter_not_found",
+    )
+
+
+def _spoken(box: str) -> str:
+    return "the language model" if box == "language_model" else box
+
+
 def split_model(model: str, adapters: Mapping[str, AdapterPreset]) -> tuple[str, str | None]:
     """Return preset and adapter of a model's name: ``toybox:pirate`` is the preset toybox with pirate."""
     name, colon, adapter = model.partition(":")
     return (name, adapter) if colon and adapter in adapters else (model, None)
-
-
-def _listed(names: Collection[str]) -> str:
-    if not names:
-        return "are none"
-    return f"{'are' if len(names) > 1 else 'is'} {', '.join(names)}"

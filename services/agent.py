@@ -18,7 +18,7 @@ from typing import Any
 
 from decoders.settings import MAX_SEED, DecodeSettings
 from encoders.media import Modality
-from services.adapters import chosen_adapters
+from services.adapters import chosen_adapters, no_adapter
 from services.artefacts import ArtefactStore
 from services.boxes import (
     DecodeBox,
@@ -355,13 +355,7 @@ class Agent:
         own = {modality: settings.lora for modality, settings in options.decoders.items() if settings.lora}
         for modality, name in own.items():
             if name not in self.adapters or self.adapters[name].box != modality.value:
-                known = [known for known, each in self.adapters.items() if each.box == modality.value]
-                raise BadRequest(
-                    f"There is no adapter {name!r:.80} for {modality.value}; there "
-                    f"{'is ' + ', '.join(known) if known else 'is none'}. Name such a one, or leave lora out.",
-                    code="adapter_not_found",
-                    param=f"decoders.{modality.value}.lora",
-                )
+                raise no_adapter(name, modality.value, self.adapters).at(f"decoders.{modality.value}.lora")
         chosen = chosen_adapters([*options.adapters, *own.values()], self.adapters)
         decoders = dict(options.decoders)
         for modality in self.decode:
