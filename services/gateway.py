@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from encoders.media import MediaError, Modality
+from services.adapter_routes import AdapterKeeper, adapter_routes
 from services.adapters import split_model
 from services.artefacts import ArtefactStore
 from services.asgi import (
@@ -63,7 +64,14 @@ class TurnMaker(Protocol):
         ...
 
 
-def build_gateway(preset: Preset, agent: TurnMaker, store: ArtefactStore, *, labels: bool = True) -> FastAPI:
+def build_gateway(
+    preset: Preset,
+    agent: TurnMaker,
+    store: ArtefactStore,
+    *,
+    labels: bool = True,
+    adapters: AdapterKeeper | None = None,
+) -> FastAPI:
     """Return the API as an ASGI application; ``labels`` False leaves request ids to a proxy in front."""
     created = int(time.time())
     limits = preset.limits
@@ -77,6 +85,8 @@ def build_gateway(preset: Preset, agent: TurnMaker, store: ArtefactStore, *, lab
 
     app = FastAPI(title="Patchbay", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(files_router(store, limits.media.budget()))
+    if adapters is not None:
+        app.include_router(adapter_routes(preset.adapters, adapters))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:

@@ -22,7 +22,7 @@ from tests.test_language_engine import assert_same, end_of, run
 from tests.tiny_llm import gpt_neox, llama, tiny_model, user
 
 WEIGHTS = "adapter_model.safetensors"
-OPTIONS = GenerationOptions(max_new_tokens=24, max_signals=2, temperature=1.0, seed=5)
+OPTIONS = GenerationOptions(max_new_tokens=36, max_signals=1)
 
 
 def read(name: str, folder: Path, model: LanguageModel) -> RequestLora:
