@@ -87,13 +87,6 @@ def read_request_lora(name: str, folder: Path, lm: nn.Module, dtype: torch.dtype
     config = _read_config(folder / CONFIG)
     content = _read(folder / WEIGHTS, "convert a pickle with `patchbay convert pickles`")
     halves = _halves(folder / WEIGHTS, content)
-    targets = config.get("target_modules")
-    for target in targets if isinstance(targets, list) else ():
-        if not any(layer == target or layer.endswith(f".{target}") for layer in halves):
-            raise ValueError(
-                f"{folder / WEIGHTS} has no tensors for {target}, which {CONFIG} names in target_modules. "
-                f"Copy the whole adapter again."
-            )
     layers = dict(_adaptable(lm))
     factors = {}
     for layer, (down, up) in halves.items():
@@ -120,6 +113,13 @@ def read_request_lora(name: str, folder: Path, lm: nn.Module, dtype: torch.dtype
                 raise ValueError(f"{folder / WEIGHTS}: lora_{letter} of {layer} holds NaN or infinity.")
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         factors[layer] = down.to(dtype), (up.float() * scale).to(dtype)
+    targets = config.get("target_modules")
+    for target in targets if isinstance(targets, list) else ():
+        if not any(layer == target or layer.endswith(f".{target}") for layer in halves):
+            raise ValueError(
+                f"{folder / WEIGHTS} has no tensors for {target}, which {CONFIG} names in target_modules. "
+                f"Copy the whole adapter again."
+            )
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode() + content).hexdigest()
     return RequestLora(name, digest[:16], factors)
 

@@ -60,7 +60,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def convert_pickles(folder: Path) -> list[Path]:
-    """Write safetensors beside every ``.bin`` of a saved model, pipeline or adapter, where there are none yet.
+    """Write safetensors beside every ``.bin`` of a saved model, pipeline or adapter, unless they are there.
 
     The pickles stay. Parts of a pipeline that hold no weights are left alone.
 

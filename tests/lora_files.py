@@ -19,7 +19,7 @@ def write_lm_lora(base: PreTrainedModel, folder: Path, seed: int, **changes: Any
     """Write LoRA for ``base``, which gets none itself; return what it adds to each weight."""
     settings: dict[str, Any] = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"]}
     wrapped, added = _fresh(base, LoraConfig(task_type="CAUSAL_LM", **{**settings, **changes}), seed)
-    wrapped.save_pretrained(folder)
+    wrapped.save_pretrained(folder, save_embedding_layers=False)
     wrapped.unload()
     return added
 

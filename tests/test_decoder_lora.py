@@ -149,8 +149,9 @@ def test_a_network_of_three_dimensions_is_adapted_too(tmp_path: Path) -> None:
     pipeline = tiny_pipelines.unet_video_pipeline()
     decoder = VideoDecoder.load(tiny_pipelines.saved(pipeline, tmp_path / "video"))
     network = decoder._network
+    targets = r".*(conv1\.\d|to_v|resnets\.\d\.conv1)"
     added = write_unet_lora(
-        copy.deepcopy(network), tmp_path / "lora", 3, target_modules=["conv1.2", "to_v", "conv1"]
+        copy.deepcopy(network), tmp_path / "lora", 3, peft_layout=True, target_modules=targets
     )
     lora = decoder.read_lora("x", tmp_path / "lora")
     assert {down.ndim for down, _ in lora.factors.values()} == {2, 4, 5}
