@@ -62,7 +62,8 @@ class AdapterShelf(Generic[A]):
         self.most_bytes = preset.limits.max_adapter_mb * 2**20
         self._loaded: OrderedDict[str, A] = OrderedDict()  # the one used last comes last
         self._users = dict.fromkeys(self.folders, 0)
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # never held for long: event loops wait for it
+        self._reading = threading.Lock()
 
     @contextmanager
     def holding(self, name: str) -> Iterator[None]:
@@ -82,7 +83,7 @@ class AdapterShelf(Generic[A]):
         Raises PresetProblem if it cannot be loaded, and Unavailable if those in use leave no room for it.
         """
         self._expect(name)
-        with self._lock:
+        with self._reading:
             if name not in self._loaded:
                 try:
                     adapter = read(name, self.folders[name])
@@ -90,10 +91,14 @@ class AdapterShelf(Generic[A]):
                     raise PresetProblem(
                         f"The adapter {name!r} cannot be loaded: {error}", code="adapter_invalid"
                     ) from error
-                self._make_room(name, adapter.num_bytes)
-                self._loaded[name] = adapter.to(self.device)
-            self._loaded.move_to_end(name)
-            return self._loaded[name]
+                with self._lock:
+                    self._make_room(name, adapter.num_bytes)
+                placed = adapter.to(self.device)
+                with self._lock:
+                    self._loaded[name] = placed
+            with self._lock:
+                self._loaded.move_to_end(name)
+                return self._loaded[name]
 
     def unload(self, name: str) -> bool:
         """Put an adapter away; return whether it was loaded. Raises Conflict while requests use it."""

@@ -198,6 +198,32 @@ def test_a_converted_model_speaks_and_asks_for_media(converted: Path) -> None:
     assert isinstance(events[-1], Finished)
 
 
+def test_a_spoken_signal_becomes_the_condition_that_was_trained(
+    base: Path, tensors: dict[str, Tensor], converted: Path
+) -> None:
+    model = LanguageModel.load(converted / "llm")
+    options = GenerationOptions(max_new_tokens=8, max_signals=1, required=(IMAGE,))
+    events = list(generate(model, [user("a bell")], options))
+    (signal,) = [event.signal for event in events if isinstance(event, SignalReady)]
+    finished = events[-1]
+    assert isinstance(finished, Finished)
+
+    out = OutputProjection.load(converted / "projections" / "image")(
+        signal.hidden[None], signal.embeddings[None]
+    )[0]
+
+    # As in training: the last layer's states where the signal's tokens are fed, and the tokens' own rows.
+    ids = [*model.encode([user("a bell")], open_reply=True).ids, *finished.ids]
+    at = ids.index(302)
+    with torch.no_grad():
+        states = original(base, tensors)(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1]
+    given = states[0, at : at + 4] + tensors[EMBEDDING][302:306].float()
+    expected = projected(tensors, "gen_text_hidden_fcs.0", given)
+    torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
+    one_later = states[0, at + 1 : at + 5] + tensors[EMBEDDING][302:306].float()
+    assert (projected(tensors, "gen_text_hidden_fcs.0", one_later) - expected).abs().max() > 0.01
+
+
 def test_a_converted_model_survives_saving(converted: Path, tmp_path: Path) -> None:
     model = LanguageModel.load(converted / "llm")
     model.save(tmp_path)
