@@ -182,7 +182,7 @@ def _layer(path: Path, name: str, network: nn.Module) -> Any:
 
 def _pattern(config: Mapping[str, Any], pattern: str, layer: str, usual: Any) -> Any:
     values: dict[str, Any] = config.get(pattern) or {}
-    return values.get(get_pattern_key(values.keys(), layer), usual)
+    return values.get(get_pattern_key(list(values), layer), usual)
 
 
 class WornLora:

@@ -64,7 +64,7 @@ class RequestLora:
         """What it takes in memory."""
         return sum(half.nbytes for pair in self.factors.values() for half in pair)
 
-    def to(self, device: torch.device) -> RequestLora:
+    def to(self, device: torch.device | str) -> RequestLora:
         """Return it on ``device``."""
         moved = {layer: (down.to(device), up.to(device)) for layer, (down, up) in self.factors.items()}
         return replace(self, factors=moved)
@@ -99,7 +99,7 @@ def read_request_lora(name: str, folder: Path, lm: nn.Module, dtype: torch.dtype
             )
         inputs, outputs = layers[layer]
         rank, alpha = (
-            float(config[pattern].get(get_pattern_key(config[pattern], layer), config[usual]))
+            float(config[pattern].get(get_pattern_key(list(config[pattern]), layer), config[usual]))
             for pattern, usual in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
         )
         for letter, half, expected in (("A", down, (rank, inputs)), ("B", up, (outputs, rank))):
@@ -187,11 +187,11 @@ def _adaptable(lm: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
     for name, module in lm.named_modules():
         if id(module) not in inside or is_adapter_name(name) or re.search(r"\.(base_layer|lora_\w+)\b", name):
             continue
-        sizes = [getattr(module, size, None) for size in ("in_features", "out_features")]
-        if sizes == [None, None]:  # GPT-2's linear layer
-            sizes = [getattr(module, size, None) for size in ("nx", "nf")]
-        if all(isinstance(size, int) for size in sizes):
-            yield name, (sizes[0], sizes[1])
+        inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
+        if inputs is None:  # GPT-2's linear layer
+            inputs, outputs = getattr(module, "nx", None), getattr(module, "nf", None)
+        if isinstance(inputs, int) and isinstance(outputs, int):
+            yield name, (inputs, outputs)
 
 
 class LoraRows:

@@ -30,7 +30,7 @@ from llm.model import LanguageModel
 from llm.template import MediaTokens
 from services.cli import main
 from services.convert import convert_imagebind, convert_nextgpt
-from services.session import Session
+from services.session import ReplyPart, Session
 from tests import tiny_pipelines
 from tests.nextgpt_files import (
     SMALL,
@@ -220,8 +220,8 @@ def test_a_spoken_signal_becomes_the_condition_that_was_trained(
     given = states[0, at : at + 4] + tensors[EMBEDDING][302:306].float()
     expected = projected(tensors, "gen_text_hidden_fcs.0", given)
     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
-    one_later = states[0, at + 1 : at + 5] + tensors[EMBEDDING][302:306].float()
-    assert (projected(tensors, "gen_text_hidden_fcs.0", one_later) - expected).abs().max() > 0.01
+    one_earlier = states[0, at - 1 : at + 3] + tensors[EMBEDDING][302:306].float()
+    assert (projected(tensors, "gen_text_hidden_fcs.0", one_earlier) - expected).abs().max() > 0.01
 
 
 def test_a_converted_model_survives_saving(converted: Path, tmp_path: Path) -> None:
@@ -534,9 +534,12 @@ def test_a_preset_of_converted_weights_answers_a_picture_with_words_and_media(
     ]
 
     with Session.open(str(tmp_path / "converted.yaml")) as session:
-        replies = [session.chat([{"role": "user", "content": content}], seed=seed) for seed in range(6)]
+        parts: list[ReplyPart] = []
+        for seed in range(20):
+            parts += session.chat([{"role": "user", "content": content}], seed=seed).parts
+            if {part.type for part in parts if part.data} == {IMAGE, VIDEO, AUDIO}:
+                break
 
-    parts = [part for reply in replies for part in reply.parts]
     assert [part.error for part in parts if part.error] == []
     assert {part.type for part in parts if part.data} == {IMAGE, VIDEO, AUDIO}
     assert any(part.text for part in parts)

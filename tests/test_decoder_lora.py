@@ -149,7 +149,7 @@ def test_a_network_of_three_dimensions_is_adapted_too(tmp_path: Path) -> None:
     pipeline = tiny_pipelines.unet_video_pipeline()
     decoder = VideoDecoder.load(tiny_pipelines.saved(pipeline, tmp_path / "video"))
     network = decoder._network
-    targets = r".*(conv1\.\d|to_v|resnets\.\d\.conv1)"
+    targets = r".*(conv1\.2|to_v|resnets\.\d\.conv1)"
     added = write_unet_lora(
         copy.deepcopy(network), tmp_path / "lora", 3, peft_layout=True, target_modules=targets
     )
