@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -18,6 +19,7 @@ from encoders.media import Modality
 from services.adapters import AdapterShelf, AdapterState, chosen_adapters, split_model
 from services.artefacts import ArtefactStore
 from services.boxes import Finished, Made, PromptMessage, SpeechOptions, SpokenSignal, Words
+from services.cli import main
 from services.errors import BadRequest, Conflict, PresetProblem, ServiceError, Unavailable
 from services.local_decoder import LocalDecoder
 from services.local_language_model import LocalLanguageModel
@@ -251,3 +253,15 @@ def test_a_turn_sends_each_adapter_to_its_box(preset: Preset) -> None:
     assert worn.parts[1].data == own.parts[1].data != plain.parts[1].data
     assert worn.parts[1].manifest["condition"] == plain.parts[1].manifest["condition"]
     assert other.text != plain.text
+
+
+def test_the_command_line_names_adapters(
+    preset: Preset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["chat", "--preset", str(preset.file), "--out", str(tmp_path), "--seed", "1", "--json"]
+
+    assert main([*words, "--lora", "ink", "draw a bell"]) == 0
+    parts = json.loads(capsys.readouterr().out)["parts"]
+    assert parts[1]["manifest"]["lora"]["name"] == "ink"
+    assert main([*words, "--lora", "nobody", "draw a bell"]) == 1
+    assert "There is no adapter 'nobody'; expected clay, gone, ink" in capsys.readouterr().err
