@@ -135,7 +135,7 @@ def write_base(folder: Path, change: Callable[[LlamaConfig], None] | None = None
     """Write a base model that ``SMALL`` belongs to; return its embedding."""
     torch.manual_seed(3)
     config = LlamaConfig(
-        vocab_size=VOCABULARY + 1,
+        vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=24,
         num_hidden_layers=32,
@@ -145,6 +145,7 @@ def write_base(folder: Path, change: Callable[[LlamaConfig], None] | None = None
     if change:
         change(config)
     model = LlamaForCausalLM(config)
+    model.resize_token_embeddings(VOCABULARY + 1, mean_resizing=False)  # Vicuna v0's row for padding
     model.save_pretrained(folder)
     llama_tokenizer().save_pretrained(folder)
     return model.get_input_embeddings().weight.detach()

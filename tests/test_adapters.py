@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from decoders.lora import DecoderLora
 from decoders.settings import DecodeSettings
 from encoders.media import Modality
 from services.adapters import AdapterShelf, AdapterState, chosen_adapters, split_model
@@ -265,3 +267,44 @@ def test_the_command_line_names_adapters(
     assert parts[1]["manifest"]["lora"]["name"] == "ink"
     assert main([*words, "--lora", "nobody", "draw a bell"]) == 1
     assert "There is no adapter 'nobody'; expected clay, gone, ink" in capsys.readouterr().err
+
+
+class Replicas:
+    """Stands for the handle of a deployment: calls go to the objects in this process."""
+
+    def __init__(self, *replicas: Any) -> None:
+        self.replicas = replicas
+
+    def broadcast(self, method: str, *args: Any) -> Any:
+        async def results_async() -> list[Any]:
+            return [getattr(replica, method)(*args) for replica in self.replicas]
+
+        return SimpleNamespace(results_async=results_async)
+
+    def __getattr__(self, method: str) -> Any:
+        return SimpleNamespace(remote=getattr(self.replicas[0], method))
+
+
+async def test_a_command_reaches_every_replica_of_the_box(preset: Preset, tmp_path: Path) -> None:
+    from services.deployments import AgentReplica, DecoderReplica, RemoteAgent, ReplicaArgs
+
+    def decoder() -> DecoderReplica:
+        replica = object.__new__(DecoderReplica)
+        replica.box = LocalDecoder(preset, IMAGE, ArtefactStore(tmp_path.as_uri()))
+        return replica
+
+    decoders = [decoder(), decoder()]
+    for each in decoders:
+        each.box.adapters.get("ink", lambda name, folder: DecoderLora(name, "0", {}))
+    args = ReplicaArgs(preset=str(preset.file), store=tmp_path.as_uri())
+    speaker = SimpleNamespace(adapters=LocalLanguageModel(preset).adapters.states)
+    handles: Any = {IMAGE: Replicas(*decoders)}
+    agent: Any = Replicas(AgentReplica(args, Replicas(), Replicas(speaker), handles))  # type: ignore[arg-type]
+    remote = RemoteAgent(agent)
+
+    with decoders[1].box.adapters.holding("ink"), pytest.raises(Conflict, match="'ink' is used"):
+        await remote.unload_adapter("ink")
+    assert sum(state.loaded for state in await remote.adapters()) == 1
+    assert await remote.unload_adapter("ink") == 1
+    assert await remote.unload_adapter("ink") == 0
+    assert {state.name for state in await remote.adapters()} == set(preset.adapters)
