@@ -1,8 +1,8 @@
 """The denoising engine: many requests, one network, one thread, batched by step.
 
-The thread takes turns. In a turn it gives one denoising step to as many requests of one latent shape as
-the batch may hold, or makes the media of those whose latents are clean. Between two turns requests join,
-leave, and are cancelled; which of them are served next is the business of
+The thread takes turns. In a turn it gives one denoising step to as many requests of one latent shape and
+LoRA as the batch may hold, or makes the media of those whose latents are clean. Between two turns requests
+join, leave, and are cancelled; which of them are served next is the business of
 :class:`decoders.fair_queue.FairQueue`. Knows asyncio and threads; knows nothing of HTTP or Ray.
 """
 
@@ -25,6 +25,7 @@ from decoders.denoising import Cancelled, Denoising
 from decoders.failures import DecoderOutOfMemory, QueueFull
 from decoders.fair_queue import FairQueue, Work
 from decoders.latent_decoder import Decoded, LatentDecoder, Plan
+from decoders.lora import DecoderLora
 from decoders.settings import DecodeSettings
 from decoders.thrift import Thrift, release
 from encoders.media import Image
@@ -164,6 +165,7 @@ class DenoisingEngine:
         *,
         source: Tensor | None = None,
         strength: float = 0.6,
+        lora: DecoderLora | None = None,
         user: str = "",
         preview_every: int = 0,
     ) -> AsyncGenerator[Heard, None]:
@@ -173,7 +175,7 @@ class DenoisingEngine:
         the close returns when the thread is rid of it.
 
         Args:
-            condition, settings, source, strength: as in :meth:`LatentDecoder.decode`.
+            condition, settings, source, strength, lora: as in :meth:`LatentDecoder.decode`.
             user: whose request it is; users share the engine fairly.
             preview_every: steps from one preview to the next, 0 for none.
 
@@ -185,14 +187,15 @@ class DenoisingEngine:
         """
         if preview_every < 0:
             raise ValueError(f"preview_every is {preview_every}; it must be 0 (no previews) or more.")
-        plan = self.decoder.plan(condition, settings, source=source, strength=strength)
+        plan = self.decoder.plan(condition, settings, source=source, strength=strength, lora=lora)
         loop = asyncio.get_running_loop()
         heard: asyncio.Queue[Heard | _End] = asyncio.Queue()
 
         def tell(value: Heard | _End) -> None:
             loop.call_soon_threadsafe(heard.put_nowait, value)
 
-        request = _Request(plan, Work(user, plan.shape, plan.rows, plan.steps), preview_every, tell)
+        work = Work(user, plan.shape, plan.rows, plan.steps, plan.settings.lora)
+        request = _Request(plan, work, preview_every, tell)
         self._admit(request)
         try:
             while True:

@@ -1,7 +1,7 @@
-"""Who is served by the next step: start-time fair queueing by user, one latent shape at a time.
+"""Who is served by the next step: start-time fair queueing by user, one latent shape and LoRA at a time.
 
 A user's virtual time is the seconds of work done for them. The next step goes to the user with the
-least, and to as many other requests of the same latent shape as there is room for. Whoever
+least, and to as many other requests of the same latent shape and LoRA as there is room for. Whoever
 comes back after a pause starts at the virtual time of those who are served now, so a pause saves nothing up.
 Requests of one user are served in the order in which they came. Loads no torch.
 
@@ -21,12 +21,13 @@ FORECAST_TURNS = 64
 
 @dataclass(eq=False, slots=True)
 class Work:
-    """What the queue knows of a request: whose, the latent shape, rows per step, and steps to go."""
+    """What the queue knows of a request: whose, the latent shape, rows per step, steps to go, its LoRA."""
 
     user: str
     shape: Shape
     rows: float
     steps_left: int
+    lora: str | None = None
 
 
 class FairQueue:
@@ -55,7 +56,7 @@ class FairQueue:
                 del self._virtual_s[user]
 
     def pick(self, most: int) -> list[Work]:
-        """Return the requests of the next step: at most ``most``, all of one latent shape.
+        """Return the requests of the next step: at most ``most``, all of one latent shape and LoRA.
 
         Those whose latents are clean go first, so that they leave.
         """
@@ -65,7 +66,7 @@ class FairQueue:
         first = min(works, key=lambda work: self._virtual_s[work.user])
         lines: dict[str, list[Work]] = {}
         for work in reversed(works):
-            if work.shape == first.shape:
+            if (work.shape, work.lora) == (first.shape, first.lora):
                 lines.setdefault(work.user, []).append(work)
         order = [(self._virtual_s[user], user != first.user, user) for user in lines]
         heapq.heapify(order)

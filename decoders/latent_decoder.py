@@ -35,6 +35,7 @@ from decoders.denoising import (
     step,
     steps_run,
 )
+from decoders.lora import DecoderLora, WornLora, read_decoder_lora
 from decoders.patch_autoencoder import PatchAutoencoderKL
 from decoders.pipeline_folder import DEFAULTS_FILE, PipelineFolder
 from decoders.preview import LinearPreview
@@ -60,8 +61,8 @@ class Decoded:
 class Plan:
     """One request with every choice made; made by :meth:`LatentDecoder.plan`.
 
-    ``settings`` have seed, steps, guidance and scheduler, ``shape`` is that of the latents, ``source``
-    and ``strength`` are those of :meth:`LatentDecoder.decode`.
+    ``settings`` have seed, steps, guidance and scheduler, ``shape`` is that of the latents, ``source``,
+    ``strength`` and ``lora`` are those of :meth:`LatentDecoder.decode`.
     """
 
     condition: Condition
@@ -69,6 +70,7 @@ class Plan:
     shape: tuple[int, ...]
     source: Tensor | None
     strength: float
+    lora: DecoderLora | None = None
 
     @property
     def steps(self) -> int:
@@ -110,6 +112,7 @@ class LatentDecoder(ABC):
         self._linear: LinearPreview | None = None
         self._deep: DeepFeatures | None = None
         self._vae_use: VaeUse = "whole"
+        self._worn = WornLora(self._network)
         null = folder.saved_null()
         self._null = self.embed_captions([""])[0] if null is None else null  # (S, E)
         if self._null.ndim != 2 or self._null.shape[1] != self._condition_width():
@@ -168,6 +171,10 @@ class LatentDecoder(ABC):
         """Let go of tokenizer and text encoder; the next caption loads them again."""
         self._text = None
 
+    def read_lora(self, name: str, folder: Path) -> DecoderLora:
+        """Read LoRA for this decoder's network; see :func:`decoders.lora.read_decoder_lora`."""
+        return read_decoder_lora(name, folder, self._network, self.folder.dtype)
+
     def use_vae(self, how: VaeUse) -> None:
         """Choose how latents become pictures: all ``whole`` at once, ``sliced`` one by one, or ``tiled``.
 
@@ -215,6 +222,7 @@ class LatentDecoder(ABC):
         *,
         source: Tensor | None = None,
         strength: float = 0.6,
+        lora: DecoderLora | None = None,
     ) -> Decoded:
         """Make one medium.
 
@@ -225,6 +233,7 @@ class LatentDecoder(ABC):
             stop: checked before each step and before the medium is put together.
             source: latents of :meth:`encode_source` to start from instead of noise.
             strength: with ``source``, how far to go away from it, in (0, 1].
+            lora: of :meth:`read_lora`, on the decoder's device; what ``settings`` name.
 
         Returns:
             The medium and its manifest. Seed, settings and condition decide the medium, bit for bit on
@@ -236,8 +245,9 @@ class LatentDecoder(ABC):
 
         """
         sources = None if source is None else [source]
+        wishes = [settings or DecodeSettings()]
         return self.decode_batch(
-            [condition], [settings or DecodeSettings()], on_step, stop, sources=sources, strength=strength
+            [condition], wishes, on_step, stop, sources=sources, strength=strength, lora=lora
         )[0]
 
     def decode_batch(
@@ -249,10 +259,11 @@ class LatentDecoder(ABC):
         *,
         sources: Sequence[Tensor] | None = None,
         strength: float = 0.6,
+        lora: DecoderLora | None = None,
     ) -> list[Decoded]:
         """Make several media in one run; each has its own seed and guidance.
 
-        As :meth:`decode`, but steps, scheduler and sizes must be the same for all. Results equal those
+        As :meth:`decode`, but steps, scheduler, sizes and LoRA must be the same for all. Results equal those
         of single runs up to floating-point rounding.
         """
         if len(settings) != len(conditions) or not conditions:
@@ -261,7 +272,7 @@ class LatentDecoder(ABC):
             raise ValueError(f"There are {len(conditions)} conditions and {len(sources)} sources.")
         starts: Sequence[Tensor | None] = [None] * len(conditions) if sources is None else sources
         plans = [
-            self.plan(condition, wish, source=source, strength=strength)
+            self.plan(condition, wish, source=source, strength=strength, lora=lora)
             for condition, wish, source in zip(conditions, settings, starts, strict=True)
         ]
         run = self.begin(plans)
@@ -280,11 +291,17 @@ class LatentDecoder(ABC):
         *,
         source: Tensor | None = None,
         strength: float = 0.6,
+        lora: DecoderLora | None = None,
     ) -> Plan:
         """Make all choices of one request; arguments and errors as in :meth:`decode`."""
         self.condition_spec.check(condition)
         wishes, usual = settings or DecodeSettings(), self.defaults
         shape = self._latent_shape(wishes)
+        if wishes.lora != (lora.name if lora else None):
+            raise ValueError(
+                f"The settings name the LoRA {wishes.lora!r}, and {lora.name if lora else None!r} was given; "
+                f"expected the same. Give what read_lora() returns for it."
+            )
         if (wishes.deep_every or 1) > 1:
             self._deep_features()
         if source is not None:
@@ -297,23 +314,31 @@ class LatentDecoder(ABC):
             guidance_scale=usual.guidance_scale if wishes.guidance_scale is None else wishes.guidance_scale,
             scheduler=wishes.scheduler or usual.scheduler,
         )
-        return Plan(condition, chosen, shape, source, strength)
+        return Plan(condition, chosen, shape, source, strength, lora)
 
     def begin(self, plans: Sequence[Plan]) -> Denoising:
         """Return the state before the first step of plans that take every step together.
 
         Raises:
-            ValueError: the plans differ in steps, scheduler, size, or in whether they have a source.
+            ValueError: the plans differ in steps, scheduler, size, LoRA, or in whether they have a source.
 
         """
         first = plans[0]
         alike = {
-            (p.shape, p.settings.steps, p.settings.scheduler, p.source is None, p.strength, p.deep_every)
+            (
+                p.shape,
+                p.settings.steps,
+                p.settings.scheduler,
+                p.source is None,
+                p.strength,
+                p.deep_every,
+                p.lora,
+            )
             for p in plans
         }
         if len(alike) > 1:
             raise ValueError(
-                "Requests of one batch differ in steps, scheduler or size. Run them in separate batches."
+                "Requests of one batch differ in steps, scheduler, size or LoRA. Run them apart."
             )
         device, dtype = self.folder.device, self.folder.dtype
         sources = [plan.source for plan in plans if plan.source is not None]
@@ -339,10 +364,13 @@ class LatentDecoder(ABC):
         """Take one denoising step of every run, as :func:`decoders.denoising.step` does.
 
         Where ``plans`` ask for it, deep features of the network are kept and reused; that takes a second,
-        cheaper call for the runs that reuse them.
+        cheaper call for the runs that reuse them. The network wears the LoRA of the plans, which is the
+        same in all of them.
         """
+        loras = {plan.lora for plan in plans or ()}
+        assert len(loras) <= 1, "plans with different LoRA in one step"
         idle = self._other_networks() if thrift >= Thrift.SPARSE else []
-        with aside(idle, self.folder.device):
+        with aside(idle, self.folder.device), self._worn.wearing(next(iter(loras), None)):
             self._take_step(runs, plans, halves_apart=thrift >= Thrift.SLICED)
 
     def _take_step(
@@ -432,6 +460,8 @@ class LatentDecoder(ABC):
             manifest["vae"] = "tiled"
         if plan.deep_every > 1:
             manifest["deep_every"] = plan.deep_every
+        if plan.lora is not None:
+            manifest["lora"] = {"name": plan.lora.name, "digest": plan.lora.digest}
         if plan.source is not None:
             manifest |= {"source": digest(plan.source), "strength": plan.strength}
         return manifest

@@ -25,6 +25,7 @@ from decoders.engine import EngineConfig, EngineStats, Heard, StepDone, is_out_o
 from decoders.failures import DecoderOutOfMemory, QueueFull
 from decoders.fair_queue import FairQueue, Work
 from decoders.latent_decoder import Decoded
+from decoders.lora import DecoderLora
 from decoders.settings import DecodeSettings
 from decoders.thrift import release
 from decoders.whole_pipeline import PipelinePlan, WholePipeline
@@ -79,13 +80,15 @@ class PipelineEngine:
         *,
         source: Tensor | None = None,
         strength: float = 0.6,
+        lora: DecoderLora | None = None,
         user: str = "",
         preview_every: int = 0,
     ) -> AsyncGenerator[Heard, None]:
         """Stream progress and, last, the medium; closing the stream stops the request after its step.
 
         Raises:
-            ValueError: as in :meth:`WholePipeline.decode`, or a ``source``, which whole pipelines lack.
+            ValueError: as in :meth:`WholePipeline.decode`, or a ``source`` or ``lora``, which whole
+                pipelines lack.
             QueueFull: too many seconds of work are waiting.
             DecoderOutOfMemory: the request does not fit into memory.
 
@@ -95,6 +98,8 @@ class PipelineEngine:
                 f"A source was given, with strength {strength:g}; this decoder always starts from noise. "
                 f"Leave it out."
             )
+        if lora is not None:
+            raise ValueError(f"LoRA {lora.name!r} was given; a whole pipeline wears none. Leave it out.")
         plan = self.decoder.plan(condition, settings)
         loop = asyncio.get_running_loop()
         heard: asyncio.Queue[Heard | _End] = asyncio.Queue()

@@ -25,6 +25,10 @@ def _check(name: str, value: object) -> None:
     """Raise ValueError when ``value`` is out of the range of the field ``name``."""
     if value is None:
         return
+    if name == "lora":
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"lora is {value!r}; it must be the name of an adapter. Leave it out for none.")
+        return
     if name == "scheduler":
         if value not in SCHEDULER_NAMES:
             raise ValueError(f"scheduler is {value!r}; choose one of {', '.join(SCHEDULER_NAMES)}.")
@@ -53,7 +57,8 @@ class DecodeSettings:
     ``guidance_scale`` up to 1 turns classifier-free guidance off, as in diffusers. Sizes are in pixels,
     ``duration_s`` in seconds (sound only), ``num_frames`` for video only. ``deep_every`` n above 1 computes
     the deep features of a 2-D U-Net in every n-th step only, which is faster and less exact (see
-    :mod:`decoders.deep_features`); nothing else turns that on. Immutable; checked when made.
+    :mod:`decoders.deep_features`); nothing else turns that on. ``lora`` names LoRA that the network wears
+    for this request (see :mod:`decoders.lora`). Immutable; checked when made.
     """
 
     seed: int | None = None
@@ -65,6 +70,7 @@ class DecodeSettings:
     num_frames: int | None = None
     duration_s: float | None = None
     deep_every: int | None = None
+    lora: str | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -27,6 +27,7 @@ from decoders.condition import Condition, ConditionSpec, digest
 from decoders.condition_layouts import condition_layout
 from decoders.denoising import OnStep, check_stop
 from decoders.latent_decoder import Decoded
+from decoders.lora import DecoderLora
 from decoders.pipeline_folder import DEFAULTS_FILE, PipelineFolder
 from decoders.settings import DecoderDefaults, DecodeSettings
 from decoders.text_readers import READERS
@@ -218,6 +219,13 @@ class WholePipeline:
         }
         embeddings = named.pop("prompt_embeds", torch.zeros(0, 0))
         return Condition(embeddings, named, caption)
+
+    def read_lora(self, name: str, folder: Path) -> DecoderLora:
+        """Raise ValueError: layers of pipelines that are not taken apart are not known here."""
+        raise ValueError(
+            f"the LoRA {name!r} in {folder} is for a {self.folder.pipeline_class}, which runs as a whole; "
+            f"expected one for a pipeline that is taken apart. Merge it into the pipeline's folder instead."
+        )
 
     def move(self, device: torch.device | str) -> None:
         """Move all weights to ``device``. Before anything is decoded they must be on the decoder's own."""

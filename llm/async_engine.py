@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from llm.engine import Engine, EngineStats, Request, StepEvent
 from llm.reply import Finished, GenerationEvent, GenerationOptions
+from llm.request_lora import RequestLora
 from llm.template import Dialogue
 
 logger = logging.getLogger(__name__)
@@ -44,9 +45,12 @@ class AsyncEngine:
         return self._engine.stats
 
     async def stream(
-        self, dialogue: Dialogue, options: GenerationOptions | None = None
+        self,
+        dialogue: Dialogue,
+        options: GenerationOptions | None = None,
+        lora: RequestLora | None = None,
     ) -> AsyncGenerator[GenerationEvent, None]:
-        """Yield the events of a reply; the last is ``Finished``.
+        """Yield the events of a reply, spoken with ``lora`` if there is one; the last is ``Finished``.
 
         Closing the stream, or cancelling the task that reads it, ends the request with the step that
         runs now. The request's error is raised here.
@@ -57,7 +61,7 @@ class AsyncEngine:
             RuntimeError: the engine is closed.
 
         """
-        request = await asyncio.to_thread(self._engine.prepare, dialogue, options)
+        request = await asyncio.to_thread(self._engine.prepare, dialogue, options, lora)
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
         self._send(request, stream)
         ended = False

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from llm.model import LanguageModel
 from llm.reply import GenerationEvent, GenerationOptions, Reply
+from llm.request_lora import LoraRows, RequestLora
 from llm.sampling import Sampler
 from llm.slots import SlotModel
 from llm.template import Dialogue, MediaSlot, Row
@@ -40,13 +41,15 @@ class Request:
     """One reply on its way. Made by :meth:`Engine.prepare`.
 
     ``keys`` name what is at each position, for comparing beginnings: the id, or for media a negative
-    number from their content.
+    number from their content. The first key names the LoRA too, as what one computes is of no use to
+    another.
     """
 
     row: Row
     reply: Reply
     keys: list[int]
     ids: list[int]
+    lora: RequestLora | None = None
     cancelled: bool = False
 
 
@@ -131,6 +134,7 @@ class Engine:
             )
         self.model, self.step_tokens = model, step_tokens
         self._slot_model = SlotModel(model, slots, self.context)
+        self._lora_rows = LoraRows(model.causal_lm)
         self._sampler = Sampler(model.tokenizer, model.device)
         self._slots = [Slot() for _ in range(slots)]
         self._num_running = 0  # these are the first slots
@@ -140,8 +144,13 @@ class Engine:
 
     # --- requests ---------------------------------------------------------------------------------
 
-    def prepare(self, dialogue: Dialogue, options: GenerationOptions | None = None) -> Request:
-        """Lay out a request. Any thread may call this.
+    def prepare(
+        self,
+        dialogue: Dialogue,
+        options: GenerationOptions | None = None,
+        lora: RequestLora | None = None,
+    ) -> Request:
+        """Lay out a request. Any thread may call this. ``lora`` is on the model's device.
 
         Raises:
             ContextTooLong: the dialogue does not fit.
@@ -154,7 +163,9 @@ class Engine:
         keys = list(row.ids)
         for slot in row.media:
             keys[slot.start : slot.start + slot.length] = self._media_keys(slot)
-        return Request(row, reply, keys, list(row.ids))
+        if lora is not None:
+            keys[0] = -int(lora.digest, 16) - 1
+        return Request(row, reply, keys, list(row.ids), lora)
 
     def submit(self, request: Request) -> None:
         """Let a request run as soon as a slot is free; its first event comes with a later step."""
@@ -332,7 +343,8 @@ class Engine:
         shares = [(self._slots[row], counts.get(id(self._slots[row]), 0)) for row in rows]
         try:
             embeddings = self._embed(shares, length)  # (B, T, D)
-            hidden = self._slot_model.run(embeddings, rows, [slot.fed for slot, _ in shares])  # (B, T, D)
+            with self._lora_rows.over([slot.running.lora if count else None for slot, count in shares]):
+                hidden = self._slot_model.run(embeddings, rows, [slot.fed for slot, _ in shares])  # (B, T, D)
         except Exception as error:  # noqa: BLE001  (one request's error must not end the others)
             if len(group) == 1:
                 self._fail(group[0][0], error, events)

@@ -30,18 +30,22 @@ from llm.tokenizer import BOS, EOS, ConversationTokenizer
 
 BASE_NAME = "Vicuna-7B v0 (LLaMA-1 with the delta lmsys/vicuna-7b-delta-v0)"
 EMBEDDING, HEAD = "tables.embedding", "tables.head"
-SPARE_ROWS = 1  # Vicuna v0 has a row for a padding token that the checkpoint's tokenizer does not have
 LEAST_AGREEMENT = 0.5
 COMPARED_ROWS = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReleaseSizes:
-    """Sizes of the language model's share. The defaults are those of ``nextgpt_7b_tiva_v0``."""
+    """Sizes of the language model's share. The defaults are those of ``nextgpt_7b_tiva_v0``.
+
+    ``base_rows``, those of the base's tables, are one more than its tokenizer has tokens: Vicuna v0 alone has
+    a row for padding. LLaMA-1 and the later Vicunas have 32,000, so this tells it from them.
+    """
 
     width: int = 4096
     num_layers: int = 32
     base_vocabulary: int = 32_000
+    base_rows: int = 32_001
     context_length: int = 2048
     encoder_width: int = 1024
     lora: LoraOptions = field(default_factory=lambda: LoraOptions(dropout=0.1))
@@ -174,19 +178,17 @@ def check_base(base: Path, tensors: Mapping[str, Tensor], sizes: ReleaseSizes) -
     if not path.is_file():
         raise ValueError(f"{path} is missing; expected the folder of {BASE_NAME}. Give that with --base.")
     config = json.loads(path.read_text(encoding="utf-8"))
-    rows = sizes.base_vocabulary
-    for name, accepted in (
-        ("model_type", ("llama",)),
-        ("hidden_size", (sizes.width,)),
-        ("num_hidden_layers", (sizes.num_layers,)),
-        ("vocab_size", (rows, rows + SPARE_ROWS)),
-        ("max_position_embeddings", (sizes.context_length,)),
+    for name, expected in (
+        ("model_type", "llama"),
+        ("hidden_size", sizes.width),
+        ("num_hidden_layers", sizes.num_layers),
+        ("vocab_size", sizes.base_rows),
+        ("max_position_embeddings", sizes.context_length),
     ):
-        given = config.get(name)
-        if given not in accepted:
+        if (given := config.get(name)) != expected:
             raise ValueError(
-                f"{path} has {name} {given}; this checkpoint was trained on a base with "
-                f"{' or '.join(map(str, accepted))}. Use {BASE_NAME}, not a later Vicuna and not Llama 2."
+                f"{path} has {name} {given}; this checkpoint was trained on a base with {expected}. "
+                f"Use {BASE_NAME}, not LLaMA itself, a later Vicuna or Llama 2."
             )
     read_base_tokenizer(base, sizes)
     table = _base_embedding(base)

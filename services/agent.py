@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from decoders.settings import MAX_SEED, DecodeSettings
 from encoders.media import Modality
+from services.adapters import chosen_adapters, no_adapter
 from services.artefacts import ArtefactStore
 from services.boxes import (
     Counts,
@@ -60,7 +61,7 @@ from services.messages import (
     TextPart,
     TurnOptions,
 )
-from services.presets import CostLimits, GenerationDefaults, Limits
+from services.presets import AdapterPreset, CostLimits, GenerationDefaults, Limits
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +176,7 @@ class Agent:
         generation: GenerationDefaults | None = None,
         limits: Limits | None = None,
         cost_limits: Mapping[Modality, CostLimits] | None = None,
+        adapters: Mapping[str, AdapterPreset] | None = None,
     ) -> None:
         self.encode = encode
         self.generate = generate
@@ -185,6 +187,7 @@ class Agent:
         self.limits = limits or Limits()
         self.cost_limits = cost_limits or {}
         self.making = Making(decode, store)
+        self.adapters = adapters or {}
 
     async def outputs(self) -> tuple[Modality, ...]:
         """Return the media that can be made now."""
@@ -233,6 +236,8 @@ class Agent:
         modality = signal.modality
         if modality in self.cost_limits:
             self.cost_limits[modality].check(wishes, modality, place="")
+        if wishes.lora is not None:
+            self._check_adapter(wishes.lora, modality, "lora")
         self._check_up([modality], await self.outputs(), param=None)
         order = Order(
             turn=turn,
@@ -262,6 +267,7 @@ class Agent:
     ) -> AsyncGenerator[Event, None]:
         reply = _Reply()
         self._check_conversation(conversation)
+        options, adapter = self._adapted(options)
         allowed = self._allowed(options, await self.outputs())
         seed = secrets.randbelow(2**31) if options.seed is None else options.seed
         prompt = await self._prompt(conversation)
@@ -280,6 +286,7 @@ class Agent:
             frequency_penalty=options.frequency_penalty,
             stop=options.stop,
             seed=seed,
+            adapter=adapter,
         )
         yield TurnStarted(id=reply.turn, seed=seed)
 
@@ -388,6 +395,23 @@ class Agent:
                 code="media_limit_exceeded",
                 param="messages",
             )
+
+    def _adapted(self, options: TurnOptions) -> tuple[TurnOptions, str | None]:
+        """Return options whose decoders have their adapters, and the adapter of the language model."""
+        own = {modality: settings.lora for modality, settings in options.decoders.items() if settings.lora}
+        for modality, name in own.items():
+            self._check_adapter(name, modality, f"decoders.{modality.value}.lora")
+        chosen = chosen_adapters([*options.adapters, *own.values()], self.adapters)
+        decoders = dict(options.decoders)
+        for modality in self.decode:
+            if modality.value in chosen:
+                settings = decoders.get(modality, DecodeSettings())
+                decoders[modality] = replace(settings, lora=chosen[modality.value])
+        return replace(options, decoders=decoders), chosen.get("language_model")
+
+    def _check_adapter(self, name: str, modality: Modality, place: str) -> None:
+        if name not in self.adapters or self.adapters[name].box != modality.value:
+            raise no_adapter(name, modality.value, self.adapters).at(place)
 
     def _allowed(self, options: TurnOptions, up: Sequence[Modality]) -> frozenset[Modality]:
         named = [(modality, "modalities") for modality in options.modalities or ()]

@@ -58,7 +58,10 @@ class PromptMessage:
 
 @dataclass(frozen=True, kw_only=True)
 class SpeechOptions:
-    """How the language model speaks. ``allowed`` are the media it may choose to make."""
+    """How the language model speaks. ``allowed`` are the media it may choose to make.
+
+    ``adapter`` names LoRA of the preset.
+    """
 
     allowed: frozenset[Modality]
     max_signals: int
@@ -71,6 +74,7 @@ class SpeechOptions:
     frequency_penalty: float = 0.0
     stop: tuple[str, ...] = ()
     seed: int
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def say_once(args: argparse.Namespace) -> int:
     session, load_s = _open(args.preset)
     with session:
         printer = None if args.json else _Printer()
-        reply = session.chat(messages, on_event=printer, seed=args.seed)
+        reply = session.chat(messages, on_event=printer, seed=args.seed, adapters=args.lora)
     parts = [_written(part, out) for part in reply.parts]
     if args.json:
         print(json.dumps({"parts": parts, "timings": {"load_s": load_s, **reply.timings}}))
@@ -57,7 +57,8 @@ def converse(args: argparse.Namespace) -> int:
                 if line.startswith("/"):
                     print(HELP)
                     continue
-                reply = session.chat([*messages, _user(line, attached)], on_event=_Printer(), seed=args.seed)
+                said = [*messages, _user(line, attached)]
+                reply = session.chat(said, on_event=_Printer(), seed=args.seed, adapters=args.lora)
             except ServiceError as error:
                 print(f"patchbay: {error.message}", file=sys.stderr)
                 continue

@@ -73,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
         "--out", metavar="DIR", default="runs/chat", help="where media go (default %(default)s)"
     )
     chat.add_argument("--seed", type=_seed, help="the same seed makes the same reply")
+    chat.add_argument(
+        "--lora", metavar="NAME", action="append", default=[], help="adapter of the preset to use; repeatable"
+    )
     chat.add_argument("--json", action="store_true", help="print one JSON object instead of the reply")
     chat.add_argument("text", nargs="?", help="what the person says; without it, a conversation")
     chat.set_defaults(run=chat_command, refuse=chat.error)

@@ -33,6 +33,11 @@ LICENCES = {
     "nextgpt": "CC-BY-NC-SA-4.0: not for commercial use",
     "imagebind": "CC-BY-NC-4.0: not for commercial use",
 }
+WANTED = {
+    "nextgpt": "pytorch_model.pt of the hub's ChocoWu/nextgpt_7b_tiva_v0",
+    "rewritten": "mm_output_projector.bin of the 2024 code, for Vicuna-7B v1.5 and Stable Diffusion 2",
+    "imagebind": "imagebind_huge.pth",
+}
 NAMES_SHOWN = 6
 
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
@@ -69,7 +74,7 @@ def convert_nextgpt(
         return _convert_rewritten(file, tensors, out, rewritten)
     plain = _named(file, tensors, lambda name: output_side.plain_name(llm_side.plain_name(name)))
     shapes = {**llm_side.released_shapes(sizes), **output_side.released_shapes(outputs)}
-    groups = check_tensors(file, plain, shapes, needed=("tables",))
+    groups = check_tensors(file, plain, shapes, WANTED["nextgpt"], needed=("tables",))
     base_folder = None if base is None else find_base(base)
     agreement = None if base_folder is None else llm_side.check_base(base_folder, plain, sizes)
     record = {
@@ -104,7 +109,7 @@ def _convert_rewritten(
     known = ("embed_tokens", "embed_in", "lm_head", "mm_input_projector", "lora_")
     if foreign := [name for name in left_out if not any(part in name for part in known)]:
         raise ValueError(f"{file} holds {_some(foreign)}, which no NExT-GPT code is known to save.")
-    groups = check_tensors(file, ours, output_side.released_shapes(outputs))
+    groups = check_tensors(file, ours, output_side.released_shapes(outputs), WANTED["rewritten"])
     record = {
         **_source(file, "nextgpt", "2024 rewrite"),
         "tensors": groups,
@@ -137,7 +142,8 @@ def convert_imagebind(
     release = release or ImageBindConfig.huge()
     kept = imagebind_release.keep_towers(release, towers)
     tensors = read_pickle(file)
-    check_tensors(file, tensors, {"ImageBind": imagebind_release.released_shapes(release)}, ("ImageBind",))
+    shapes = {"ImageBind": imagebind_release.released_shapes(release)}
+    check_tensors(file, tensors, shapes, WANTED["imagebind"], needed=("ImageBind",))
     wanted = imagebind_release.released_shapes(kept)
     record = {
         **_source(file, "imagebind", "imagebind_huge.pth"),
@@ -152,9 +158,11 @@ def convert_imagebind(
 
 
 def check_tensors(
-    file: Path, tensors: Mapping[str, Tensor], shapes: Shapes, needed: Sequence[str] = ()
+    file: Path, tensors: Mapping[str, Tensor], shapes: Shapes, wanted: str, needed: Sequence[str] = ()
 ) -> dict[str, int]:
     """Account for every tensor: each belongs to a group, and each group is there whole or not at all.
+
+    ``wanted`` says what to use instead of a file that is refused.
 
     Returns:
         The number of tensors of each group that is there.
@@ -167,7 +175,7 @@ def check_tensors(
     if foreign := sorted(tensors.keys() - expected.keys()):
         raise ValueError(
             f"{file} holds {_some(foreign)}, which this layout has no place for. "
-            f"Give the file as its authors published it."
+            f"Use {wanted}, as its authors published it."
         )
     found: dict[str, int] = {}
     for title, group in shapes.items():
@@ -177,14 +185,14 @@ def check_tensors(
         if missing:
             raise ValueError(
                 f"{file} lacks {_some(missing)} of its {title} ({len(missing)} of {len(group)} tensors). "
-                f"Download it again; if that does not help, take a later upload of it."
+                f"Use {wanted}; if it is that, download its last upload again."
             )
         found[title] = len(group)
     for name, value in tensors.items():
         if tuple(value.shape) != expected[name]:
             raise ValueError(
                 f"{file}: {name} has shape {tuple(value.shape)}; expected {expected[name]}. "
-                f"This is the checkpoint of another model size; use the one that this layout belongs to."
+                f"This is a checkpoint of other sizes or another vocabulary. Use {wanted}."
             )
         if any(bool(part.isnan().any()) for part in value.reshape(-1).split(2**24)):
             raise ValueError(f"{file}: {name} holds values that are no numbers (NaN). Download it again.")

@@ -26,6 +26,7 @@ from starlette.types import ASGIApp
 
 from decoders.settings import DecodeSettings
 from encoders.media import Modality
+from services.adapters import AdapterShelf, AdapterState
 from services.agent import Agent
 from services.artefacts import ArtefactStore
 from services.boxes import (
@@ -128,6 +129,14 @@ class LanguageModelReplica:
         """Return what this replica counts."""
         return _named(await self.box.counts())
 
+    def adapters(self) -> list[AdapterState]:
+        """Return the adapters of this box."""
+        return self.box.adapters.states()
+
+    def unload_adapter(self, name: str) -> bool | Failure:
+        """Put an adapter away; return whether it was loaded."""
+        return _unloaded(self.box.adapters, name)
+
 
 class DecoderReplica:
     """Makes media of one kind, or of several whose decoders make room for each other, and stores them.
@@ -163,6 +172,15 @@ class DecoderReplica:
         """Return what this replica counts of one kind."""
         return _named(await self.boxes[modality].counts())
 
+    def adapters(self) -> list[AdapterState]:
+        """Return the adapters of all its boxes."""
+        return [state for box in self.boxes.values() for state in box.adapters.states()]
+
+    def unload_adapter(self, name: str) -> bool | Failure:
+        """Put an adapter away; return whether it was loaded."""
+        shelf = next(box.adapters for box in self.boxes.values() if name in box.adapters.folders)
+        return _unloaded(shelf, name)
+
 
 class AgentReplica:
     """Makes turns out of the other deployments."""
@@ -176,6 +194,8 @@ class AgentReplica:
     ) -> None:
         preset = load_preset(args.preset)
         status = ClusterStatus()
+        self.boxes: dict[str, DeploymentHandle[Any]] = {"language_model": language_model}
+        self.boxes |= {modality.value: handle for modality, handle in decoders.items()}
         self.agent = Agent(
             encode=RemoteEncoder(encoder),
             generate=RemoteLanguageModel(language_model),
@@ -188,6 +208,7 @@ class AgentReplica:
             generation=preset.generation,
             limits=preset.limits,
             cost_limits={modality: decoder.limits for modality, decoder in preset.decoders.items()},
+            adapters=preset.adapters,
         )
 
     async def turn(
@@ -219,6 +240,19 @@ class AgentReplica:
             async for event in events:
                 yield event
 
+    async def adapters(self) -> list[AdapterState]:
+        """Return the adapters of every replica of the boxes that have some."""
+        boxes = {adapter.box for adapter in self.agent.adapters.values()}
+        answers = [await self.boxes[box].broadcast("adapters").results_async() for box in sorted(boxes)]
+        return [state for replicas in answers for states in replicas for state in states]
+
+    async def unload_adapter(self, name: str) -> int | Failure:
+        """Put an adapter away in every replica; return in how many it was loaded."""
+        box = self.boxes[self.agent.adapters[name].box]
+        answers = await box.broadcast("unload_adapter", name).results_async()
+        failures = [answer for answer in answers if isinstance(answer, Failure)]
+        return failures[0] if failures else sum(answers)
+
 
 class GatewayReplica:
     """Answers HTTP, and shows the chat page when it is told its own address."""
@@ -236,7 +270,8 @@ class GatewayReplica:
 
         preset = load_preset(self.args.preset)
         store = ArtefactStore(self.args.store)
-        api = build_gateway(preset, RemoteAgent(self.agent), store, labels=False)
+        agent = RemoteAgent(self.agent)
+        api = build_gateway(preset, agent, store, labels=False, adapters=agent)
         if self.page_url is None:
             return api
         from services.chat_page import build_page
@@ -374,6 +409,24 @@ class RemoteAgent:
         except ServiceError as error:
             yield TurnFailed(error=error.to_wire())
 
+    async def adapters(self) -> list[AdapterState]:
+        """Return the adapters of every replica of every box."""
+        try:
+            states: list[AdapterState] = await self.handle.adapters.remote()
+        except (RayError, RayServeException) as error:
+            raise _lost("agent", error) from error
+        return states
+
+    async def unload_adapter(self, name: str) -> int:
+        """Put an adapter away; return in how many replicas it was loaded."""
+        try:
+            count: int | Failure = await self.handle.unload_adapter.remote(name)
+        except (RayError, RayServeException) as error:
+            raise _lost("agent", error) from error
+        if isinstance(count, Failure):
+            raise count.raised()
+        return count
+
 
 class ClusterStatus:
     """Which deployments are running, asked of the controller at most once a second."""
@@ -400,6 +453,13 @@ class ClusterStatus:
             name: dict(deployment.replica_states) for name, deployment in application.deployments.items()
         }
         return {name: counts.get("RUNNING", 0) > 0 for name, counts in states.items()}
+
+
+def _unloaded(shelf: AdapterShelf[Any], name: str) -> bool | Failure:
+    try:
+        return shelf.unload(name)
+    except ServiceError as error:
+        return _failure(error)
 
 
 def decoder_name(modality: Modality, preset: Preset) -> str:

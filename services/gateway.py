@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from http import HTTPStatus
 from typing import Any, Protocol
 
@@ -17,6 +18,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from encoders.media import MediaError, Modality
+from services.adapter_routes import AdapterKeeper, adapter_routes
+from services.adapters import split_model
 from services.artefacts import ArtefactStore
 from services.asgi import (
     ClientGone,
@@ -67,7 +70,14 @@ class TurnMaker(PartMaker, Protocol):
         ...
 
 
-def build_gateway(preset: Preset, agent: TurnMaker, store: ArtefactStore, *, labels: bool = True) -> FastAPI:
+def build_gateway(
+    preset: Preset,
+    agent: TurnMaker,
+    store: ArtefactStore,
+    *,
+    labels: bool = True,
+    adapters: AdapterKeeper | None = None,
+) -> FastAPI:
     """Return the API as an ASGI application; ``labels`` False leaves request ids to a proxy in front."""
     created = int(time.time())
     limits = preset.limits
@@ -93,13 +103,18 @@ def build_gateway(preset: Preset, agent: TurnMaker, store: ArtefactStore, *, lab
 
     app.include_router(files_router(store, limits.media.budget()))
     app.include_router(parts_router(agent, new_completion))
+    if adapters is not None:
+        app.include_router(adapter_routes(preset.adapters, adapters))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         chat = read_chat_request(await read_json(request))
-        if chat.model not in (None, preset.name):
+        name, adapter = split_model(chat.model or preset.name, preset.adapters)
+        if name != preset.name:
             raise _no_model(chat.model, preset)
         options = chat.options()
+        if adapter is not None:
+            options = replace(options, adapters=(adapter, *options.adapters))
         conversation = await asyncio.to_thread(read_messages, chat.messages, store)
         completion = new_completion(request, chat.stream_options)
         events = agent.turn(conversation, options)
@@ -110,13 +125,14 @@ def build_gateway(preset: Preset, agent: TurnMaker, store: ArtefactStore, *, lab
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [await _model(preset, agent, created)]}
+        names = [preset.name, *(f"{preset.name}:{adapter}" for adapter in preset.adapters)]
+        return {"object": "list", "data": [await _model(name, preset, agent, created) for name in names]}
 
     @app.get("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:
-        if name != preset.name:
+        if split_model(name, preset.adapters)[0] != preset.name:
             raise _no_model(name, preset)
-        return await _model(preset, agent, created)
+        return await _model(name, preset, agent, created)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -152,11 +168,12 @@ def with_page(api: FastAPI, page: ASGIApp) -> ASGIApp:
     return app
 
 
-async def _model(preset: Preset, agent: TurnMaker, created: int) -> dict[str, Any]:
+async def _model(name: str, preset: Preset, agent: TurnMaker, created: int) -> dict[str, Any]:
     inputs = ["text", *(modality.value for modality in preset.encoder.modalities)]
     outputs = ["text", *(modality.value for modality in await agent.outputs())]
     return {
-        "id": preset.name,
+        "id": name,
+        "parent": None if name == preset.name else preset.name,
         "object": "model",
         "created": created,
         "owned_by": "patchbay",
@@ -168,8 +185,9 @@ async def _model(preset: Preset, agent: TurnMaker, created: int) -> dict[str, An
 
 
 def _no_model(name: str | None, preset: Preset) -> NotFound:
+    known = [preset.name, *(f"{preset.name}:{adapter}" for adapter in preset.adapters)]
     return NotFound(
-        f"There is no model {name!r:.80}; this service runs {preset.name!r}.",
+        f"There is no model {name!r:.80}; this service runs {', '.join(map(repr, known))}.",
         code="model_not_found",
         param="model",
     )

@@ -28,4 +28,5 @@ def local_agent(preset: Preset, store: ArtefactStore, pool: DecoderPool | None =
         generation=preset.generation,
         limits=preset.limits,
         cost_limits={modality: decoder.limits for modality, decoder in preset.decoders.items()},
+        adapters=preset.adapters,
     )

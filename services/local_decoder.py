@@ -9,22 +9,24 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from decoders.engine import DenoisingEngine, EngineConfig, StepDone
+from decoders.engine import DenoisingEngine, EngineConfig, Heard, StepDone
 from decoders.engine import Preview as EnginePreview
 from decoders.latent_decoder import Decoded, LatentDecoder
+from decoders.lora import DecoderLora
 from decoders.pipeline_engine import PipelineEngine
 from decoders.pipeline_folder import PipelineFolder
 from decoders.settings import DecodeSettings
 from decoders.whole_pipeline import WholePipeline
 from decoders.writing import to_jpeg, to_mp4, to_png, to_wav
 from encoders.media import Audio, Image, Medium, Modality, Video
+from services.adapters import AdapterShelf
 from services.artefacts import ArtefactStore
 from services.boxes import LOCAL, Counts, Made, Preview, Progress, SpokenSignal, Step
 from services.decoder_pool import DecoderKey, DecoderPool
@@ -44,6 +46,7 @@ class LocalDecoder:
         self.modality = modality
         self.store = store
         self.pool = pool_for(preset) if pool is None else pool
+        self.adapters: AdapterShelf[DecoderLora] = AdapterShelf(preset, modality.value)
         self.chosen = preset.decoders[modality]
         self.key = DecoderKey(
             folder=preset.decoder_folder(modality).resolve(),
@@ -121,23 +124,34 @@ class LocalDecoder:
     ) -> AsyncGenerator[Step, None]:
         """Stream progress, previews and the medium."""
         need = await asyncio.to_thread(lambda: self._need)
+        settings = self.chosen.fill(settings)
+        name = settings.lora
         async with self.pool.use(self.key, need, self._engine) as engine:
             link = await asyncio.to_thread(self._link, engine)
             condition = await engine.call(lambda: link.condition(signal))
-            settings = self.chosen.fill(settings)
             steps = settings.steps or engine.decoder.defaults.steps
             every = math.ceil(steps / (previews + 1)) if previews else 0
-            work = engine.decode(condition, settings, user=user, preview_every=every)
-            async with aclosing(work) as stream:
-                async for value in stream:
-                    match value:
-                        case StepDone(step=step, total=total, left_s=left_s):
-                            yield Progress(step, total, None if left_s is None else round(left_s, 2))
-                        case EnginePreview(step=step, total=total, image=image):
-                            data = await asyncio.to_thread(to_jpeg, image)
-                            yield Preview(step, total, data, "image/jpeg")
-                        case Decoded():
-                            yield await asyncio.to_thread(self._kept, signal, value)
+            with self.adapters.holding(name) if name else nullcontext():
+                read = engine.decoder.read_lora
+                lora = await asyncio.to_thread(self.adapters.get, name, read) if name else None
+                work = engine.decode(condition, settings, user=user, preview_every=every, lora=lora)
+                async with aclosing(self._steps(signal, work)) as steps_taken:
+                    async for step in steps_taken:
+                        yield step
+
+    async def _steps(
+        self, signal: SpokenSignal, work: AsyncGenerator[Heard, None]
+    ) -> AsyncGenerator[Step, None]:
+        async with aclosing(work) as stream:
+            async for value in stream:
+                match value:
+                    case StepDone(step=step, total=total, left_s=left_s):
+                        yield Progress(step, total, None if left_s is None else round(left_s, 2))
+                    case EnginePreview(step=step, total=total, image=image):
+                        data = await asyncio.to_thread(to_jpeg, image)
+                        yield Preview(step, total, data, "image/jpeg")
+                    case Decoded():
+                        yield await asyncio.to_thread(self._kept, signal, value)
 
     def _kept(self, signal: SpokenSignal, decoded: Decoded) -> Made:
         """Write a medium to the store."""

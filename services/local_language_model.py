@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from llm.async_engine import AsyncEngine
 from llm.engine import Engine, EngineStats
@@ -19,8 +21,10 @@ from llm.generate import ContextTooLong, GenerationEvent, GenerationOptions, Sig
 from llm.generate import Finished as ModelFinished
 from llm.model import LanguageModel
 from llm.quantization import quantize
+from llm.request_lora import RequestLora, read_request_lora
 from llm.template import Dialogue, MediaTokens, SignalPart
 from llm.template import Message as TemplateMessage
+from services.adapters import AdapterShelf
 from services.boxes import (
     LOCAL,
     Counts,
@@ -45,6 +49,8 @@ class LocalLanguageModel:
     def __init__(self, preset: Preset) -> None:
         self.preset = preset
         self.engine: AsyncEngine | None = None
+        self.adapters: AdapterShelf[RequestLora] = AdapterShelf(preset, "language_model")
+        self._lm: PreTrainedModel | None = None
 
     def load(self) -> None:
         """Load the weights, unless they are loaded, with LoRA merged for speed."""
@@ -62,6 +68,7 @@ class LocalLanguageModel:
                 if options.quantization:
                     quantize(model.causal_lm, options.quantization, device)
                     model.to(device)
+                self._lm = model.causal_lm
                 engine = Engine(
                     model, slots=options.slots, context=options.context, step_tokens=options.step_tokens
                 )
@@ -122,12 +129,19 @@ class LocalLanguageModel:
             allowed=options.allowed,
             max_signals=options.max_signals,
         )
-        try:
-            async with aclosing(engine.stream(_dialogue(prompt), wishes)) as stream:
-                async for said in stream:
-                    yield _speech(said)
-        except ContextTooLong as error:
-            raise BadRequest(str(error), code="context_length_exceeded", param="messages") from error
+        name = options.adapter
+        with self.adapters.holding(name) if name else nullcontext():
+            lora = await asyncio.to_thread(self.adapters.get, name, self._read) if name else None
+            try:
+                async with aclosing(engine.stream(_dialogue(prompt), wishes, lora)) as stream:
+                    async for said in stream:
+                        yield _speech(said)
+            except ContextTooLong as error:
+                raise BadRequest(str(error), code="context_length_exceeded", param="messages") from error
+
+    def _read(self, name: str, folder: Path) -> RequestLora:
+        assert self._lm is not None
+        return read_request_lora(name, folder, self._lm, self._lm.dtype)
 
 
 def _dialogue(prompt: Sequence[PromptMessage]) -> Dialogue:

@@ -79,7 +79,8 @@ class TurnOptions:
 
     ``modalities`` None allows everything that is up; a list is a promise that must be kept. ``previews``
     of each medium come while it is made. ``user`` is whose request it is: users share the decoders
-    fairly, and a turn of nobody known is a user of its own.
+    fairly, and a turn of nobody known is a user of its own. ``adapters`` are names of LoRA, at most one
+    for each box.
     """
 
     modalities: Sequence[Modality] | None = None
@@ -95,6 +96,7 @@ class TurnOptions:
     decoders: Mapping[Modality, DecodeSettings] = field(default_factory=dict)
     previews: int = 0
     user: str | None = None
+    adapters: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         in_range = {

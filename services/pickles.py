@@ -60,7 +60,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def convert_pickles(folder: Path) -> list[Path]:
-    """Write safetensors beside every ``.bin`` of a saved model or pipeline, where there are none yet.
+    """Write safetensors beside every ``.bin`` of a saved model, pipeline or adapter, unless they are there.
 
     The pickles stay. Parts of a pipeline that hold no weights are left alone.
 
@@ -78,7 +78,10 @@ def convert_pickles(folder: Path) -> list[Path]:
             _write(read_pickle(source), target)
             written.append(target)
     if not found:
-        raise ValueError(f"{folder} holds no pytorch_model*.bin and no diffusion_pytorch_model.bin.")
+        raise ValueError(
+            f"{folder} holds none of pytorch_model*.bin, diffusion_pytorch_model.bin, adapter_model.bin and "
+            f"pytorch_lora_weights.bin."
+        )
     for index in sorted(folder.rglob("pytorch_model.bin.index.json")):
         target = index.with_name("model.safetensors.index.json")
         if not target.exists():
@@ -96,8 +99,8 @@ def _pairs(folder: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _safe_name(name: str) -> str:
-    if name == "diffusion_pytorch_model.bin":
-        return "diffusion_pytorch_model.safetensors"
+    if name in ("diffusion_pytorch_model.bin", "adapter_model.bin", "pytorch_lora_weights.bin"):
+        return name.replace(".bin", ".safetensors")
     if match := _SHARD.fullmatch(name):
         return f"model{match[1] or ''}.safetensors"
     return name

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from decoders.settings import DecodeSettings
 from encoders.media import MediaBudget, Modality
@@ -164,6 +164,13 @@ class MediaLimits(_Strict):
         )
 
 
+class AdapterPreset(_Strict):
+    """LoRA that a request may name: for which box it is, and its folder, relative to the weights."""
+
+    box: Literal["language_model", "image", "video", "audio"]
+    folder: str
+
+
 class Limits(_Strict):
     """What one request may cost."""
 
@@ -171,6 +178,7 @@ class Limits(_Strict):
     max_messages: int = Field(default=200, ge=1)
     max_media: int = Field(default=16, ge=1, description="media in one conversation")
     max_decoder_calls: int = Field(default=6, ge=1, description="media in one reply")
+    max_adapter_mb: int = Field(default=512, ge=1, description="adapters of one box that stay in memory")
     files_expire_after_h: float = Field(default=24.0, gt=0)
     media: MediaLimits = MediaLimits()
 
@@ -198,6 +206,7 @@ class Preset(_Strict):
     decoders_gb: float | None = Field(
         default=None, gt=0, description="most that loaded decoders take; then they make room for each other"
     )
+    adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")], AdapterPreset] = {}
     projections: str = "projections"
     generation: GenerationDefaults = GenerationDefaults()
     limits: Limits = Limits()
@@ -222,6 +231,13 @@ class Preset(_Strict):
             if modality is Modality.AUDIO and decoder.vae != "whole":
                 raise ValueError("audio has no pictures to slice or tile; leave vae out")
         return decoders
+
+    @model_validator(mode="after")
+    def _adapters_have_their_box(self) -> Self:
+        for name, adapter in self.adapters.items():
+            if adapter.box not in ("language_model", *(modality.value for modality in self.decoders)):
+                raise ValueError(f"the adapter {name} is for {adapter.box}, and there is no such decoder")
+        return self
 
     @property
     def weights_folder(self) -> Path:

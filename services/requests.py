@@ -48,6 +48,7 @@ class DecoderRequest(BaseModel):
     size: Annotated[str | None, Field(pattern=r"^\d{1,5}x\d{1,5}$", description="width x height")] = None
     num_frames: int | None = None
     seconds: float | None = None
+    lora: Annotated[str | None, Field(min_length=1, description="name of an adapter for this decoder")] = None
 
     def settings(self) -> DecodeSettings:
         """Return the same wishes as the decoder understands them."""
@@ -61,6 +62,7 @@ class DecoderRequest(BaseModel):
             height_px=height,
             num_frames=self.num_frames,
             duration_s=self.seconds,
+            lora=self.lora,
         )
 
 
@@ -79,6 +81,7 @@ class ChatRequest(BaseModel):
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     modalities: list[Modality] | None = None
     decoders: dict[Modality, DecoderRequest] = {}
+    lora: str | list[str] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: float | None = None
@@ -129,7 +132,13 @@ class ChatRequest(BaseModel):
             decoders=decoders,
             previews=self.stream_options.previews if self.stream and self.stream_options else 0,
             user=self.user or None,
+            adapters=self.adapters,
         )
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The adapters that are named, whichever box they are for."""
+        return (self.lora,) if isinstance(self.lora, str) else tuple(self.lora or ())
 
     def refuse_unsupported(self) -> None:
         """Raise BadRequest for wishes that would silently not be granted."""

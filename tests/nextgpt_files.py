@@ -25,6 +25,7 @@ SMALL = ReleaseSizes(
     width=32,
     num_layers=32,
     base_vocabulary=VOCABULARY,
+    base_rows=VOCABULARY + 1,
     context_length=256,
     encoder_width=12,
     lora=LoraOptions(rank=2, alpha=2, dropout=0.1),
@@ -103,7 +104,8 @@ def small_tensors(like: Tensor | None = None) -> dict[str, Tensor]:
     }
     if like is not None:
         name = "llama_model.base_model.model.model.embed_tokens.weight"
-        tensors[name][: len(like)] = (like + 0.1 * like.std() * tensors[name][: len(like)]).half()
+        own = like[:VOCABULARY]  # the base has a row more than its tokenizer has tokens
+        tensors[name][:VOCABULARY] = (own + 0.1 * own.std() * tensors[name][:VOCABULARY]).half()
     return tensors
 
 
@@ -143,6 +145,7 @@ def write_base(folder: Path, change: Callable[[LlamaConfig], None] | None = None
     if change:
         change(config)
     model = LlamaForCausalLM(config)
+    model.resize_token_embeddings(VOCABULARY + 1, mean_resizing=False)  # Vicuna v0's row for padding
     model.save_pretrained(folder)
     llama_tokenizer().save_pretrained(folder)
     return model.get_input_embeddings().weight.detach()

@@ -16,6 +16,8 @@ from typing import Any
 import openai
 import pytest
 
+from tests.tiny import with_adapters
+
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.cluster
 START_S = 420
@@ -56,7 +58,7 @@ def serving(preset: Path, log: Path) -> Iterator[tuple[str, "subprocess.Popen[by
 def service(
     tiny_preset: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
-    with serving(tiny_preset, tmp_path_factory.mktemp("serve") / "log") as running:
+    with serving(with_adapters(tiny_preset), tmp_path_factory.mktemp("serve") / "log") as running:
         yield running
 
 
@@ -132,6 +134,38 @@ def test_errors_come_through_all_processes(client: openai.OpenAI) -> None:
             messages=[{"role": "user", "content": bad}],  # type: ignore[misc, list-item]
         )
     assert (broken.value.code, broken.value.param) == ("invalid_media", "messages[0].content[0]")
+
+
+def test_adapters_reach_every_deployment_and_go_by_command(
+    client: openai.OpenAI, service: tuple[str, object]
+) -> None:
+    def told(model: str, **extra: object) -> dict[str, object]:
+        completion = client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": "draw a bell"}], seed=1, extra_body=extra
+        )
+        assert completion.choices[0].message.model_extra is not None
+        return completion.choices[0].message.model_extra
+
+    def adapters() -> dict[str, int]:
+        with urllib.request.urlopen(f"{service[0]}/v1/adapters") as answer:
+            return {adapter["id"]: adapter["loaded"] for adapter in json.load(answer)["data"]}
+
+    plain, worn = told("tiny"), told("tiny:ink")
+    assert isinstance(plain["parts"], list)
+    assert isinstance(worn["parts"], list)
+    assert worn["parts"][1]["manifest"]["lora"]["name"] == "ink"
+    assert worn["images"] != plain["images"]
+    assert told("tiny", lora=["pirate"])["parts"] != plain["parts"]
+    with pytest.raises(openai.BadRequestError) as unknown:
+        told("tiny", lora="nobody")
+    assert (unknown.value.code, unknown.value.param) == ("adapter_not_found", "lora")
+
+    assert (adapters()["ink"], adapters()["pirate"], adapters()["poet"]) == (1, 1, 0)
+    for name in ("ink", "pirate"):
+        command = urllib.request.Request(f"{service[0]}/v1/adapters/{name}/unload", method="POST")
+        with urllib.request.urlopen(command) as answer:
+            assert json.load(answer)["unloaded"] == 1
+    assert not any(adapters().values())
 
 
 def test_leaving_a_stream_stops_the_decoder_in_its_process(

@@ -150,7 +150,7 @@ def test_without_whole_tables_the_base_keeps_its_own_words(
     model = LanguageModel.load(tmp_path / "w" / "llm")
     own = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
 
-    torch.testing.assert_close(model.embed(torch.arange(300)), own)
+    torch.testing.assert_close(model.embed(torch.arange(300)), own[:300])
     torch.testing.assert_close(model.embed(torch.arange(300, 338)), tensors[EMBEDDING][300:].float())
     assert not (tmp_path / "w" / "llm" / "tables.safetensors").exists()
 
@@ -196,6 +196,34 @@ def test_a_converted_model_speaks_and_asks_for_media(converted: Path) -> None:
     signals = [event.signal for event in events if isinstance(event, SignalReady)]
     assert [(s.modality, len(s.hidden)) for s in signals] == [(IMAGE, 4), (VIDEO, 24), (AUDIO, 8)]
     assert isinstance(events[-1], Finished)
+
+
+def test_a_spoken_signal_becomes_the_condition_that_was_trained(
+    base: Path, tensors: dict[str, Tensor], converted: Path
+) -> None:
+    model = LanguageModel.load(converted / "llm")
+    options = GenerationOptions(max_new_tokens=8, max_signals=1, required=(IMAGE,))
+    events = list(generate(model, [user("a bell")], options))
+    (signal,) = [event.signal for event in events if isinstance(event, SignalReady)]
+    finished = events[-1]
+    assert isinstance(finished, Finished)
+
+    out = OutputProjection.load(converted / "projections" / "image")(
+        signal.hidden[None], signal.embeddings[None]
+    )[0]
+
+    # As in training: the last layer's states where the signal's tokens are fed, and the tokens' own rows.
+    ids = [*model.encode([user("a bell")], open_reply=True).ids, *finished.ids]
+    at = ids.index(302)
+    with torch.no_grad():
+        states = original(base, tensors)(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1]
+    hidden, rows = states[0, at : at + 4], tensors[EMBEDDING][302:306].float()
+    torch.testing.assert_close(signal.hidden, hidden, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(signal.embeddings, rows)
+    torch.testing.assert_close(
+        out, projected(tensors, "gen_text_hidden_fcs.0", hidden + rows), rtol=1e-4, atol=1e-4
+    )
+    assert (states[0, at - 1 : at + 3] - hidden).abs().max() > 0.1
 
 
 def test_a_converted_model_survives_saving(converted: Path, tmp_path: Path) -> None:
@@ -307,7 +335,7 @@ def without(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
         ),
         (
             lambda t: t | {EMBEDDING: torch.zeros(336, 32)},
-            r"tables.embedding has shape \(336, 32\); expected \(338, 32\)",
+            r"tables.embedding has shape \(336, 32\); expected \(338, 32\)\. .* Use .*nextgpt_7b_tiva_v0",
         ),
         (
             lambda t: t | {"gen_text_hidden_fcs.0.model.weight": torch.zeros(12, 16)},
@@ -355,9 +383,13 @@ def more_tokens(folder: Path) -> None:
     ("change", "complaint"),
     [
         (setting("hidden_size", 40), r"has hidden_size 40; .* a base with 32\. Use Vicuna-7B v0"),
-        (setting("vocab_size", 320), r"has vocab_size 320; .* 300 or 301\. Use Vicuna-7B v0"),
+        (setting("vocab_size", 320), r"has vocab_size 320; .* with 301\. Use Vicuna-7B v0"),
+        (setting("vocab_size", 300), r"has vocab_size 300; .* not LLaMA itself, a later Vicuna"),
         (setting("num_hidden_layers", 40), r"num_hidden_layers 40; .* 32"),
-        (setting("max_position_embeddings", 4096), r"max_position_embeddings 4096; .* not Llama 2"),
+        (
+            setting("max_position_embeddings", 4096),
+            r"max_position_embeddings 4096; .* a later Vicuna or Llama 2",
+        ),
         (setting("model_type", "mistral"), r"model_type mistral; .* llama"),
         (more_tokens, r"tokenizer.json has 301 tokens; .* 300"),
         (lambda folder: (folder / "tokenizer.json").unlink(), r"tokenizer.json is missing; .*sentencepiece"),

@@ -71,7 +71,7 @@ def test_names_without_peft_mean_the_same() -> None:
 def test_lora_fits_a_vicuna_of_true_size() -> None:
     with torch.device("meta"):
         base = LlamaForCausalLM(
-            LlamaConfig(vocab_size=32_000, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32)
+            LlamaConfig(vocab_size=32_001, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32)
         )
         model = put_lora(base, LoraOptions())
 

@@ -92,7 +92,7 @@ def test_shards_and_their_index_become_safetensors_beside_them(
 
 
 def test_a_folder_without_pickles_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no pytorch_model"):
+    with pytest.raises(ValueError, match=r"holds none of pytorch_model"):
         convert_pickles(tmp_path)
     with pytest.raises(ValueError, match=r"none is not a folder"):
         convert_pickles(tmp_path / "none")

@@ -22,6 +22,7 @@ from llm.projectors import ProjectorConfig
 from llm.template import Dialogue, MediaTokens, Message, SignalPart
 from llm.tokenizer import ConversationTokenizer, train_tokenizer
 from tests import tiny_pipelines
+from tests.lora_files import write_lm_lora, write_unet_lora
 from tests.tiny_llm import llama
 
 ENCODER_WIDTH, LLM_WIDTH = 16, 32
@@ -151,3 +152,31 @@ def _user(*parts: str | MediaTokens) -> Message:
 
 def _agent(*parts: str | MediaTokens | SignalPart) -> Message:
     return Message("assistant", list(parts))
+
+
+def with_adapters(preset: Path) -> Path:
+    """Write LoRA beside the weights of a tiny preset; return the YAML of one that allows it.
+
+    ``pirate`` and ``poet`` are for the language model, ``ink`` and ``clay`` for the image decoder; ``odd``
+    was made for another language model, and ``gone`` is not there.
+    """
+    path = preset.with_name("tiny-adapters.yaml")
+    weights = preset.parent / "weights"
+    folders = {
+        "pirate": "language_model",
+        "poet": "language_model",
+        "odd": "language_model",
+        "gone": "image",
+        "ink": "image",
+        "clay": "image",
+    }
+    if not path.exists():
+        speaker = LanguageModel.load(weights / "llm").causal_lm
+        for seed, name in enumerate(("pirate", "poet"), 1):
+            write_lm_lora(speaker, weights / "adapters" / name, seed)
+        write_lm_lora(llama(30, hidden_size=16), weights / "adapters" / "odd", 3)
+        for seed, name in enumerate(("ink", "clay"), 1):
+            write_unet_lora(tiny_pipelines.image_pipeline().unet, weights / "adapters" / name, seed)
+        adapters = {name: {"box": box, "folder": f"adapters/{name}"} for name, box in folders.items()}
+        path.write_text(yaml.safe_dump(tiny_values() | {"adapters": adapters}))
+    return path
