@@ -163,7 +163,8 @@ def condition_distance(
 def _distance(made: Tensor, wanted: Tensor, shown: Tensor | None) -> Tensor:
     weight = torch.ones_like(wanted[..., 0]) if shown is None else shown  # (N, Q)
     apart = ((made - wanted).norm(dim=-1) * weight).sum()
-    return apart / (wanted.norm(dim=-1) * weight).sum().clamp(min=1e-6)
+    distance: Tensor = apart / (wanted.norm(dim=-1) * weight).sum().clamp(min=1e-6)
+    return distance
 
 
 def _freeze_other_rows(

@@ -72,7 +72,8 @@ def pairs_that_ask(pairs: Sequence[Pair], modalities: Sequence[Modality]) -> Dia
     def draw(rng: random.Random, number: int) -> list[Dialogue]:
         found = []
         for pair in rng.choices(pairs, k=number):
-            modality = pair.modality if pair.modality in modalities else rng.choice(modalities)
+            named = pair.modality
+            modality = named if named is not None and named in modalities else rng.choice(modalities)
             reply: list[str | SignalPart] = [pair.caption, SignalPart(modality)]
             found.append([Message("user", [pair.caption]), Message("assistant", [*reply])])
         return found

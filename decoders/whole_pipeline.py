@@ -338,8 +338,10 @@ class WholePipeline:
             value = None if name is None else self._takes[name].default
             if isinstance(value, int | float) and not isinstance(value, bool):
                 own[setting] = value
-        fps = {"fps": _FPS[name]} if (name := self.folder.pipeline_class) in _FPS else {}
-        return DecoderDefaults(**{"steps": 50, "guidance_scale": 1.0, **fps, **own})
+        usual: dict[str, Any] = {"steps": 50, "guidance_scale": 1.0}
+        if self.folder.pipeline_class in _FPS:
+            usual["fps"] = _FPS[self.folder.pipeline_class]
+        return DecoderDefaults(**usual | own)
 
     def _encoded(self, caption: str) -> dict[str, Tensor]:
         """Return what the text encoders give for one caption, without the batch dimension."""

@@ -87,10 +87,11 @@ class VisionTower:
     def __init__(self, model: SiglipVisionModel, processor: SiglipImageProcessorPil) -> None:
         self.model = model
         self.processor = processor
-        self.width = int(model.config.hidden_size)
-        side = int(model.config.image_size // model.config.patch_size)
+        config: Any = model.config  # typed as if sides could differ, which they do not in a SigLIP
+        self.width = int(config.hidden_size)
+        side = int(config.image_size // config.patch_size)
         self.grid = (side, side)
-        size, expected = dict(processor.size), int(model.config.image_size)
+        size, expected = dict(processor.size), int(config.image_size)
         if (size.get("height"), size.get("width")) != (expected, expected):
             raise ValueError(
                 f"The image processor makes pictures of {size}; this tower reads {expected} x {expected}. "
