@@ -103,6 +103,8 @@ class DecoderPreset(BoxPreset):
     sends the words before the medium through the decoder's own text encoder. ``steps``,
     ``guidance_scale`` and sizes of None leave the choice to the pipeline's folder. ``max_batch`` media
     are made at the same time; a request that would wait longer than ``max_wait_s`` for others is refused.
+    ``deep_every`` above 1 makes media faster and less exact where a request does not say (see
+    :mod:`decoders.deep_features`); `patchbay bench decode` measures both.
     """
 
     link: Literal["signal", "caption"] = "signal"
@@ -114,11 +116,13 @@ class DecoderPreset(BoxPreset):
     height_px: int | None = Field(default=None, ge=8)
     num_frames: int | None = Field(default=None, ge=1)
     duration_s: float | None = Field(default=None, gt=0)
+    deep_every: int | None = Field(default=None, ge=1, le=16)
     limits: CostLimits = CostLimits()
 
     def fill(self, settings: DecodeSettings) -> DecodeSettings:
         """Return ``settings`` with the preset's choice wherever the request made none."""
-        names = ("steps", "guidance_scale", "width_px", "height_px", "num_frames", "duration_s")
+        sizes = ("width_px", "height_px", "num_frames", "duration_s")
+        names = ("steps", "guidance_scale", "deep_every", *sizes)
         silent = [name for name in names if getattr(settings, name) is None]
         return replace(settings, **{name: getattr(self, name) for name in silent})
 

@@ -1,5 +1,4 @@
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,10 +18,10 @@ THREE = "draw, play and film a bell"
 @pytest.fixture(scope="module")
 def sides(
     tiny_preset: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[OurService, OneAtATime, OneAtATime]]:
+) -> tuple[OurService, OneAtATime, OneAtATime]:
     preset = load_preset(str(tiny_preset))
     agent = local_agent(preset, ArtefactStore(tmp_path_factory.mktemp("store").as_uri()))
-    yield turn.servers(preset, agent)
+    return turn.servers(preset, agent)
 
 
 def ask(text: str, seed: int = 3, pause_s: float = 0.0) -> Ask:

@@ -32,14 +32,15 @@ PEER = "not compiled"
 def run(preset: Preset, quick: bool) -> list[BenchRow]:
     """Measure all denoising networks, then the language model."""
     expect_files(preset)
-    rounds, rows = 5 if quick else 30, []
+    rounds = 5 if quick else 30
+    rows: list[BenchRow] = []
     for modality in preset.decoders:
         decoder = decoder_class(modality).load(preset.decoder_folder(modality), preset.device)
         rows += decoder_rows(decoder, rounds)
-    models = [LanguageModel.load(preset.language_model_folder, preset.device) for _ in range(2)]
-    for model in models:
+    one, other = (LanguageModel.load(preset.language_model_folder, preset.device) for _ in range(2))
+    for model in (one, other):
         model.merge_adapter()
-    return rows + model_rows(*models, rounds=1 if quick else 3)
+    return rows + model_rows(one, other, 1 if quick else 3)
 
 
 def decoder_rows(decoder: LatentDecoder, rounds: int) -> list[BenchRow]:

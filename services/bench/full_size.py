@@ -150,7 +150,8 @@ class ConfiguredFolder(PipelineFolder):
 
     def scheduler_config(self) -> dict[str, Any]:
         """Return the schedule that the published pipelines share."""
-        return dict(DDIMScheduler(**SCHEDULE).config)
+        scheduler: Any = DDIMScheduler(**SCHEDULE)  # type: ignore[arg-type]
+        return dict(scheduler.config)
 
     def saved_null(self) -> Tensor | None:
         """Return a random unconditional embedding of the width that the network takes."""
@@ -438,9 +439,9 @@ def turn_row(sizes: Sizes, device: str, limit: Device) -> BenchRow:
         return 0
 
     async def turn() -> int:
-        made = [_medium(one, sizes.wish(m).with_seed(0)) for m, one in media.items()]
-        said, *_ = await asyncio.gather(say(), *made)
-        return said
+        saying = asyncio.create_task(say())
+        await asyncio.gather(*(_medium(one, sizes.wish(m).with_seed(0)) for m, one in media.items()))
+        return await saying
 
     asyncio.run(turn())
     began = time.perf_counter()

@@ -92,6 +92,7 @@ class OneAtATime:
         self.line = asyncio.Lock()
 
     async def __call__(self, ask: Ask) -> list[bytes]:
+        """Answer when all who came before are served."""
         async with self.line:
             return await asyncio.to_thread(self.server.answer, ask.text, ask.seed)
 
@@ -103,6 +104,7 @@ class OurService:
         self.agent = agent
 
     async def __call__(self, ask: Ask) -> list[bytes]:
+        """Answer with a turn; return the files of its media."""
         said = [Message(Role.USER, (TextPart(ask.text),))]
         media = []
         async with aclosing(self.agent.turn(said, TurnOptions(seed=ask.seed))) as events:
