@@ -150,7 +150,7 @@ class ConfiguredFolder(PipelineFolder):
 
     def scheduler_config(self) -> dict[str, Any]:
         """Return the schedule that the published pipelines share."""
-        scheduler: Any = DDIMScheduler(**SCHEDULE)  # type: ignore[arg-type]
+        scheduler: Any = DDIMScheduler(**SCHEDULE)
         return dict(scheduler.config)
 
     def saved_null(self) -> Tensor | None:
