@@ -46,7 +46,7 @@ from services.presets import Preset
 
 PEOPLE = {1: 12, 8: 6, 16: 4}
 """How many requests each of so many people sends in a round."""
-QUICK_PEOPLE = {1: 3, 8: 2, 16: 1}
+QUICK_PEOPLE = {1: 3, 8: 1, 16: 1}
 ROUNDS = 3
 KINDS = {"words": 0, "one medium": 1, "three media": 3}
 READING_S = 1.0
