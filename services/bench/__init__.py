@@ -96,13 +96,17 @@ def table(result: Mapping[str, Any]) -> str:
     heads = ["case", "ours", "peer's", "unit", "ratio", "peer", *extra]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in result["rows"]:
-        cells = [row["case"], f"{row['value']:.4g}", f"{row['peer_value']:.4g}", row["unit"]]
+        cells = [row["case"], _figure(row["value"]), _figure(row["peer_value"]), row["unit"]]
         cells += [f"{row['ratio']:.2f}", row["peer"]]
         details = row.get("details", {})
-        cells += [f"{details[name]:.4g}" if name in details else "" for name in extra]
+        cells += [_figure(details[name]) if name in details else "" for name in extra]
         lines.append(f"| {' | '.join(cells)} |")
     facts = ", ".join(f"{name} {value}" for name, value in result["machine"].items() if value is not None)
     return "\n".join([*lines, f"\n{facts}"])
+
+
+def _figure(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def write_tables(folder: Path) -> list[str]:
