@@ -8,6 +8,7 @@ Shape letters in this file:
     B requests in the batch   S condition tokens   E condition width   ... latent shape, channels first
 """
 
+import copy
 import secrets
 import threading
 from abc import ABC, abstractmethod
@@ -106,7 +107,8 @@ class LatentDecoder(ABC):
         self.folder = folder
         self.defaults = self.usual.updated(folder.path / DEFAULTS_FILE)
         self._scheduler_config = folder.scheduler_config()
-        make_scheduler(self._scheduler_config, self.defaults.scheduler)
+        usual = self.defaults.scheduler
+        self._schedulers = {usual: make_scheduler(self._scheduler_config, usual)}
         self._load_networks()
         self._text: tuple[Any, Any] | None = None
         self._linear: LinearPreview | None = None
@@ -345,7 +347,7 @@ class LatentDecoder(ABC):
         with torch.inference_mode():
             embeddings = torch.stack([plan.condition.embeddings for plan in plans])
             return Denoising(
-                make_scheduler(self._scheduler_config, first.settings.scheduler or ""),
+                self._scheduler(first.settings.scheduler or ""),
                 draw_noise(first.shape, [plan.settings.seed or 0 for plan in plans], device),
                 self._prepared(embeddings.to(device, dtype)),
                 steps=first.settings.steps or 1,
@@ -353,6 +355,12 @@ class LatentDecoder(ABC):
                 source=torch.stack(sources).to(device, torch.float32) if sources else None,
                 strength=first.strength,
             )
+
+    def _scheduler(self, name: str) -> Any:
+        """Return a scheduler for one run. Building one takes longer than a step of a small network."""
+        if name not in self._schedulers:
+            self._schedulers[name] = make_scheduler(self._scheduler_config, name)
+        return copy.copy(self._schedulers[name])  # a run sets all that it changes anew: set_timesteps()
 
     def step(
         self,

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from services.bench import BENCHES, run_bench, table
+from services.bench import BENCHES, GPUS, run_bench, run_full_size, table, write_tables
 from services.errors import PresetProblem, ServiceError, translate
 from services.loading import hush
 from services.presets import load_preset, shipped_presets
@@ -129,11 +129,26 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=train_command)
 
     bench = commands.add_parser("bench", help=bench_command.__doc__, description=bench_command.__doc__)
-    bench.add_argument("name", choices=sorted(BENCHES), help="what to measure")
+    bench.add_argument("name", nargs="?", choices=sorted(BENCHES), help="what to measure")
     _preset_option(bench)
     bench.add_argument("--quick", action="store_true", help="end within a minute; the figures vary more")
     bench.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    bench.set_defaults(run=bench_command)
+    bench.add_argument(
+        "--full-size",
+        action="store_true",
+        help="models of the paper's sizes with random weights, all three benches; without a GPU only counted",
+    )
+    bench.add_argument("--dry", action="store_true", help="with --full-size: only count, even with a GPU")
+    bench.add_argument(
+        "--gpu",
+        choices=GPUS,
+        default="h100",
+        help="with --full-size, where nothing can be measured: whose limits to tell (default %(default)s)",
+    )
+    bench.add_argument(
+        "--tables", metavar="DIR", help="write the tables of DIR's JSON files into its README.md"
+    )
+    bench.set_defaults(run=bench_command, refuse=bench.error)
 
     _convert_commands(commands)
 
@@ -307,7 +322,16 @@ def train_command(args: argparse.Namespace) -> int:
 
 def bench_command(args: argparse.Namespace) -> int:
     """Measure speed beside a peer's, in one run on this machine."""
-    result = run_bench(args.name, load_preset(args.preset), args.quick)
+    chosen = [wish for wish in (args.name, args.full_size, args.tables) if wish]
+    if len(chosen) != 1:
+        args.refuse(f"choose one: {', '.join(sorted(BENCHES))}, --full-size or --tables DIR")
+    if args.tables:
+        print("\n".join(write_tables(Path(args.tables))))
+        return 0
+    if args.full_size:
+        result = run_full_size(args.quick, args.dry, args.gpu)
+    else:
+        result = run_bench(args.name, load_preset(args.preset), args.quick)
     print(json.dumps(result) if args.json else table(result))
     return 0
 

@@ -162,7 +162,7 @@ class LocalDecoder:
             "preset": self.preset.name,
             "made_by": "patchbay",
         }
-        data, media_type, suffix = _file(decoded.medium, manifest)
+        data, media_type, suffix = file_of(decoded.medium, manifest)
         artefact = self.store.put(
             data,
             media_type=media_type,
@@ -214,7 +214,7 @@ def decoder_class(modality: Modality) -> type[LatentDecoder]:
     raise ValueError(f"There is no decoder for {modality.value}.")
 
 
-def _file(medium: Medium, manifest: dict[str, Any]) -> tuple[bytes, str, str]:
+def file_of(medium: Medium, manifest: dict[str, Any]) -> tuple[bytes, str, str]:
     """Return the bytes of a medium, their media type and their file suffix."""
     match medium:
         case Image():

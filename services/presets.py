@@ -114,6 +114,8 @@ class DecoderPreset(BoxPreset):
     ``cpu``, or only on the ``disk``; with ``decoders_gb`` they leave the device only to make room. ``vae``
     ``sliced`` sends pictures and frames through the VAE one at a time, ``tiled`` also in tiles where they are
     larger than it was made for, which shows a little.
+    ``deep_every`` above 1 makes media faster and less exact where a request does not say (see
+    :mod:`decoders.deep_features`); `patchbay bench decode` measures both.
     """
 
     waits_in: Literal["device", "cpu", "disk"] = "device"
@@ -127,11 +129,13 @@ class DecoderPreset(BoxPreset):
     height_px: int | None = Field(default=None, ge=8)
     num_frames: int | None = Field(default=None, ge=1)
     duration_s: float | None = Field(default=None, gt=0)
+    deep_every: int | None = Field(default=None, ge=1, le=16)
     limits: CostLimits = CostLimits()
 
     def fill(self, settings: DecodeSettings) -> DecodeSettings:
         """Return ``settings`` with the preset's choice wherever the request made none."""
-        names = ("steps", "guidance_scale", "width_px", "height_px", "num_frames", "duration_s")
+        sizes = ("width_px", "height_px", "num_frames", "duration_s")
+        names = ("steps", "guidance_scale", "deep_every", *sizes)
         silent = [name for name in names if getattr(settings, name) is None]
         return replace(settings, **{name: getattr(self, name) for name in silent})
 

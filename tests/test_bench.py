@@ -11,10 +11,13 @@ from decoders.image import ImageDecoder
 from decoders.latent_decoder import LatentDecoder
 from decoders.settings import DecodeSettings
 from decoders.video import VideoDecoder
-from services.bench import BenchRow, decode, run_bench, table
+from services.bench import BenchRow, caching, decode, run_bench, table, write_tables
+from services.bench import compile as compile_bench
+from services.bench.pipelines import CAPTION, medium_of, parts_from_disk, parts_of, pipeline
 from services.cli import main
 from services.presets import load_preset
 from tests import tiny_pipelines
+from tests.tiny_llm import tiny_model
 
 KINDS: dict[str, tuple[type[LatentDecoder], Callable[[], Any], dict[str, Any]]] = {
     "image": (ImageDecoder, tiny_pipelines.image_pipeline, {}),
@@ -35,9 +38,9 @@ def tiny_decoder(kind: str, folder: Path) -> LatentDecoder:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_peer_makes_the_same_medium_as_the_decoder(kind: str, tmp_path: Path) -> None:
     decoder = tiny_decoder(kind, tmp_path)
-    condition = decoder.encode_caption(decode.CAPTION)
+    condition = decoder.encode_caption(CAPTION)
 
-    theirs: Any = decode._peer(decoder, condition)(5)
+    theirs: Any = pipeline(decoder, parts_of(decoder))(condition, 5)
     ours: Any = decoder.decode(condition, DecodeSettings(seed=5)).medium
 
     if kind == "image":
@@ -60,6 +63,72 @@ def test_each_row_of_the_decode_bench_holds_both_sides(
     for row in rows:
         assert row.value > 0
         assert row.ratio == pytest.approx(row.value / row.peer_value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pipeline_read_again_from_disk_makes_the_same_medium(kind: str, tmp_path: Path) -> None:
+    decoder = tiny_decoder(kind, tmp_path)
+    condition = decoder.encode_caption(CAPTION)
+    again = parts_from_disk(decoder.folder, parts_of(decoder))
+
+    theirs = medium_of(decoder.modality, pipeline(decoder, again)(condition, 5), decoder)
+    ours: Any = decoder.decode(condition, DecodeSettings(seed=5)).medium
+
+    assert again.unet is not parts_of(decoder).unet
+    name = {"image": "pixels", "audio": "samples"}.get(kind, "frames")
+    np.testing.assert_allclose(
+        getattr(theirs, name).astype(float),
+        getattr(ours, name).astype(float),
+        atol=1 if kind != "audio" else 1e-4,
+    )
+
+
+def test_the_caching_rows_show_speed_and_accuracy_of_every_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(caching, "QUICK_SAMPLES", 2)
+    monkeypatch.setattr(caching, "_right", lambda scene, seen: True)
+
+    rows = {row.case: row for row in caching.measure(tiny_decoder("image", tmp_path), quick=True)}
+
+    assert len(rows) == 3 * len(caching.QUICK_SETTINGS)
+    assert rows["image 1 at once, deep_every 2"].unit == "media/s"
+    assert (
+        rows["image accuracy, deep_every 3"].value == rows["image accuracy, deep_every 3"].peer_value == 1.0
+    )
+
+
+def test_accuracy_is_that_of_the_media_that_were_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(caching, "QUICK_SAMPLES", 2)
+
+    rows = caching.measure(tiny_decoder("image", tmp_path), quick=True)
+
+    assert [row.value for row in rows if row.unit == "right"] == [0.0, 0.0]  # random weights draw nothing
+
+
+@pytest.mark.parametrize("kind", ["unet video"])
+def test_a_network_without_deep_features_has_no_caching_rows(kind: str, tmp_path: Path) -> None:
+    assert caching.measure(tiny_decoder(kind, tmp_path), quick=True) == []
+
+
+def test_the_compile_rows_hold_both_sides_and_the_time_of_compiling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compile_bench, "BACKEND", "eager")
+    monkeypatch.setattr(compile_bench, "ROWS", (2,))
+    monkeypatch.setattr(compile_bench, "STREAMS", (1,))
+    monkeypatch.setattr(compile_bench, "prompts", lambda count, seed: ["draw a bell"] * 2)
+
+    rows = compile_bench.decoder_rows(tiny_decoder("image", tmp_path), rounds=1)
+    rows += compile_bench.model_rows(tiny_model(), tiny_model(), rounds=1)
+
+    assert [row.case for row in rows] == ["image step of 2 rows", "1 stream"]
+    for row in rows:
+        assert row.value > 0
+        assert row.details is not None
+        assert row.details["compile_s"] > 0
 
 
 def test_a_bench_prints_one_object_that_programs_can_read(
@@ -95,6 +164,36 @@ def test_the_table_shows_the_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert "image 4 at once" in text
     assert "| media/s | 1.50 | one by one |" in text
+
+
+def test_tables_are_written_between_their_comments(tmp_path: Path) -> None:
+    row = BenchRow("turn", 3.0, "s", "one by one", 2.0, {"gflop each": 7.0}).as_json()
+    (tmp_path / "turn.json").write_text(json.dumps({"rows": [row], "machine": {"cores": 2}}))
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- turn.json -->\nold\n<!-- end -->\nafter\n")
+
+    assert main(["bench", "--tables", str(tmp_path)]) == 0
+    assert main(["bench", "--tables", str(tmp_path)]) == 0
+
+    text = page.read_text()
+    assert text.startswith(
+        "before\n<!-- turn.json -->\n| case | ours | peer's | unit | ratio | peer | gflop each |\n"
+    )
+    assert "| turn | 3 | 2 | s | 1.50 | one by one | 7 |\n\ncores 2\n<!-- end -->\nafter\n" in text
+    assert "old" not in text
+
+
+def test_a_table_of_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("<!-- turn.json -->\n<!-- end -->\n")
+    with pytest.raises(ValueError, match=r"names turn.json, which is not in .* Run that bench first"):
+        write_tables(tmp_path)
+
+
+@pytest.mark.parametrize("words", [[], ["llm", "--full-size"], ["turn", "--tables", "docs"]])
+def test_one_thing_is_measured_at_a_time(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", *words])
+    assert "choose one: compile, decode, llm, turn, --full-size or --tables DIR" in capsys.readouterr().err
 
 
 def test_an_unknown_bench_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:

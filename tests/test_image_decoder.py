@@ -68,6 +68,26 @@ def test_latents_equal_those_of_the_diffusers_pipeline(
     torch.testing.assert_close(latents, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", SCHEDULER_NAMES)
+def test_runs_that_overlap_have_schedulers_of_their_own(decoder: ImageDecoder, name: str) -> None:
+    condition = decoder.encode_caption(CAPTION)
+    plans = [decoder.plan(condition, DecodeSettings(seed=i, steps=4, scheduler=name)) for i in range(2)]
+    expected = [decoder.decode(condition, plan.settings).medium for plan in plans]
+
+    first = decoder.begin(plans[:1])
+    decoder.step([first])
+    decoder.step([first])
+    second = decoder.begin(plans[1:])
+    for run in (second, first, second, first, second, second):
+        decoder.step([run])
+
+    for plan, run, medium in zip(plans, (first, second), expected, strict=True):
+        assert isinstance(medium, Image)
+        made = decoder.complete(run.latents, [plan])[0].medium
+        assert isinstance(made, Image)
+        np.testing.assert_array_equal(made.pixels, medium.pixels)
+
+
 def test_pixels_equal_those_of_the_diffusers_pipeline(
     decoder: ImageDecoder, pipeline: StableDiffusionPipeline
 ) -> None:

@@ -7,6 +7,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from decoders.settings import DecodeSettings
+from encoders.media import Modality
 from services.doctor import examine, expect_files, expect_free_port
 from services.errors import PresetProblem
 from services.footprint import missing_files
@@ -35,6 +37,14 @@ def test_every_shipped_preset_is_well_formed_and_named_like_its_file() -> None:
         assert preset.name == name
         for example in preset.examples:
             assert all((SHIPPED / file).is_file() for file in example.files)
+
+
+def test_a_preset_fills_in_what_a_request_leaves_open(tmp_path: Path) -> None:
+    decoders = {"image": {"folder": "image", "steps": 7, "deep_every": 2}}
+    decoder = load_preset(written(tmp_path, decoders=decoders)).decoders[Modality.IMAGE]
+
+    assert decoder.fill(DecodeSettings()) == DecodeSettings(steps=7, deep_every=2)
+    assert decoder.fill(DecodeSettings(deep_every=1)) == DecodeSettings(steps=7, deep_every=1)
 
 
 def test_an_unknown_preset_is_answered_with_the_known_ones() -> None:

@@ -1,32 +1,40 @@
 """``patchbay bench``: speed beside a peer's, in one run on this machine. One file per bench.
 
 A bench is a module here with ``run(preset, quick)``, which returns its rows; its name is a key of
-:data:`BENCHES`.
+:data:`BENCHES`. :mod:`services.bench.full_size` is none of them: it needs no preset.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from services.presets import Preset
 
-BENCHES: Mapping[str, str] = {"decode": "services.bench.decode", "llm": "services.bench.llm"}
+GPUS = ("h200", "h100", "a100", "l40s", "l4")
+"""Whose limits ``--full-size`` can name without having one; see :mod:`services.bench.full_size`."""
+
+BENCHES: Mapping[str, str] = {name: f"services.bench.{name}" for name in ("compile", "decode", "llm", "turn")}
 
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One case: our ``value`` and the peer's, in the same unit."""
+    """One case: our ``value`` and the peer's, in the same unit; ``details`` are figures beside it."""
 
     case: str
     value: float
     unit: str
     peer: str
     peer_value: float
+    details: Mapping[str, float] | None = None
 
     @property
     def ratio(self) -> float:
@@ -35,17 +43,36 @@ class BenchRow:
 
     def as_json(self) -> dict[str, Any]:
         """Return the row as ``--json`` prints it, with the ratio of ours to the peer's."""
-        return asdict(self) | {"ratio": round(self.ratio, 3)}
+        row = asdict(self) | {"ratio": round(self.ratio, 3)}
+        return {name: value for name, value in row.items() if value is not None}
 
 
 def run_bench(name: str, preset: Preset, quick: bool) -> dict[str, Any]:
     """Run one bench; return the object that ``--json`` prints."""
     rows: list[BenchRow] = import_module(BENCHES[name]).run(preset, quick)
+    return result_of(name, rows)
+
+
+def run_full_size(quick: bool, dry: bool, gpu: str) -> dict[str, Any]:
+    """Measure models of the paper's sizes on this machine's GPU; without one, or if ``dry``, count only."""
+    import torch
+
+    from services.bench import full_size
+
+    device = "cuda" if torch.cuda.is_available() and not dry else None
+    result = result_of("full-size", full_size.run(device, quick, gpu))
+    if device is None:
+        result["machine"]["counted_for"] = full_size.GPUS[gpu].name
+    return result
+
+
+def result_of(name: str, rows: Sequence[BenchRow]) -> dict[str, Any]:
+    """Return the object that ``--json`` prints."""
     return {"bench": name, "rows": [row.as_json() for row in rows], "machine": machine()}
 
 
 def machine() -> dict[str, Any]:
-    """Say what the figures were measured on."""
+    """Say what the figures were measured on, and with what."""
     import torch
 
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -53,7 +80,10 @@ def machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
+        "python": platform.python_version(),
         "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "diffusers": version("diffusers"),
         "torch_threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load_average_1min": load,
@@ -62,11 +92,45 @@ def machine() -> dict[str, Any]:
 
 def table(result: Mapping[str, Any]) -> str:
     """Return a result as a Markdown table."""
-    lines = ["| case | ours | peer's | unit | ratio | peer |", "|---|---|---|---|---|---|"]
-    lines += [
-        f"| {row['case']} | {row['value']:g} | {row['peer_value']:g} | {row['unit']} | {row['ratio']:.2f} "
-        f"| {row['peer']} |"
-        for row in result["rows"]
-    ]
+    extra = list(dict.fromkeys(name for row in result["rows"] for name in row.get("details", {})))
+    heads = ["case", "ours", "peer's", "unit", "ratio", "peer", *extra]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in result["rows"]:
+        cells = [row["case"], _figure(row["value"]), _figure(row["peer_value"]), row["unit"]]
+        cells += [f"{row['ratio']:.2f}", row["peer"]]
+        details = row.get("details", {})
+        cells += [_figure(details[name]) if name in details else "" for name in extra]
+        lines.append(f"| {' | '.join(cells)} |")
     facts = ", ".join(f"{name} {value}" for name, value in result["machine"].items() if value is not None)
     return "\n".join([*lines, f"\n{facts}"])
+
+
+def _figure(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def write_tables(folder: Path) -> list[str]:
+    """Put the table of every ``NAME.json`` in ``folder`` into its README.md, between two comments.
+
+    The comments are ``<!-- NAME.json -->`` and ``<!-- end -->``. Returns the names of the files shown.
+
+    Raises:
+        ValueError: there is no README.md, or a comment in it names a file that is not there.
+
+    """
+    page = folder / "README.md"
+    if not page.is_file():
+        raise ValueError(f"{page} is missing; expected a page with comments like <!-- llm.json -->.")
+    shown: list[str] = []
+
+    def filled(found: re.Match[str]) -> str:
+        path = folder / found[1]
+        if not path.is_file():
+            raise ValueError(f"{page} names {found[1]}, which is not in {folder}. Run that bench first.")
+        shown.append(found[1])
+        return f"<!-- {found[1]} -->\n{table(json.loads(path.read_text()))}\n<!-- end -->"
+
+    page.write_text(
+        re.sub(r"<!-- (\S+\.json) -->\n.*?<!-- end -->", filled, page.read_text(), flags=re.DOTALL)
+    )
+    return shown
