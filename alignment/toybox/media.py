@@ -6,6 +6,8 @@ The judge sees what a person gets: the bytes of a PNG, an MP4 or a WAV, never a 
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import PIL.Image
@@ -17,6 +19,23 @@ from alignment.toybox.sound import synthesise
 from alignment.toybox.world import AUDIO_RATE_HZ, IMAGE_SIDE_PX, VIDEO_FPS, VIDEO_FRAMES, Clip, Look, Scene
 from decoders.writing import to_mp4, to_png, to_wav
 from encoders.media import Audio, Image, Medium, Video, read_media
+
+Value = str | int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Whether one attribute is right, and for attributes with names which was wanted and which found."""
+
+    right: bool
+    wanted: Value = None
+    found: Value = None
+
+
+def compare(seen: Mapping[str, Value], scene: Scene, names: Sequence[str]) -> dict[str, Finding]:
+    """Hold what was seen against a scene, attribute by attribute."""
+    pairs = {name: (getattr(scene, name), seen.get(name)) for name in names}
+    return {name: Finding(wanted == found, wanted, found) for name, (wanted, found) in pairs.items()}
 
 
 def render(scene: Scene, rng: random.Random) -> Medium:
@@ -37,7 +56,7 @@ def to_bytes(medium: Medium) -> bytes:
     return to_wav(medium, {})
 
 
-def judge(data: bytes) -> dict[str, str | int | None]:
+def judge(data: bytes) -> dict[str, Value]:
     """Read a file and name the attributes of what it shows or sounds like, ``None`` where there is none.
 
     A medium of another size is first brought to that of the world.
