@@ -74,13 +74,15 @@ def main_ability(folders: Folders, samples: int, seed: int, jobs: int = 1) -> di
 def table(result: Mapping[str, Any]) -> str:
     """Return the result as a Markdown table."""
     lines = [
-        f"| words alone, {result['samples']} dialogues each | base right | tuned right | base loss | tuned loss |",
+        f"| words alone, {result['samples']} dialogues each | base right | tuned right | base loss "
+        "| tuned loss |",
         "|---|---|---|---|---|",
     ]
     for topic, row in result["topics"].items():
         base, tuned = row["base"], row["tuned"]
         lines.append(
-            f"| {topic} | {base['right']:.1%} | {tuned['right']:.1%} | {base['loss']:.4f} | {tuned['loss']:.4f} |"
+            f"| {topic} | {base['right']:.1%} | {tuned['right']:.1%} | {base['loss']:.4f} "
+            f"| {tuned['loss']:.4f} |"
         )
     rows = result["topics"].values()
     means = [
@@ -99,7 +101,7 @@ def _measurer(folders: Folders) -> Callable[[Wish], dict[str, Any]]:
     if not isinstance(model.base, PeftModel):
         raise ValueError(
             f"{folders.language_model} holds no adapter, so its base cannot be told apart; expected a model "
-            f"that was tuned with LoRA. Measure the preset `toybox`, or train with `patchbay train instruction`."
+            "that was tuned with LoRA. Measure the preset `toybox`, or run `patchbay train instruction`."
         )
     return partial(measure, model)
 

@@ -79,7 +79,14 @@ class OneScene:
 
 
 def run_chains(
-    name: str, system: System, rng: random.Random, scenes: FreshScenes, number: int, seed: int
+    name: str,
+    system: System,
+    rng: random.Random,
+    scenes: FreshScenes,
+    number: int,
+    seed: int,
+    *,
+    reserved_wordings: bool = False,
 ) -> list[Chain]:
     """Run ``number`` chains side by side, so that decoders work in batches."""
     modality, direction = CHAINS[name]
@@ -88,7 +95,7 @@ def run_chains(
     for turn in range(1, TURNS + 1):
         asked: list[tuple[int, Signal]] = []
         for index, chain in enumerate(chains):
-            exercise = make(direction, rng, OneScene(chain.wanted))
+            exercise = make(direction, rng, OneScene(chain.wanted), reserved_wordings=reserved_wordings)
             chain.wanted = exercise.scenes[0]
             signals = [] if chain.broken else _reply(system, exercise, chain.now, modality)
             if len(signals) == 1:

@@ -39,6 +39,7 @@ class Wish:
     samples: int
     seed: int
     sheets: Path | None = None
+    reserved_wordings: bool = True
 
 
 def main_toybox(
@@ -49,6 +50,7 @@ def main_toybox(
     sheets: Path | None = None,
     jobs: int = 1,
     seeds: int = 1,
+    reserved_wordings: bool = True,
 ) -> dict[str, Any]:
     """Measure a preset on Toybox.
 
@@ -62,6 +64,8 @@ def main_toybox(
         jobs: processes that share the work; the result is the same for every number.
         seeds: how many seeds, from ``seed`` on. With several, every figure is their mean, and ``spread``
             is the largest less the smallest share of right samples.
+        reserved_wordings: ask in words that training never used; else in those of training, which tells
+            what is known by heart only. Cycles ask in the same words always.
 
     Returns:
         The object that ``--json`` prints (see the README).
@@ -78,7 +82,9 @@ def main_toybox(
     started = time.monotonic()
     all_seeds = list(range(seed, seed + seeds))
     wishes = [
-        Wish(name, samples, one, sheets if one == seed else None) for name in chosen for one in all_seeds
+        Wish(name, samples, one, sheets if one == seed else None, reserved_wordings)
+        for name in chosen
+        for one in all_seeds
     ]
     results = share("directions", wishes, partial(_measurer, folders), jobs)
     by_name = {
@@ -88,6 +94,7 @@ def main_toybox(
         "samples": samples,
         "seed": seed,
         "seeds": all_seeds,
+        "wordings": "reserved" if reserved_wordings else "training",
         "directions": {name: over_seeds(runs) for name, runs in by_name.items()},
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -201,15 +208,15 @@ def _measure(system: System, wish: Wish) -> dict[str, Any]:
                 tally.add(run_cycle(wish.name, system, rng, scenes, wish.seed + index))
         elif wish.name in CHAINS:
             few = max(1, number // ONE_CHAIN_FOR)
-            chains = run_chains(wish.name, system, rng, scenes, few, wish.seed)
+            chains = run_chains(
+                wish.name, system, rng, scenes, few, wish.seed, reserved_wordings=wish.reserved_wordings
+            )
             for chain in chains:
                 tally.add(chain_findings(chain))
             if split == "seen":
                 result["drift"] = drift(chains)
         else:
-            done = [prepare(make(wish.name, rng, scenes), rng) for _ in range(number)]
-            for sample in done:
-                converse(system, sample)
+            done = _asked(system, wish, rng, scenes, number)
             decode(system, done, wish.seed)
             for sample in done:
                 tally.add(findings(sample))
@@ -217,6 +224,17 @@ def _measure(system: System, wish: Wish) -> dict[str, Any]:
                 result |= _besides(system, wish, done)
         result[split] = tally.summary()
     return result
+
+
+def _asked(system: System, wish: Wish, rng: random.Random, scenes: FreshScenes, number: int) -> list[Sample]:
+    """Draw exercises and hold their conversations."""
+    done = []
+    for _ in range(number):
+        exercise = make(wish.name, rng, scenes, reserved_wordings=wish.reserved_wordings)
+        done.append(prepare(exercise, rng))
+    for sample in done:
+        converse(system, sample)
+    return done
 
 
 def _besides(system: System, wish: Wish, done: Sequence[Sample]) -> dict[str, Any]:
@@ -228,9 +246,7 @@ def _besides(system: System, wish: Wish, done: Sequence[Sample]) -> dict[str, An
         rng = random.Random(f"calibration-{wish.seed}")
         scenes = FreshScenes(rng)
         number = max(1, wish.samples // CALIBRATION_SHARE)
-        others = [prepare(make(wish.name, rng, scenes), rng) for _ in range(number)]
-        for sample in others:
-            converse(system, sample)
+        others = _asked(system, wish, rng, scenes, number)
         result["decision"] = decision_figures(
             *([_decided(system, s) for s in part] for part in (done, others))
         )

@@ -80,7 +80,8 @@ def table(result: Mapping[str, Any]) -> str:
     """Return the result as a Markdown table."""
     others = list(next(iter(result["directions"].values()))["seen"]["links"])
     lines = [
-        f"| direction | samples | chosen | {' | '.join(others)} | ceiling | link's loss | chosen over caption |",
+        f"| direction | samples | chosen | {' | '.join(others)} | ceiling | link's loss "
+        "| chosen over caption |",
         f"|---|---|---|{'---|' * len(others)}---|---|---|",
     ]
     for name, row in result["directions"].items():
@@ -89,8 +90,8 @@ def table(result: Mapping[str, Any]) -> str:
             cells = " | ".join(f"{found['links'][link]:.1%}" for link in others)
             loss, gain = found["ceiling"] - found["chosen"], found["chosen"] - found["links"]["caption"]
             lines.append(
-                f"| {name} | {title}, {found['n']} | {found['chosen']:.1%} | {cells} | {found['ceiling']:.1%} "
-                f"| {100 * loss:+.1f} | {100 * gain:+.1f} |"
+                f"| {name} | {title}, {found['n']} | {found['chosen']:.1%} | {cells} "
+                f"| {found['ceiling']:.1%} | {100 * loss:+.1f} | {100 * gain:+.1f} |"
             )
     chosen = ", ".join(f"{modality} {link}" for modality, link in result["chosen"].items())
     return "\n".join([*lines, f"\nChosen: {chosen}. {result['seconds']:.0f} s, seeds {result['seeds']}"])
@@ -107,7 +108,8 @@ def _measurer(folders: Folders) -> Callable[[Wish], dict[str, Any]]:
 def _measure(system: System, chosen: Mapping[Any, LinkName], wish: Wish) -> dict[str, Any]:
     rng = random.Random(f"links-{wish.seed}-{wish.name}-{wish.split}")
     scenes = FreshScenes(rng, held_out=wish.split == "held_out")
-    samples = [prepare(make(wish.name, rng, scenes), rng) for _ in range(wish.samples)]
+    exercises = [make(wish.name, rng, scenes, reserved_wordings=True) for _ in range(wish.samples)]
+    samples = [prepare(exercise, rng) for exercise in exercises]
     for sample in samples:
         converse(system, sample)
     links = [link for link in LINKS if link == "caption" or system.projections]

@@ -108,7 +108,7 @@ def wordings_of(direction: str, scene: Scene, rng: random.Random, number: int = 
     """
     found: dict[tuple[Turn, ...], Exercise] = {}
     for _ in range(MOST_TRIES):
-        exercise = make(direction, rng, OneScene(scene))
+        exercise = make(direction, rng, OneScene(scene), reserved_wordings=True)
         if exercise.scenes == (scene,):
             found.setdefault(exercise.turns, exercise)
         if len(found) == number:
@@ -120,7 +120,7 @@ def after_other_talk(exercise: Exercise, rng: random.Random) -> Exercise:
     """Return the exercise after one or two requests for other things."""
     before: list[Turn] = []
     for _ in range(rng.choice((1, 2))):
-        other = make(rng.choice(list(DIRECTIONS)), rng, FreshScenes(rng))
+        other = make(rng.choice(list(DIRECTIONS)), rng, FreshScenes(rng), reserved_wordings=True)
         before += [*other.turns, Turn("assistant", other.answer)]
     return replace(exercise, turns=(*before, *exercise.turns))
 
