@@ -77,15 +77,8 @@ def estimate(stage: str, options: TrainOptions) -> list[Estimate]:
         )
     wanted = list(NEEDS) if stage == "all" else [stage]
     with tempfile.TemporaryDirectory(prefix="patchbay-") as folder:
-        work = Run(
-            Path(folder),
-            Path(folder) / "weights",
-            SMALL,
-            TIMED_STEPS,
-            None,
-            options.seed,
-            logs_every_step=True,
-        )
+        here = Path(folder)
+        work = Run(here, here / "weights", SMALL, TIMED_STEPS, seed=options.seed, logs_every_step=True)
         began = time.monotonic()
         with (here / "log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
             pools.render(work.cache, SMALL)
