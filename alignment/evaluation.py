@@ -194,10 +194,11 @@ def drift_table(chains: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _measurer(folders: Folders) -> Callable[[Wish], dict[str, Any]]:
-    return partial(_measure, System(folders))
+    return partial(measure, System(folders))
 
 
-def _measure(system: System, wish: Wish) -> dict[str, Any]:
+def measure(system: System, wish: Wish) -> dict[str, Any]:
+    """Measure one direction: its two splits, and what is asked of it besides."""
     result: dict[str, Any] = {"ceiling": None}
     for split, number in (("seen", wish.samples), ("held_out", max(1, wish.samples // HELD_OUT_SHARE))):
         rng = random.Random(f"evaluation-{wish.seed}-{wish.name}-{split}")

@@ -115,7 +115,7 @@ def directions_text(result: Result) -> str:
     """Return the table of directions and its conditions."""
     rows = [
         f"Seeds {', '.join(map(str, result['seeds']))}, {result['samples']} seen samples per direction and "
-        f"seed, {result['seconds']:.0f} s."
+        f"seed, {result['wordings']} wordings, {result['seconds']:.0f} s."
         + (
             " ± is half of what lies between the best and the worst seed." if len(result["seeds"]) > 1 else ""
         ),
