@@ -109,7 +109,7 @@ def _measurer(folders: Folders) -> Callable[[Wish], dict[str, Any]]:
 def measure(model: LanguageModel, wish: Wish) -> dict[str, Any]:
     """Return what base and tuned model make of one topic."""
     rng = random.Random(f"ability-{wish.seed}-{wish.topic}")
-    dialogues = []
+    dialogues: list[Dialogue] = []
     while len(dialogues) < wish.samples:
         exercise = make(TOPICS[wish.topic], rng, FreshScenes(rng))
         if TOPICS[wish.topic] != "decision" or not exercise.scenes:

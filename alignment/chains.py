@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -90,8 +90,12 @@ def run_chains(
 ) -> list[Chain]:
     """Run ``number`` chains side by side, so that decoders work in batches."""
     modality, direction = CHAINS[name]
-    draw = {Modality.IMAGE: scenes.look, Modality.VIDEO: scenes.clip, Modality.AUDIO: scenes.sound}[modality]
-    chains = [_begun(draw(), f"chain-{rng.random()}") for _ in range(number)]
+    draw: Mapping[Modality, Callable[[], Scene]] = {
+        Modality.IMAGE: scenes.look,
+        Modality.VIDEO: scenes.clip,
+        Modality.AUDIO: scenes.sound,
+    }
+    chains = [_begun(draw[modality](), f"chain-{rng.random()}") for _ in range(number)]
     for turn in range(1, TURNS + 1):
         asked: list[tuple[int, Signal]] = []
         for index, chain in enumerate(chains):

@@ -146,7 +146,7 @@ def decision_figures(decided: Sequence[Decided], calibration: Sequence[Decided])
     read = {m: [lines[m](d.probability[m]) for d in decided] for m in MEDIA}
     sure = [min(max(read[m][i], 1 - read[m][i]) for m in MEDIA) for i in range(len(decided))]
     wrong = [set(d.wanted) != set(d.made) for d in decided]
-    return _rounded(
+    figures: dict[str, Any] = _rounded(
         {
             "n": len(decided),
             "macro_f1": _mean(f1.values()),
@@ -167,6 +167,7 @@ def decision_figures(decided: Sequence[Decided], calibration: Sequence[Decided])
             },
         }
     )
+    return figures
 
 
 def _log_odds(probability: float) -> float:

@@ -145,7 +145,7 @@ def _mean_of(found: list[dict[str, Any]]) -> dict[str, Any]:
     total = sum(f["n"] for f in found)
 
     def mean(pick: Callable[[dict[str, Any]], float]) -> float:
-        return round(sum(f["n"] * pick(f) for f in found) / total, 4)
+        return float(round(sum(f["n"] * pick(f) for f in found) / total, 4))
 
     return {
         "n": total,

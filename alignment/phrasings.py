@@ -187,10 +187,11 @@ def as_array(medium: Medium) -> Floats:
     """Return pixels, or the log-mel spectrogram of a sound, on a scale from 0 to about 1."""
     if isinstance(medium, Audio):
         mel = log_mel(torch.from_numpy(np.ascontiguousarray(medium.samples)))
-        return (mel / MEL_RANGE_NEPERS).numpy()
+        scaled: Floats = (mel / MEL_RANGE_NEPERS).numpy()
+        return scaled
     assert isinstance(medium, Image | Video)
     pixels = medium.pixels if isinstance(medium, Image) else medium.frames
-    return pixels.astype(np.float32) / 255
+    return pixels.astype(np.float32) / np.float32(255)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
