@@ -1,7 +1,9 @@
+from pathlib import Path
+
 import pytest
 
 from alignment.ability import TOPICS, Wish, _measurer, measure, table
-from alignment.system import Folders
+from alignment.system import Folders, LinkName
 from encoders.media import Modality
 from llm.lora import LoraOptions
 from tests.tiny_llm import tiny_model
@@ -21,14 +23,11 @@ def test_base_and_tuned_model_are_told_apart_by_the_adapter_alone() -> None:
     assert changed["tuned"]["loss"] != fresh["tuned"]["loss"]
 
 
-def test_a_model_without_an_adapter_is_refused(tmp_path) -> None:
+def test_a_model_without_an_adapter_is_refused(tmp_path: Path) -> None:
     tiny_model().save(tmp_path)
+    links: dict[Modality, LinkName] = {Modality.IMAGE: "caption"}
     folders = Folders(
-        encoder=tmp_path,
-        language_model=tmp_path,
-        projections=tmp_path,
-        decoders={},
-        links={Modality.IMAGE: "caption"},
+        encoder=tmp_path, language_model=tmp_path, projections=tmp_path, decoders={}, links=links
     )
     with pytest.raises(ValueError, match="holds no adapter"):
         _measurer(folders)

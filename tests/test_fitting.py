@@ -68,10 +68,10 @@ def logged(folder: Path) -> list[dict[str, float]]:
 
 def test_a_process_that_is_killed_goes_on_with_the_very_losses_of_an_unbroken_one(tmp_path: Path) -> None:
     broken = tmp_path / "broken"
-    code = f"from pathlib import Path\nfrom tests.test_fitting import train_slowly\ntrain_slowly(Path({str(broken)!r}), 0.05)"
+    code = "import sys, pathlib, tests.test_fitting as t; t.train_slowly(pathlib.Path(sys.argv[1]), 0.05)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
+        [sys.executable, "-c", code, str(broken)], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
     )
     log = broken / "losses.jsonl"
     deadline = time.monotonic() + 300
