@@ -60,7 +60,7 @@ def write_report(folder: Path, runs: Path | None = None) -> list[Path]:
 
 
 def filled(text: str, results: Mapping[str, Result], where: str) -> str:
-    """Return a document with its marked places written anew; a place without its result stays."""
+    """Return a document with its marked places written anew; a place that no result is for stays."""
 
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
@@ -71,7 +71,8 @@ def filled(text: str, results: Mapping[str, Result], where: str) -> str:
         source, write = PLACES[name]
         if source not in results:
             return match[0]
-        return f"{match[1]}{write(results[source]).strip()}\n{match[3]}"
+        new = write(results[source]).strip()
+        return f"{match[1]}{new}\n{match[3]}" if new else match[0]
 
     return _MARKED.sub(fill, text)
 
@@ -126,15 +127,15 @@ def directions_text(result: Result) -> str:
 
 
 def decision_text(result: Result) -> str:
-    """Return what is measured of the decision."""
+    """Return what is measured of the decision; nothing where it was not."""
     row = result["directions"].get("decision", {})
-    return evaluation.decision_table(row["decision"]) if "decision" in row else "Not measured."
+    return evaluation.decision_table(row["decision"]) if "decision" in row else ""
 
 
 def chains_text(result: Result) -> str:
-    """Return what is measured of chains of edits."""
+    """Return what is measured of chains of edits; nothing where they were not."""
     chains = {name: row for name, row in result["directions"].items() if "drift" in row}
-    return evaluation.drift_table(chains) if chains else "Not measured."
+    return evaluation.drift_table(chains) if chains else ""
 
 
 def sheets_text(result: Result) -> str:
@@ -144,7 +145,9 @@ def sheets_text(result: Result) -> str:
 
 
 def gallery_text(result: Result) -> str:
-    """Return the gallery: what was said, shown and made, and the verdict."""
+    """Return the gallery: what was said, shown and made, and the verdict; nothing without pictures."""
+    if not any("gallery" in row for row in result["directions"].values()):
+        return ""
     lines = ["| direction | said | shown | made | the agent's words | verdict |", "|---|---|---|---|---|---|"]
     for name, row in result["directions"].items():
         for entry in row.get("gallery", ()):
