@@ -1,5 +1,7 @@
 from pathlib import Path
 
+import pytest
+
 from alignment.embedded import captions, language
 from alignment.embedded.contrastive import kept_tokens
 
@@ -11,6 +13,14 @@ def test_a_caption_tokenizer_is_trained_once(tmp_path: Path) -> None:
     assert again(text).input_ids == first(text).input_ids
     assert again.get_vocab() == first.get_vocab()
     assert again.model_max_length == captions.CAPTION_TOKENS
+
+
+@pytest.mark.parametrize("kind", ["look", "sound"])
+def test_a_caption_tokenizer_that_is_trained_again_gives_the_same_ids(kind: captions.Kind) -> None:
+    first, again = captions.train_tokenizer(kind), captions.train_tokenizer(kind)
+    assert again.get_vocab() == first.get_vocab()
+    text = "3 tiny red bells at the top left on a white background"
+    assert first.decode(first(text).input_ids, skip_special_tokens=True).strip() == text
 
 
 def test_the_language_tokenizer_is_learnt_once(tmp_path: Path) -> None:

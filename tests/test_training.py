@@ -25,8 +25,8 @@ def test_a_step_without_what_it_builds_on_says_what_to_run_first(step: str, tmp_
 
 def test_one_seed_repeats_a_step_and_another_does_not(tmp_path: Path) -> None:
     def weights(runs: str, seed: int) -> dict[str, torch.Tensor]:
-        run("sound-captions", tmp_path / "toy", TrainOptions(runs=tmp_path / runs, num_steps=3, seed=seed))
-        folder = tmp_path / runs / (f"toy-seed-{seed}" if seed else "toy") / "sound-captions"
+        run("look-captions", tmp_path / "toy", TrainOptions(runs=tmp_path / runs, num_steps=3, seed=seed))
+        folder = tmp_path / runs / (f"toy-seed-{seed}" if seed else "toy") / "look-captions"
         found: dict[str, torch.Tensor] = torch.load(folder / "checkpoint.pt", weights_only=True)["weights"]
         return found
 
