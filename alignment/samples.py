@@ -18,7 +18,7 @@ from alignment.toybox.exercises import Exercise, Turn
 from alignment.toybox.grammar import read_text
 from alignment.toybox.judge_sound import measure_sound
 from alignment.toybox.judge_visual import measure_look
-from alignment.toybox.media import Finding, Value, compare, judge, render, to_bytes
+from alignment.toybox.media import Finding, Value, compare, judge, lengthened, render, to_bytes
 from alignment.toybox.world import Scene
 from encoders.media import Audio, Image, Medium, read_media
 from llm.generate import ContextTooLong
@@ -189,6 +189,6 @@ def _near(source: Medium, made: Medium, names: Sequence[str]) -> dict[str, bool]
 
 def semitones_between(source: Audio, made: Audio) -> float:
     """Return how far apart two sounds are tuned; infinity where one is silent."""
-    before, after = measure_sound(source.samples, source.rate), measure_sound(made.samples, made.rate)
+    before, after = (measure_sound(lengthened(s).samples, s.rate) for s in (source, made))
     ratio = after["hz"] / before["hz"]
     return 12 * abs(math.log2(ratio)) if ratio > 0 else math.inf

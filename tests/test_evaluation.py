@@ -2,6 +2,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,8 +12,8 @@ from alignment.samples import Sample, Tally, findings
 from alignment.toybox.exercises import DIRECTIONS, Exercise, FreshScenes, make
 from alignment.toybox.grammar import caption
 from alignment.toybox.media import Finding, judge, render, to_bytes
-from alignment.toybox.world import Scene
-from encoders.media import Modality
+from alignment.toybox.world import Scene, Sound, attributes
+from encoders.media import Audio, Modality
 from llm.signals import Signal
 
 
@@ -93,6 +94,15 @@ def test_files_are_judged_not_tensors() -> None:
     rng = random.Random(4)
     scene = FreshScenes(rng).sound()
     assert judge(to_bytes(render(scene, rng)))["thing"] == scene.thing
+
+
+def test_a_sound_that_stops_early_is_judged_with_silence_behind_it() -> None:
+    short = Audio(np.zeros(100, dtype=np.float32), 16_000)
+    assert judge(to_bytes(short))["thing"] == "silence"
+    sound = Sound("drum", "low", 1, "fast", "loud")
+    whole = render(sound, random.Random(0))
+    assert isinstance(whole, Audio)
+    assert judge(to_bytes(Audio(whole.samples[:12_000], 16_000))) == attributes(sound)
 
 
 def test_a_sample_counts_as_right_only_when_every_attribute_is() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import PIL.Image
@@ -16,7 +16,16 @@ from alignment.toybox.draw import draw_clip, draw_look
 from alignment.toybox.judge_sound import judge_sound
 from alignment.toybox.judge_visual import judge_clip, judge_look
 from alignment.toybox.sound import synthesise
-from alignment.toybox.world import AUDIO_RATE_HZ, IMAGE_SIDE_PX, VIDEO_FPS, VIDEO_FRAMES, Clip, Look, Scene
+from alignment.toybox.world import (
+    AUDIO_RATE_HZ,
+    AUDIO_SAMPLES,
+    IMAGE_SIDE_PX,
+    VIDEO_FPS,
+    VIDEO_FRAMES,
+    Clip,
+    Look,
+    Scene,
+)
 from decoders.writing import to_mp4, to_png, to_wav
 from encoders.media import Audio, Image, Medium, Video, read_media
 
@@ -59,7 +68,7 @@ def to_bytes(medium: Medium) -> bytes:
 def judge(data: bytes) -> dict[str, Value]:
     """Read a file and name the attributes of what it shows or sounds like, ``None`` where there is none.
 
-    A medium of another size is first brought to that of the world.
+    A medium of another size is first brought to that of the world, a short sound with silence.
 
     Raises:
         encoders.media.MediaError: the bytes are not a medium.
@@ -71,7 +80,13 @@ def judge(data: bytes) -> dict[str, Value]:
     if isinstance(medium, Video):
         picked = np.linspace(0, len(medium.frames) - 1, VIDEO_FRAMES).round().astype(int)
         return dict(judge_clip(np.stack([_fitted(medium.frames[i]) for i in picked])))
-    return dict(judge_sound(medium.samples, medium.rate))
+    return dict(judge_sound(lengthened(medium).samples, medium.rate))
+
+
+def lengthened(sound: Audio) -> Audio:
+    """Return a sound that is at least as long as those of the world, with silence at its end."""
+    missing = AUDIO_SAMPLES * sound.rate // AUDIO_RATE_HZ - len(sound.samples)
+    return replace(sound, samples=np.pad(sound.samples, (0, missing))) if missing > 0 else sound
 
 
 def _fitted(pixels: np.ndarray) -> np.ndarray:
