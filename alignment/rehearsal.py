@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.progress import track
 
 from alignment.embedded import pools
 from alignment.fitting import as_time
@@ -85,7 +86,7 @@ def estimate(stage: str, options: TrainOptions) -> list[Estimate]:
             rendering_s = (time.monotonic() - began) * _share_of_pools(options)
         found = {}
         context = multiprocessing.get_context("spawn")
-        for step in in_order(wanted):
+        for step in track(in_order(wanted), description="rehearsing", transient=True):
             # A process of its own: memory is what it had at its peak.
             with ProcessPoolExecutor(1, context) as alone:
                 found[step] = alone.submit(_rehearse, step, work, options.threads).result()
