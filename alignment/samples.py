@@ -18,7 +18,7 @@ from alignment.toybox.exercises import Exercise, Turn
 from alignment.toybox.grammar import read_text
 from alignment.toybox.judge_sound import measure_sound
 from alignment.toybox.judge_visual import measure_look
-from alignment.toybox.media import Finding, Value, compare, judge, lengthened, render, to_bytes
+from alignment.toybox.media import Finding, Value, compare, fitted, judge, lengthened, render, to_bytes
 from alignment.toybox.world import Scene
 from encoders.media import Audio, Image, Medium, read_media
 from llm.generate import ContextTooLong
@@ -175,7 +175,7 @@ def _near(source: Medium, made: Medium, names: Sequence[str]) -> dict[str, bool]
         return {"fundamental": semitones_between(source, made) <= TUNING_TOLERANCE_SEMITONES}
     if not (isinstance(source, Image) and isinstance(made, Image)):
         return dict.fromkeys(names, False)
-    was, now = measure_look(source.pixels), measure_look(made.pixels)
+    was, now = (measure_look(fitted(picture.pixels)) for picture in (source, made))
     if was is None or now is None:
         return dict.fromkeys(names, False)
     turn = abs(was.hue_degrees - now.hue_degrees) % 360

@@ -76,10 +76,10 @@ def judge(data: bytes) -> dict[str, Value]:
     """
     medium = read_media(data)
     if isinstance(medium, Image):
-        return dict(judge_look(_fitted(medium.pixels)))
+        return dict(judge_look(fitted(medium.pixels)))
     if isinstance(medium, Video):
         picked = np.linspace(0, len(medium.frames) - 1, VIDEO_FRAMES).round().astype(int)
-        return dict(judge_clip(np.stack([_fitted(medium.frames[i]) for i in picked])))
+        return dict(judge_clip(np.stack([fitted(medium.frames[i]) for i in picked])))
     return dict(judge_sound(lengthened(medium).samples, medium.rate))
 
 
@@ -89,7 +89,8 @@ def lengthened(sound: Audio) -> Audio:
     return replace(sound, samples=np.pad(sound.samples, (0, missing))) if missing > 0 else sound
 
 
-def _fitted(pixels: np.ndarray) -> np.ndarray:
+def fitted(pixels: np.ndarray) -> np.ndarray:
+    """Return a picture in the size of the world."""
     if pixels.shape[:2] == (IMAGE_SIDE_PX, IMAGE_SIDE_PX):
         return pixels
     size = (IMAGE_SIDE_PX, IMAGE_SIDE_PX)
