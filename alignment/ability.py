@@ -111,7 +111,7 @@ def measure(model: LanguageModel, wish: Wish) -> dict[str, Any]:
     rng = random.Random(f"ability-{wish.seed}-{wish.topic}")
     dialogues: list[Dialogue] = []
     while len(dialogues) < wish.samples:
-        exercise = make(TOPICS[wish.topic], rng, FreshScenes(rng))
+        exercise = make(TOPICS[wish.topic], rng, FreshScenes(rng), reserved_wordings=True)
         if TOPICS[wish.topic] != "decision" or not exercise.scenes:
             dialogues.append(in_words(exercise))
     assert isinstance(model.base, PeftModel)

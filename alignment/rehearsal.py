@@ -31,7 +31,7 @@ from alignment.fitting import as_time
 from alignment.toybox.world import IMAGE_SIDE_PX, VIDEO_FRAMES
 from alignment.training import NEEDS, RECIPES, Run, TrainOptions, train_step
 
-TIMED_STEPS = 5
+TIMED_STEPS = 8  # of the kinds of batches that take turns, each comes at least once
 SMALL = pools.PoolSizes(looks=64, clips=64, sounds=64)
 
 
@@ -178,7 +178,7 @@ def _rehearse(step: str, work: Run, threads: int) -> _Measured:
         load_s = _timed(step, work)  # everything is there, and nothing is left to train
     rows = [json.loads(line) for line in (work.folder / step / "losses.jsonl").read_text().splitlines()]
     starts = [float(row["seconds"]) for row in rows]
-    step_s = statistics.median(later - earlier for earlier, later in itertools.pairwise(starts))
+    step_s = statistics.fmean(later - earlier for earlier, later in itertools.pairwise(starts))
     encode_s = max(0.0, whole_s - load_s - (starts[-1] + step_s)) if made else 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
