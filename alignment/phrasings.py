@@ -24,9 +24,9 @@ from alignment.samples import Sample, converse, findings, prepare
 from alignment.shared_work import share
 from alignment.system import Folders, System
 from alignment.toybox.exercises import Exercise, FreshScenes, Turn, make
-from alignment.toybox.media import to_bytes
+from alignment.toybox.media import lengthened, to_bytes
 from alignment.toybox.world import Scene
-from decoders.mel import log_mel
+from decoders.mel import HOP, log_mel
 from encoders.media import Audio, Image, Medium, Modality, Video
 
 DIRECTIONS: Mapping[str, Modality] = {
@@ -186,7 +186,8 @@ def mean_cosine(conditions: Sequence[Tensor]) -> float | None:
 def as_array(medium: Medium) -> Floats:
     """Return pixels, or the log-mel spectrogram of a sound, on a scale from 0 to about 1."""
     if isinstance(medium, Audio):
-        mel = log_mel(torch.from_numpy(np.ascontiguousarray(medium.samples)))
+        samples = lengthened(medium).samples
+        mel = log_mel(torch.from_numpy(np.ascontiguousarray(samples[: len(samples) // HOP * HOP])))
         scaled: Floats = (mel / MEL_RANGE_NEPERS).numpy()
         return scaled
     assert isinstance(medium, Image | Video)

@@ -299,8 +299,10 @@ def _stage(work: Run, name: str) -> Aligned:
     if not encoder.is_dir():
         raise ValueError(f"{encoder} is missing. First run `patchbay train imagebind`.")
     encoded = encode_pools(ImageBindEncoder.load(encoder), work.cache, work.sizes)
-    targets = {modality: _trained_captions(work, kind) for kind, modality in MODALITIES.items()}
     stage, config = STAGES[name], work.config(name)
+    targets = {}  # a stage of words alone runs before there are text encoders
+    if stage.distance:
+        targets = {modality: _trained_captions(work, kind) for kind, modality in MODALITIES.items()}
     run_stage(
         stage, model,
         lambda step: sample_dialogues(
