@@ -1,83 +1,45 @@
 """``patchbay eval toybox``: how often the outputs are right, direction by direction.
 
-A sample is right when every judged attribute is. Every medium is written to a file's bytes and
-read again before it is judged. Seen and held-out combinations are counted apart.
+A sample is right when every judged attribute is. Seen and held-out combinations are counted apart, and
+so are seeds.
 """
 
 from __future__ import annotations
 
-import math
-import multiprocessing
 import random
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.progress import Progress
-
+from alignment.chains import CHAINS, ONE_CHAIN_FOR, chain_findings, drift, run_chains
+from alignment.decision import Decided, decision_figures, malformed_signals, media_probabilities
 from alignment.embedded.dialogues import MODALITY
-from alignment.system import Folders, Spoken, System
+from alignment.samples import Sample, Tally, all_right, converse, decode, findings, medium_findings, prepare
+from alignment.shared_work import share
+from alignment.system import Folders, System
 from alignment.toybox.cycles import CYCLES, run_cycle
-from alignment.toybox.exercises import DIRECTIONS, Exercise, FreshScenes, Turn, make
-from alignment.toybox.grammar import caption, read_text
-from alignment.toybox.judge_sound import measure_sound
-from alignment.toybox.judge_visual import measure_look
-from alignment.toybox.media import judge, render, to_bytes
-from alignment.toybox.world import Scene
-from encoders.media import Audio, Image, Medium, read_media
-from llm.generate import ContextTooLong
-from llm.signals import Signal
-from llm.template import Dialogue, MediaTokens, Message, SignalPart
+from alignment.toybox.exercises import DIRECTIONS, FreshScenes, make
+from alignment.toybox.grammar import caption
+from alignment.toybox.media import to_bytes
 
 HELD_OUT_SHARE = 4  # one held-out sample for so many seen ones
+CALIBRATION_SHARE = 2  # one dialogue to calibrate the decision on for so many measured ones
 CEILINGS = ("text-to-image", "text-to-video", "text-to-audio")
-HUE_TOLERANCE_DEGREES, CENTRE_TOLERANCE_PX, TUNING_TOLERANCE_SEMITONES = 12.0, 3.0, 1.0
+SPLITS = ("seen", "held_out")
 
 
-@dataclass
-class Sample:
-    """One exercise on its way through the system."""
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """One direction to measure with one seed; ``sheets`` is where pictures of it go, or None."""
 
-    exercise: Exercise
-    media: dict[Scene, Medium]
-    spoken: list[Spoken] = field(default_factory=list)
-    made: list[bytes] = field(default_factory=list)
-
-    @property
-    def signals(self) -> list[Signal]:
-        """The signals of the reply, in order."""
-        return [part for part in self.spoken if isinstance(part, Signal)]
-
-    @property
-    def text(self) -> str:
-        """The words of the reply."""
-        return " ".join(part for part in self.spoken if isinstance(part, str))
-
-
-@dataclass
-class Tally:
-    """Counts of one direction and split."""
-
-    n: int = 0
-    right: int = 0
-    attributes: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
-
-    def add(self, verdicts: Mapping[str, bool]) -> None:
-        """Count one sample: right when every verdict is."""
-        self.n += 1
-        self.right += all(verdicts.values())
-        for name, verdict in verdicts.items():
-            self.attributes[name].append(int(verdict))
-
-    def summary(self) -> dict[str, Any]:
-        """Return the counts as fractions."""
-        fractions = {name: round(sum(v) / len(v), 4) for name, v in self.attributes.items()}
-        return {"n": self.n, "right": round(self.right / max(1, self.n), 4), "attributes": fractions}
+    name: str
+    samples: int
+    seed: int
+    sheets: Path | None = None
+    reserved_wordings: bool = True
 
 
 def main_toybox(
@@ -87,16 +49,23 @@ def main_toybox(
     seed: int,
     sheets: Path | None = None,
     jobs: int = 1,
+    seeds: int = 1,
+    reserved_wordings: bool = True,
 ) -> dict[str, Any]:
     """Measure a preset on Toybox.
 
     Args:
         folders: where its parts lie.
         directions: names, or None for all of them.
-        samples: seen samples of each direction; a quarter as many held-out ones are added.
+        samples: seen samples of each direction; a quarter as many held-out ones are added. Chains of
+            edits have a fifth as many.
         seed: of scenes, wordings, jitter and decoders.
-        sheets: a folder for contact sheets of what was made, or None.
-        jobs: processes that share the directions; the result is the same for every number.
+        sheets: a folder for contact sheets and a gallery of what was made with the first seed, or None.
+        jobs: processes that share the work; the result is the same for every number.
+        seeds: how many seeds, from ``seed`` on. With several, every figure is their mean, and ``spread``
+            is the largest less the smallest share of right samples.
+        reserved_wordings: ask in words that training never used; else in those of training, which tells
+            what is known by heart only. Cycles ask in the same words always.
 
     Returns:
         The object that ``--json`` prints (see the README).
@@ -105,192 +74,208 @@ def main_toybox(
         ValueError: for a direction that does not exist.
 
     """
-    known = (*DIRECTIONS, *CYCLES)
+    known = (*DIRECTIONS, *CYCLES, *CHAINS)
     chosen = list(directions) if directions is not None else list(known)
     for name in chosen:
         if name not in known:
             raise ValueError(f"There is no direction {name!r}; expected some of {', '.join(known)}.")
     started = time.monotonic()
-    results: dict[str, Any] = {}
-    with Progress(transient=True) as progress:
-        task = progress.add_task("directions", total=len(chosen))
-        for name, result in _measured(folders, chosen, samples, seed, sheets, jobs):
-            results[name] = result
-            progress.advance(task)
-    results = {name: results[name] for name in chosen}
+    all_seeds = list(range(seed, seed + seeds))
+    wishes = [
+        Wish(name, samples, one, sheets if one == seed else None, reserved_wordings)
+        for name in chosen
+        for one in all_seeds
+    ]
+    results = share("directions", wishes, partial(_measurer, folders), jobs)
+    by_name = {
+        name: [r for wish, r in zip(wishes, results, strict=True) if wish.name == name] for name in chosen
+    }
     return {
         "samples": samples,
         "seed": seed,
-        "directions": results,
+        "seeds": all_seeds,
+        "wordings": "reserved" if reserved_wordings else "training",
+        "directions": {name: over_seeds(runs) for name, runs in by_name.items()},
         "seconds": round(time.monotonic() - started, 1),
     }
 
 
+def over_seeds(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the mean of one direction's results, with counts added up and the spread of what was right."""
+    if len(runs) == 1:
+        return dict(runs[0])
+    merged: dict[str, Any] = _mean_of(runs)
+    for split in SPLITS:
+        right = [run[split]["right"] for run in runs]
+        merged[split]["right_by_seed"] = right
+        merged[split]["spread"] = round(max(right) - min(right), 4)
+    return merged
+
+
+def _mean_of(values: Sequence[Any], key: str = "") -> Any:
+    there = [value for value in values if value is not None]
+    if not there:
+        return None
+    if key == "gallery":
+        return there[0]
+    if isinstance(there[0], Mapping):
+        keys = dict.fromkeys(k for value in there for k in value)
+        inner = "count" if key in ("found", "count") else ""
+        return {k: _mean_of([v[k] for v in there if k in v], inner or k) for k in keys}
+    if key in ("n", "malformed", "count"):
+        return sum(there)
+    return round(sum(there) / len(there), 4) if isinstance(there[0], int | float) else there[0]
+
+
 def table(result: Mapping[str, Any]) -> str:
-    """Return the result as a Markdown table with a line per direction."""
+    """Return the result as a Markdown table with a line per direction, and what is measured besides."""
     lines = ["| direction | seen | held out | ceiling | attributes (seen) |", "|---|---|---|---|---|"]
     for name, row in result["directions"].items():
         ceiling = "" if row["ceiling"] is None else f"{row['ceiling']:.1%}"
         attributes = ", ".join(f"{key} {value:.1%}" for key, value in row["seen"]["attributes"].items())
-        seen, held_out = (f"{row[split]['right']:.1%} of {row[split]['n']}" for split in ("seen", "held_out"))
+        seen, held_out = (_share_of(row[split]) for split in SPLITS)
         lines.append(f"| {name} | {seen} | {held_out} | {ceiling} | {attributes} |")
-    return "\n".join([*lines, f"\n{result['seconds']:.0f} s, seed {result['seed']}"])
+    rows = result["directions"].values()
+    means = " | ".join(f"{sum(row[split]['right'] for row in rows) / len(rows):.1%}" for split in SPLITS)
+    lines.append(f"| **mean of {len(rows)}** | {means} | | |")
+    for row in rows:
+        if "decision" in row:
+            lines += ["", decision_table(row["decision"])]
+    if chains := {name: row for name, row in result["directions"].items() if "drift" in row}:
+        lines += ["", drift_table(chains)]
+    seeds = ", ".join(map(str, result["seeds"]))
+    plural = "s" if len(result["seeds"]) > 1 else ""
+    return "\n".join([*lines, f"\n{result['seconds']:.0f} s, seed{plural} {seeds}"])
 
 
-def _measured(
-    folders: Folders, names: Sequence[str], samples: int, seed: int, sheets: Path | None, jobs: int
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Measure directions in this process, or in ``jobs`` others; yields each as it is done."""
-    if jobs == 1:
-        system = System(folders)
-        for name in names:
-            yield name, _measure(system, name, samples, seed, sheets)
-        return
-    context = multiprocessing.get_context("spawn")  # forks of a process with threads may hang
-    with ProcessPoolExecutor(jobs, context, _load_once, (folders,)) as pool:
-        running = {pool.submit(_measure_there, name, samples, seed, sheets): name for name in names}
-        for done in as_completed(running):
-            yield running[done], done.result()
+def _share_of(split: Mapping[str, Any]) -> str:
+    spread = f" ± {split['spread'] / 2:.1%}" if "spread" in split else ""
+    return f"{split['right']:.1%}{spread} of {split['n']}"
 
 
-_system_there: list[System] = []  # the system of a worker process
+def decision_table(figures: Mapping[str, Any]) -> str:
+    """Return what is measured of the decision."""
+    names = ["image", "video", "audio"]
+    ece, calibrated = figures["ece"], figures["ece_calibrated"]
+    lines = ["| decision | image | video | audio | words alone | mean |", "|---|---|---|---|---|---|"]
+    f1 = [f"{figures['f1'][name]:.4f}" for name in (*names, "words alone")]
+    lines.append(f"| F1 | {' | '.join(f1)} | {figures['macro_f1']:.4f} |")
+    for title, errors in (("as it comes", ece), ("calibrated", calibrated)):
+        cells = [f"{errors[name]:.4f}" for name in names]
+        lines.append(
+            f"| expected calibration error, {title} | {' | '.join(cells)} | | {errors['mean']:.4f} |"
+        )
+    lines += [
+        "",
+        f"Of {figures['n']} replies: a medium where words alone were wanted "
+        f"{figures['false_generation']:.1%}, malformed signals {figures['malformed']}.",
+        "",
+        "| ask back when less sure than | asked | of the wrong decisions | wrong among the rest |",
+        "|---|---|---|---|",
+    ]
+    for threshold, row in figures["ask_below"].items():
+        cells = [f"{row[key]:.1%}" for key in ("asked", "wrong caught", "wrong among the rest")]
+        lines.append(f"| {threshold} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def _load_once(folders: Folders) -> None:
-    torch.set_num_threads(1)
-    _system_there.append(System(folders))
+def drift_table(chains: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return what becomes of chains of edits, turn by turn."""
+    lines = ["| chain of edits | after | 1 | 3 | 5 | 10 turns | 10 to 1 |", "|---|---|---|---|---|---|---|"]
+    for name, row in chains.items():
+        found = row["drift"]
+        right = " | ".join(f"{share:.1%}" for share in found["right"].values())
+        lines.append(f"| {name} | right | {right} | |")
+        apart = found["untouched"]
+        cells = " | ".join(f"{apart[t]:.4f}" if t in apart else "" for t in ("1", "3", "5", "10"))
+        ratio = f"{apart['10'] / apart['1']:.2f}" if apart.get("1") and "10" in apart else ""
+        lines.append(f"| | untouched, {found['unit']} | {cells} | {ratio} |")
+    return "\n".join(lines)
 
 
-def _measure_there(name: str, samples: int, seed: int, sheets: Path | None) -> dict[str, Any]:
-    return _measure(_system_there[0], name, samples, seed, sheets)
+def _measurer(folders: Folders) -> Callable[[Wish], dict[str, Any]]:
+    return partial(measure, System(folders))
 
 
-def _measure(system: System, name: str, samples: int, seed: int, sheets: Path | None) -> dict[str, Any]:
-    splits: dict[str, dict[str, Any]] = {}
-    ceiling: float | None = None
-    for split, number in (("seen", samples), ("held_out", max(1, samples // HELD_OUT_SHARE))):
-        rng = random.Random(f"evaluation-{seed}-{name}-{split}")
+def measure(system: System, wish: Wish) -> dict[str, Any]:
+    """Measure one direction: its two splits, and what is asked of it besides."""
+    result: dict[str, Any] = {"ceiling": None}
+    for split, number in (("seen", wish.samples), ("held_out", max(1, wish.samples // HELD_OUT_SHARE))):
+        rng = random.Random(f"evaluation-{wish.seed}-{wish.name}-{split}")
         scenes = FreshScenes(rng, held_out=split == "held_out")
         tally = Tally()
-        if name in CYCLES:
+        if wish.name in CYCLES:
             for index in range(number):
-                tally.add(run_cycle(name, system, rng, scenes, seed + index))
+                tally.add(run_cycle(wish.name, system, rng, scenes, wish.seed + index))
+        elif wish.name in CHAINS:
+            few = max(1, number // ONE_CHAIN_FOR)
+            chains = run_chains(
+                wish.name, system, rng, scenes, few, wish.seed, reserved_wordings=wish.reserved_wordings
+            )
+            for chain in chains:
+                tally.add(chain_findings(chain))
+            if split == "seen":
+                result["drift"] = drift(chains)
         else:
-            done = [_prepared(make(name, rng, scenes), rng) for _ in range(number)]
-            _run(system, done, seed)
+            done = _asked(system, wish, rng, scenes, number)
+            decode(system, done, wish.seed)
             for sample in done:
-                tally.add(verdicts(sample))
-            if name in CEILINGS and split == "seen":
-                ceiling = _ceiling(system, done, seed)
-            if sheets is not None and split == "seen":
-                from alignment.sheets import write_sheet
-
-                write_sheet(sheets / f"{name}.png", done, [all(verdicts(sample).values()) for sample in done])
-        splits[split] = tally.summary()
-    return {**splits, "ceiling": ceiling}
-
-
-def _prepared(exercise: Exercise, rng: random.Random) -> Sample:
-    shown = [part for turn in exercise.turns if turn.role == "user" for part in turn.parts]
-    media = {s: read_media(to_bytes(render(s, rng))) for s in shown if not isinstance(s, str)}
-    return Sample(exercise, media)
-
-
-def _run(system: System, samples: Sequence[Sample], seed: int) -> None:
-    """Let the system answer every sample; what it makes is decoded in batches."""
-    for sample in samples:
-        sample.spoken = converse(system, sample)
-    for modality in system.decoders:
-        placed = [(s, i, g) for s in samples for i, g in enumerate(s.signals) if g.modality == modality]
-        media = system.make(modality, [system.condition(signal) for _, _, signal in placed], seed)
-        for (sample, place, _), medium in zip(placed, media, strict=True):
-            sample.made += [b""] * (place + 1 - len(sample.made))
-            sample.made[place] = to_bytes(medium)
-
-
-def converse(system: System, sample: Sample) -> list[Spoken]:
-    """Hold the conversation of a sample, with the system's own earlier replies."""
-    read = {scene: system.read(medium) for scene, medium in sample.media.items()}
-    dialogue: Dialogue = []
-    spoken: list[Spoken] = []
-    for turn in sample.exercise.turns:
-        if turn.role == "user":
-            dialogue.append(_user(turn, read))
-            try:
-                spoken = system.speak(dialogue)
-            except ContextTooLong:  # only a babbling model talks itself out of its context
-                return []
-            parts: list[str | MediaTokens | SignalPart] = [
-                SignalPart(part.modality) if isinstance(part, Signal) else part for part in spoken
-            ]
-            dialogue.append(Message("assistant", parts))
-    return spoken
-
-
-def _user(turn: Turn, read: Mapping[Scene, MediaTokens]) -> Message:
-    return Message("user", [part if isinstance(part, str) else read[part] for part in turn.parts])
-
-
-def verdicts(sample: Sample) -> dict[str, bool]:
-    """Judge a finished sample: attribute -> right. With several media, names carry the modality."""
-    exercise = sample.exercise
-    wanted = [MODALITY[type(scene)] for scene in exercise.scenes]
-    got = [signal.modality for signal in sample.signals]
-    if exercise.direction == "decision":
-        return {str(m): (m in wanted) == (m in got) for m in MODALITY.values()} | {"exactly": got == wanted}
-    if not wanted:
-        stated = read_text(sample.text)
-        names = exercise.judged[0] if exercise.judged else ()
-        return {"modalities": not got} | {
-            name: stated.get(name) == getattr(exercise.stated, name) for name in names
-        }
-    result = {"modalities": got == wanted}
-    for place, (scene, names) in enumerate(zip(exercise.scenes, exercise.judged, strict=True)):
-        prefix = f"{wanted[place]} " if len(wanted) > 1 else ""
-        made = sample.made[place] if got == wanted else b""
-        for name, verdict in _medium_verdicts(sample, scene, names, made).items():
-            result[prefix + name] = verdict
+                tally.add(findings(sample))
+            if split == "seen":
+                result |= _besides(system, wish, done)
+        result[split] = tally.summary()
     return result
 
 
-def _medium_verdicts(sample: Sample, scene: Scene, names: Sequence[str], made: bytes) -> dict[str, bool]:
-    if not made:
-        return dict.fromkeys(names, False)
-    seen = judge(made)
-    exact = [name for name in names if name in ("hue", "centre", "fundamental")]
-    result = {name: seen.get(name) == getattr(scene, name) for name in names if name not in exact}
-    if exact:
-        result |= _near(sample.media[scene], read_media(made), exact)
+def _asked(system: System, wish: Wish, rng: random.Random, scenes: FreshScenes, number: int) -> list[Sample]:
+    """Draw exercises and hold their conversations."""
+    done = []
+    for _ in range(number):
+        exercise = make(wish.name, rng, scenes, reserved_wordings=wish.reserved_wordings)
+        done.append(prepare(exercise, rng))
+    for sample in done:
+        converse(system, sample)
+    return done
+
+
+def _besides(system: System, wish: Wish, done: Sequence[Sample]) -> dict[str, Any]:
+    """Measure what is asked of one direction only, and keep what people look at."""
+    result: dict[str, Any] = {}
+    if wish.name in CEILINGS:
+        result["ceiling"] = ceiling(system, done, wish.seed)
+    if wish.name == "decision":
+        rng = random.Random(f"calibration-{wish.seed}")
+        scenes = FreshScenes(rng)
+        number = max(1, wish.samples // CALIBRATION_SHARE)
+        others = _asked(system, wish, rng, scenes, number)
+        result["decision"] = decision_figures(
+            *([_decided(system, s) for s in part] for part in (done, others))
+        )
+    if wish.sheets is not None:
+        from alignment.sheets import write_gallery, write_sheet
+
+        write_sheet(wish.sheets / f"{wish.name}.png", done, [all_right(sample) for sample in done])
+        result["gallery"] = write_gallery(wish.sheets / "gallery", wish.name, done)
     return result
 
 
-def _near(source: Medium, made: Medium, names: Sequence[str]) -> dict[str, bool]:
-    """Compare continuous measurements of a medium with those of its source."""
-    if isinstance(source, Audio) and isinstance(made, Audio):
-        before, after = measure_sound(source.samples, source.rate), measure_sound(made.samples, made.rate)
-        ratio = after["hz"] / before["hz"]
-        semitones = 12 * abs(math.log2(ratio)) if ratio > 0 else math.inf
-        return {"fundamental": semitones <= TUNING_TOLERANCE_SEMITONES}
-    if not (isinstance(source, Image) and isinstance(made, Image)):
-        return dict.fromkeys(names, False)
-    was, now = measure_look(source.pixels), measure_look(made.pixels)
-    if was is None or now is None:
-        return dict.fromkeys(names, False)
-    turn = abs(was.hue_degrees - now.hue_degrees) % 360
-    colourless = max(was.body_rgb) - min(was.body_rgb) < 30
-    distance = max(abs(a - b) for a, b in zip(was.centre_px, now.centre_px, strict=True))
-    return {
-        "hue": colourless or min(turn, 360 - turn) <= HUE_TOLERANCE_DEGREES,
-        "centre": distance <= CENTRE_TOLERANCE_PX,
-    }
+def _decided(system: System, sample: Sample) -> Decided:
+    return Decided(
+        wanted=tuple(MODALITY[type(scene)] for scene in sample.exercise.scenes),
+        made=tuple(signal.modality for signal in sample.signals),
+        probability=media_probabilities(system.llm, sample.heard, sample.ids),
+        malformed=malformed_signals(system.llm.tokenizer, sample.ids),
+    )
 
 
-def _ceiling(system: System, samples: Sequence[Sample], seed: int) -> float:
+def ceiling(system: System, samples: Sequence[Sample], seed: int) -> float:
     """Return how often the decoder is right when its own text encoder reads the true caption."""
-    scenes = [sample.exercise.scenes[0] for sample in samples]
-    modality = MODALITY[type(scenes[0])]
-    conditions = [system.decoders[modality].encode_caption(caption(scene)) for scene in scenes]
-    right = 0
-    for sample, scene, medium in zip(samples, scenes, system.make(modality, conditions, seed), strict=True):
-        right += all(_medium_verdicts(sample, scene, sample.exercise.judged[0], to_bytes(medium)).values())
-    return round(right / len(samples), 4)
+    right: list[bool] = [False] * len(samples)
+    for modality in system.decoders:
+        mine = [i for i, s in enumerate(samples) if MODALITY[type(s.exercise.scenes[0])] == modality]
+        scenes = [samples[i].exercise.scenes[0] for i in mine]
+        conditions = [system.decoders[modality].encode_caption(caption(scene)) for scene in scenes]
+        for i, scene, medium in zip(mine, scenes, system.make(modality, conditions, seed), strict=True):
+            found = medium_findings(samples[i], scene, samples[i].exercise.judged[0], to_bytes(medium))
+            right[i] = all(finding.right for finding in found.values())
+    return round(sum(right) / len(samples), 4)

@@ -120,7 +120,8 @@ def fit(
             the step number, so that a resumed run sees what an unbroken one would, and move it to
             :func:`training_device`.
         config: length and rates.
-        folder: receives ``checkpoint.pt`` (weights, average, optimiser, step) and ``losses.jsonl``.
+        folder: receives ``checkpoint.pt`` (weights, average, optimiser, step) and ``losses.jsonl``. Where
+            a run was killed, the losses after its last checkpoint are measured and written again.
         rates: factors on the learning rate by parameter-name prefix; 1 where none matches.
 
     Raises:
@@ -142,6 +143,7 @@ def fit(
     )
     average = WeightAverage(module, config.average_decay) if config.average_decay is not None else None
     first_step, elapsed_before = _resume(folder, module, optimizer, average)
+    _forget_losses(folder / "losses.jsonl", first_step)
     started = saved = time.monotonic()
     log = (folder / "losses.jsonl").open("a")
     columns = (
@@ -173,7 +175,7 @@ def fit(
             if step % config.log_every_steps == 0:
                 values = {key: round(value.item(), 5) for key, value in losses.items()}
                 log.write(
-                    json.dumps({"step": step, "seconds": round(elapsed, 1), "rate": rate, **values}) + "\n"
+                    json.dumps({"step": step, "seconds": round(elapsed, 3), "rate": rate, **values}) + "\n"
                 )
                 log.flush()
                 progress.update(task, losses=" ".join(f"{k} {v:.4g}" for k, v in values.items()))
@@ -181,12 +183,32 @@ def fit(
             if time.monotonic() - saved > config.checkpoint_every_s:
                 _save(folder, module, optimizer, average, step + 1, elapsed)
                 saved = time.monotonic()
+                if not progress.console.is_terminal:  # a log file shows no bar
+                    left = time_left_s(config, step + 1, elapsed, first_step, elapsed_before)
+                    print(f"{name}: step {step + 1} of {config.num_steps}, {as_time(left)} left", flush=True)
     if first_step < config.num_steps:
         elapsed = elapsed_before + time.monotonic() - started
         _save(folder, module, optimizer, average, config.num_steps, elapsed)
     if average is not None:
         average.copy_to(module)
     module.to("cpu")
+
+
+def time_left_s(
+    config: FitConfig, step: int, elapsed_s: float, first_step: int, elapsed_before_s: float
+) -> float:
+    """Return how long a run will still take, at the pace since it was started or resumed."""
+    pace = (elapsed_s - elapsed_before_s) / max(1, step - first_step)
+    left = pace * (config.num_steps - step)
+    return left if config.max_minutes is None else min(left, max(0.0, 60 * config.max_minutes - elapsed_s))
+
+
+def as_time(seconds: float) -> str:
+    """Return seconds as a person says them: 40 s, 12 min or 3 h 05 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def plot_losses(folder: Path) -> Path:
@@ -212,6 +234,14 @@ def plot_losses(folder: Path) -> Path:
 
 def _trained(module: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def _forget_losses(path: Path, first_step: int) -> None:
+    """Drop the lines that a killed run wrote after its last checkpoint, and a line that it did not end."""
+    if not path.exists():
+        return
+    whole = [line for line in path.read_text().split("\n")[:-1] if json.loads(line)["step"] < first_step]
+    path.write_text("".join(f"{line}\n" for line in whole))
 
 
 def _save(

@@ -1,11 +1,11 @@
-"""Contact sheets: what was made, a caption under each, green when right and red when wrong."""
+"""Contact sheets and a gallery: what was made, with its words, and whether it is right."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
@@ -16,9 +16,10 @@ from decoders.mel import log_mel
 from encoders.media import Audio, Image, Medium, read_media
 
 if TYPE_CHECKING:
-    from alignment.evaluation import Sample
+    from alignment.samples import Sample
 
 CELL_PX, CAPTION_PX, COLUMNS, ROWS = 132, 40, 8, 4
+GALLERY_PX, GALLERY_SAMPLES = 96, 2
 RIGHT, WRONG = (20, 130, 60), (190, 30, 30)
 
 
@@ -43,6 +44,33 @@ def write_sheet(path: Path, samples: Sequence[Sample], right: Sequence[bool]) ->
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.quantize(96).save(path, optimize=True)
+
+
+def write_gallery(folder: Path, name: str, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """Write the first samples of a direction one by one, not picked.
+
+    Returns:
+        For each sample what was said, what the agent said, which attributes are wrong, and the names of the
+        pictures of what was ``shown`` and ``made``, or None where there was nothing.
+
+    """
+    from alignment.samples import findings
+
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for index, sample in enumerate(samples[:GALLERY_SAMPLES]):
+        files: dict[str, str | None] = {}
+        made = [read_media(data) for data in sample.made if data]
+        for kind, media in (("shown", list(sample.media.values())), ("made", made)):
+            files[kind] = f"{name}-{index + 1}-{kind}.png" if media else None
+            if media:
+                strip = PIL.Image.new("RGB", ((GALLERY_PX + 4) * len(media) - 4, GALLERY_PX), "white")
+                for place, medium in enumerate(media):
+                    strip.paste(_thumbnail(medium, GALLERY_PX), (place * (GALLERY_PX + 4), 0))
+                strip.quantize(128).save(folder / f"{name}-{index + 1}-{kind}.png", optimize=True)
+        wrong = [key for key, finding in findings(sample).items() if not finding.right]
+        entries.append({"said": sample.said, "answer": sample.text, "wrong": wrong, **files})
+    return entries
 
 
 def _thumbnail(medium: Medium, side: int) -> PIL.Image.Image:

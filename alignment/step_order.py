@@ -48,8 +48,9 @@ def run_in_order(needs: Needs, work: Callable[[str], None], jobs: int, logs: Pat
                 left.remove(step)
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 step = running.pop(future)
-                print(f"{step}: {future.result():.0f} s", flush=True)
+                seconds = future.result()
                 ended.add(step)
+                print(f"{step}: {seconds:.0f} s, {len(ended)} of {len(needs)} steps done", flush=True)
 
 
 def _logged(work: Callable[[str], None], step: str, log: Path) -> float:

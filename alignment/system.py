@@ -19,7 +19,7 @@ from decoders.settings import DecodeSettings
 from decoders.video import VideoDecoder
 from encoders.imagebind_encoder import ImageBindEncoder
 from encoders.media import Medium, Modality
-from llm.generate import GenerationOptions, SignalReady, TextDelta, generate
+from llm.generate import ALL_MEDIA, Finished, GenerationOptions, SignalReady, TextDelta, generate
 from llm.model import LanguageModel
 from llm.signals import Signal
 from llm.template import Dialogue, MediaTokens
@@ -57,6 +57,14 @@ class Folders:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """One reply: its texts and signals in order, and its token ids as they were said."""
+
+    parts: list[Spoken]
+    ids: tuple[int, ...]
+
+
 class System:
     """Encoder, language model, projections and decoders of a preset, loaded."""
 
@@ -79,22 +87,28 @@ class System:
 
     def speak(self, dialogue: Dialogue) -> list[Spoken]:
         """Return the reply to a dialogue, greedily: texts and signals in order."""
+        return self.answer(dialogue).parts
+
+    def answer(self, dialogue: Dialogue, allowed: frozenset[Modality] = ALL_MEDIA) -> Answer:
+        """Reply to a dialogue, greedily, with no media but the allowed ones."""
+        options = GenerationOptions(max_new_tokens=MAX_NEW_TOKENS, allowed=allowed)
         parts: list[Spoken] = []
         text = ""
-        for event in generate(
-            self.llm, dialogue, GenerationOptions(max_new_tokens=MAX_NEW_TOKENS), threading.Event()
-        ):
+        ids: tuple[int, ...] = ()
+        for event in generate(self.llm, dialogue, options, threading.Event()):
             if isinstance(event, TextDelta):
                 text += event.text
             elif isinstance(event, SignalReady):
                 parts += [text.strip()] if text.strip() else []
                 parts.append(event.signal)
                 text = ""
-        return [*parts, text.strip()] if text.strip() else parts
+            elif isinstance(event, Finished):
+                ids = event.ids
+        return Answer([*parts, text.strip()] if text.strip() else parts, ids)
 
-    def condition(self, signal: Signal) -> Condition:
-        """Turn a signal into its decoder's condition over the link of its modality."""
-        if self.links[signal.modality] == "caption":
+    def condition(self, signal: Signal, link: LinkName | None = None) -> Condition:
+        """Turn a signal into its decoder's condition over a link; None stands for the preset's."""
+        if (link or self.links[signal.modality]) == "caption":
             return self.decoders[signal.modality].encode_caption(signal.caption)
         with torch.inference_mode():
             projected = self.projections[signal.modality](signal.hidden[None], signal.embeddings[None])
@@ -104,14 +118,18 @@ class System:
         self,
         modality: Modality,
         conditions: Sequence[Condition],
-        seed: int,
+        seed: int | Sequence[int],
         settings: DecodeSettings | None = None,
     ) -> list[Medium]:
-        """Decode conditions of one modality in batches; medium i has the seed ``seed + i``."""
+        """Decode conditions of one modality in batches.
+
+        Medium i has the seed ``seed + i``, or ``seed[i]`` where there is one for each.
+        """
         wish = settings or DecodeSettings()
+        seeds = [seed + i for i in range(len(conditions))] if isinstance(seed, int) else seed
         media: list[Medium] = []
         for start in range(0, len(conditions), DECODE_BATCH):
             part = list(conditions[start : start + DECODE_BATCH])
-            wishes = [wish.with_seed(seed + start + i) for i in range(len(part))]
+            wishes = [wish.with_seed(one) for one in seeds[start : start + len(part)]]
             media += [made.medium for made in self.decoders[modality].decode_batch(part, wishes)]
         return media

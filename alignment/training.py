@@ -116,6 +116,11 @@ class TrainOptions:
     seed: int = 0
     jobs: int = 1
 
+    @property
+    def pool_sizes(self) -> pools.PoolSizes:
+        """How many scenes are rendered."""
+        return pools.PoolSizes(looks=400, clips=200, sounds=200) if self.small else pools.PoolSizes()
+
 
 @dataclass(frozen=True)
 class Run:
@@ -127,6 +132,7 @@ class Run:
     num_steps: int | None = None
     max_minutes: float | None = None
     seed: int = 0
+    logs_every_step: bool = False
 
     @property
     def cache(self) -> Path:
@@ -137,7 +143,8 @@ class Run:
         """Return the recipe of a step, as shortened by the options."""
         recipe = RECIPES[step]
         steps = self.num_steps if self.num_steps is not None else recipe.num_steps
-        return replace(recipe, num_steps=steps, max_minutes=self.max_minutes, seed=self.seed)
+        config = replace(recipe, num_steps=steps, max_minutes=self.max_minutes, seed=self.seed)
+        return replace(config, log_every_steps=1) if self.logs_every_step else config
 
     def as_it_stands(self) -> Run:
         """Return this run without further training: every step gives what its checkpoint holds."""
@@ -160,9 +167,15 @@ def run(stage: str, weights: Path, options: TrainOptions) -> None:
     if stage not in known:
         raise ValueError(f"There is no stage {stage!r}; expected one of {', '.join(known)}.")
     torch.set_num_threads(options.threads)
-    sizes = pools.PoolSizes(looks=400, clips=200, sounds=200) if options.small else pools.PoolSizes()
     name = f"{weights.name}-seed-{options.seed}" if options.seed else weights.name
-    work = Run(options.runs / name, weights, sizes, options.num_steps, options.max_minutes, options.seed)
+    work = Run(
+        options.runs / name,
+        weights,
+        options.pool_sizes,
+        options.num_steps,
+        options.max_minutes,
+        options.seed,
+    )
     began = time.monotonic()
     if stage == "all":
         pools.render(work.cache, work.sizes)
@@ -170,13 +183,18 @@ def run(stage: str, weights: Path, options: TrainOptions) -> None:
         one_step = partial(run, weights=weights, options=options)
         run_in_order(NEEDS, one_step, options.jobs, work.folder / "logs")
     elif stage != "export":
-        torch.manual_seed(options.seed)
-        _STEPS[stage](work)
+        train_step(stage, work)
         plot = plot_losses(work.folder / stage)
         print(f"{stage}: {time.monotonic() - began:.0f} s, losses in {plot}")
     if stage in ("all", "export"):
         export(work)
         print(f"export: wrote {weights}; {time.monotonic() - began:.0f} s in all")
+
+
+def train_step(step: str, work: Run) -> None:
+    """Train one step of a run, from where it stands; the same seed gives the same weights."""
+    torch.manual_seed(work.seed)
+    _STEPS[step](work)
 
 
 def _picture_autoencoder(work: Run) -> PatchAutoencoderKL:
@@ -281,8 +299,10 @@ def _stage(work: Run, name: str) -> Aligned:
     if not encoder.is_dir():
         raise ValueError(f"{encoder} is missing. First run `patchbay train imagebind`.")
     encoded = encode_pools(ImageBindEncoder.load(encoder), work.cache, work.sizes)
-    targets = {modality: _trained_captions(work, kind) for kind, modality in MODALITIES.items()}
     stage, config = STAGES[name], work.config(name)
+    targets = {}  # a stage of words alone runs before there are text encoders
+    if stage.distance:
+        targets = {modality: _trained_captions(work, kind) for kind, modality in MODALITIES.items()}
     run_stage(
         stage, model,
         lambda step: sample_dialogues(

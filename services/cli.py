@@ -87,15 +87,31 @@ def _parser() -> argparse.ArgumentParser:
     serve.set_defaults(run=serve_command)
 
     evaluate = commands.add_parser("eval", help=eval_command.__doc__, description=eval_command.__doc__)
-    evaluate.add_argument("world", choices=["toybox"], help="what to measure in")
+    evaluate.add_argument(
+        "what",
+        choices=["toybox", "judge", "links", "phrasings", "ability"],
+        help="every direction of the toy box, the judge itself, the links beside captions, how much the "
+        "wording matters, or what is left of the base's ability in words",
+    )
     _preset_option(evaluate)
     evaluate.add_argument(
         "--directions", default="all", help="all, or names with commas (default %(default)s)"
     )
     evaluate.add_argument(
-        "--samples", type=_positive, default=200, help="per direction (default %(default)s)"
+        "--samples",
+        type=_positive,
+        help="per direction, medium or topic (default 200; judge 1000, phrasings 20)",
     )
     evaluate.add_argument("--seed", type=_seed, default=0, help="(default %(default)s)")
+    evaluate.add_argument(
+        "--seeds", type=_positive, default=1, help="toybox, links: so many seeds, their mean and spread"
+    )
+    evaluate.add_argument(
+        "--wordings",
+        choices=["reserved", "training"],
+        default="reserved",
+        help="toybox: ask in words that training never used, or in its own (default %(default)s)",
+    )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     evaluate.add_argument(
         "--link",
@@ -105,8 +121,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--jobs", type=_positive, default=1, help="processes that share the work (default %(default)s)"
     )
-    evaluate.add_argument("--sheets", metavar="DIR", help="write a contact sheet per direction there")
+    evaluate.add_argument("--sheets", metavar="DIR", help="write contact sheets and a gallery there")
     evaluate.set_defaults(run=eval_command)
+
+    report = commands.add_parser("report", help=report_command.__doc__, description=report_command.__doc__)
+    report.add_argument("folder", metavar="DIR", help="holds evaluation.md, toybox.md and the JSON results")
+    report.add_argument("--runs", metavar="RUN", help="draw the losses of this run, such as runs/toybox")
+    report.set_defaults(run=report_command)
 
     train = commands.add_parser("train", help=train_command.__doc__, description=train_command.__doc__)
     train.add_argument(
@@ -126,6 +147,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--seed", type=int, default=0, help="of weights and data order (default %(default)s)")
     train.add_argument("--small", action="store_true", help="render small pools only, for a rehearsal")
+    train.add_argument(
+        "--dry-run", action="store_true", help="train nothing; time a few steps and say how long and how much"
+    )
     train.set_defaults(run=train_command)
 
     bench = commands.add_parser("bench", help=bench_command.__doc__, description=bench_command.__doc__)
@@ -269,26 +293,19 @@ def serve_command(args: argparse.Namespace) -> int:
 
 
 def eval_command(args: argparse.Namespace) -> int:
-    """Measure how often the outputs are right, direction by direction."""
-    from alignment import evaluation
-    from alignment.system import Folders
-    from services.doctor import expect_files
+    """Measure how often the outputs are right, and what that rests on."""
+    from services.measuring import measure
 
-    preset = load_preset(args.preset)
-    expect_files(preset)
-    folders = Folders(
-        encoder=preset.encoder_folder,
-        language_model=preset.language_model_folder,
-        projections=preset.projections_folder,
-        decoders={modality: preset.decoder_folder(modality) for modality in preset.decoders},
-        links={modality: args.link or decoder.link for modality, decoder in preset.decoders.items()},
-    )
-    directions = None if args.directions == "all" else args.directions.split(",")
-    sheets = Path(args.sheets) if args.sheets else None
-    result: dict[str, Any] = evaluation.main_toybox(
-        folders, directions, args.samples, args.seed, sheets, args.jobs
-    )
-    print(json.dumps(result) if args.json else evaluation.table(result))
+    print(measure(args))
+    return 0
+
+
+def report_command(args: argparse.Namespace) -> int:
+    """Write the figures of the documents from the results of eval."""
+    from alignment.report import write_report
+
+    for path in write_report(Path(args.folder), Path(args.runs) if args.runs else None):
+        print(path)
     return 0
 
 
@@ -316,6 +333,11 @@ def train_command(args: argparse.Namespace) -> int:
         print(f"bridge to {args.part}: wrote {train(preset, args.part, options, captions)}")
         return 0
     expect_trainable(preset)
+    if args.dry_run:
+        from alignment.rehearsal import estimate, table
+
+        print(table(estimate(args.stage, options), args.jobs))
+        return 0
     run(args.stage, preset.weights_folder, options)
     return 0
 

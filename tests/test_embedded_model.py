@@ -8,8 +8,10 @@ from diffusers import AudioLDMPipeline, StableDiffusionPipeline
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alignment.evaluation import main_toybox
+from alignment.evaluation import Wish, main_toybox, measure
 from alignment.system import Folders, System
+from alignment.toybox.cycles import CYCLES
+from alignment.toybox.exercises import DIRECTIONS
 from decoders.settings import DecodeSettings
 from decoders.stacked_video import TextToStackedVideoPipeline
 from encoders.media import Image, Modality
@@ -17,10 +19,19 @@ from llm.signals import Signal
 from llm.template import Message
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "deploy" / "weights" / "toybox"
+GOLDEN_SAMPLES, GOLDEN_SEED = 6, 11
 AT_LEAST = {
-    "text-to-image": 0.85, "text-to-video": 0.6, "text-to-audio": 0.65,
-    "image-to-text": 0.85, "video-to-text": 0.65, "audio-to-text": 0.8, "decision": 0.85,
+    "text-to-image": 0.5, "text-to-video": 0.3, "text-to-audio": 0.3,
+    "image-to-text": 0.6, "video-to-text": 0.6, "audio-to-text": 0.6,
+    "image-to-audio": 0.5, "audio-to-image": 0.5, "image-to-video": 0.5,
+    "video-to-image": 0.6, "video-to-audio": 0.3, "audio-to-video": 0.1,
+    "text+image-to-image": 0.8, "text+audio-to-audio": 0.8, "text+video-to-video": 0.1,
+    "image+audio-to-video": 0.6, "text-to-many": 0.1, "conversation": 0.3, "new-subject": 0.0,
+    "decision": 0.6, "beyond-words": 0.6,
+    "cycle image-text": 0.8, "cycle image-audio": 0.6, "cycle image-video": 0.6,
+    "cycle video-text": 0.8, "cycle video-audio": 0.1, "cycle audio-text": 0.3,
 }  # fmt: skip
+"""The least share right; a little under what `patchbay eval toybox --samples 6 --seed 11` prints."""
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +82,14 @@ def test_the_same_seed_gives_the_same_picture(system: System) -> None:
     assert (first.pixels != other.pixels).any()
 
 
+def test_every_direction_has_a_golden_share() -> None:
+    assert AT_LEAST.keys() == {*DIRECTIONS, *CYCLES}  # chains of edits are left to the evaluation
+
+
 @pytest.mark.parametrize("direction", list(AT_LEAST))
-def test_a_direction_is_about_as_good_as_measured(direction: str) -> None:
-    result = main_toybox(Folders.of_weights(WEIGHTS), [direction], samples=24, seed=11)
-    assert result["directions"][direction]["seen"]["right"] >= AT_LEAST[direction]
+def test_a_direction_is_about_as_good_as_measured(system: System, direction: str) -> None:
+    result = measure(system, Wish(direction, GOLDEN_SAMPLES, GOLDEN_SEED))
+    assert result["seen"]["right"] >= AT_LEAST[direction]
 
 
 def test_an_evaluation_is_the_same_with_any_number_of_processes() -> None:

@@ -1,21 +1,28 @@
 import random
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from alignment.embedded.dialogues import MODALITY
-from alignment.evaluation import Sample, Tally, table, verdicts
+from alignment.evaluation import over_seeds, table
+from alignment.samples import Sample, Tally, findings
 from alignment.toybox.exercises import DIRECTIONS, Exercise, FreshScenes, make
 from alignment.toybox.grammar import caption
-from alignment.toybox.media import judge, render, to_bytes
-from alignment.toybox.world import Scene
-from encoders.media import Modality
+from alignment.toybox.media import Finding, judge, render, to_bytes
+from alignment.toybox.world import Scene, Sound, attributes
+from encoders.media import Audio, Modality
 from llm.signals import Signal
 
 
 def signal(modality: Modality, text: str = "") -> Signal:
     return Signal(modality, text, torch.zeros(1, 2), torch.zeros(1, 2))
+
+
+def verdicts(sample: Sample) -> dict[str, bool]:
+    return {name: finding.right for name, finding in findings(sample).items()}
 
 
 def perfect(exercise: Exercise, rng: random.Random, shown: Sequence[Scene] | None = None) -> Sample:
@@ -89,18 +96,45 @@ def test_files_are_judged_not_tensors() -> None:
     assert judge(to_bytes(render(scene, rng)))["thing"] == scene.thing
 
 
+def test_a_sound_that_stops_early_is_judged_with_silence_behind_it() -> None:
+    short = Audio(np.zeros(100, dtype=np.float32), 16_000)
+    assert judge(to_bytes(short))["thing"] == "silence"
+    sound = Sound("drum", "low", 1, "fast", "loud")
+    whole = render(sound, random.Random(0))
+    assert isinstance(whole, Audio)
+    assert judge(to_bytes(Audio(whole.samples[:12_000], 16_000))) == attributes(sound)
+
+
 def test_a_sample_counts_as_right_only_when_every_attribute_is() -> None:
     tally = Tally()
-    tally.add({"thing": True, "colour": True})
-    tally.add({"thing": True, "colour": False})
-    assert tally.summary() == {"n": 2, "right": 0.5, "attributes": {"thing": 1.0, "colour": 0.5}}
-
-
-def test_the_table_has_a_line_per_direction() -> None:
-    row = {"n": 2, "right": 0.5, "attributes": {"thing": 1.0}}
-    result = {
-        "seconds": 1.0,
-        "seed": 0,
-        "directions": {"text-to-image": {"seen": row, "held_out": row, "ceiling": 0.75}},
+    tally.add({"thing": Finding(True, "bell", "bell"), "hue": Finding(True)})
+    tally.add({"thing": Finding(True, "drum", "drum"), "hue": Finding(False)})
+    assert tally.summary() == {
+        "n": 2,
+        "right": 0.5,
+        "attributes": {"thing": 1.0, "hue": 0.5},
+        "found": {"thing": {"bell": {"bell": 1}, "drum": {"drum": 1}}},
     }
-    assert "| text-to-image | 50.0% of 2 | 50.0% of 2 | 75.0% | thing 100.0% |" in table(result)
+
+
+def result_of(right: float, wrong_bells: int) -> dict[str, Any]:
+    found = {"thing": {"bell": {"bell": 4, "drum": wrong_bells}}}
+    split = {"n": 10, "right": right, "attributes": {"thing": right}, "found": found}
+    return {"ceiling": 0.75, "seen": split, "held_out": split}
+
+
+def test_seeds_are_averaged_with_their_spread_and_their_counts_are_added() -> None:
+    merged = over_seeds([result_of(0.5, 1), result_of(0.7, 2), result_of(0.9, 3)])
+    seen = merged["seen"]
+    assert (seen["n"], seen["right"], seen["spread"]) == (30, 0.7, 0.4)
+    assert seen["right_by_seed"] == [0.5, 0.7, 0.9]
+    assert seen["found"] == {"thing": {"bell": {"bell": 12, "drum": 6}}}
+    assert merged["ceiling"] == 0.75
+
+
+def test_the_table_has_a_line_per_direction_and_their_mean() -> None:
+    rows = {"text-to-image": result_of(0.5, 1), "text-to-audio": over_seeds([result_of(0.6, 1)] * 2)}
+    printed = table({"seconds": 1.0, "seed": 0, "seeds": [0, 1], "directions": rows})
+    assert "| text-to-image | 50.0% of 10 | 50.0% of 10 | 75.0% | thing 50.0% |" in printed
+    assert "| text-to-audio | 60.0% ± 0.0% of 20 |" in printed
+    assert "| **mean of 2** | 55.0% | 55.0% | | |" in printed

@@ -1,3 +1,9 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -5,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alignment.fitting import FitConfig, fit, plot_losses
+from alignment.fitting import FitConfig, as_time, fit, plot_losses, time_left_s
+
+ROOT = Path(__file__).resolve().parent.parent
 
 CONFIG = FitConfig(num_steps=12, learning_rate=0.05, warmup_steps=2, average_decay=0.9, log_every_steps=1)
 
@@ -37,6 +45,68 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(tmp_path: Path) -> Non
     fit("resumed", resumed, losses_of(resumed), often, tmp_path / "broken")
 
     torch.testing.assert_close(resumed.weight, whole.weight)
+
+
+def train_slowly(folder: Path, pause_s: float) -> nn.Linear:
+    """Train a small model for 40 steps; also run in another process, by name."""
+    model = linear()
+    losses = losses_of(model)
+
+    def slow(step: int) -> dict[str, Tensor]:
+        time.sleep(pause_s)
+        return losses(step)
+
+    config = replace(CONFIG, num_steps=40, checkpoint_every_s=0.1)
+    fit("slow", model, slow, config, folder)
+    return model
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def test_a_process_that_is_killed_goes_on_with_the_very_losses_of_an_unbroken_one(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    code = "import sys, pathlib, tests.test_fitting as t; t.train_slowly(pathlib.Path(sys.argv[1]), 0.05)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(broken)], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
+    )
+    log = broken / "losses.jsonl"
+    deadline = time.monotonic() + 300
+    while not (broken / "checkpoint.pt").exists() or len(log.read_text().splitlines()) < 12:
+        assert process.poll() is None, "the training ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    with log.open("a") as torn:
+        torn.write('{"step": 39, "sec')  # killed in the middle of a line
+    saved = torch.load(broken / "checkpoint.pt", weights_only=True)["step"]
+    assert 0 < saved < 40
+
+    resumed = train_slowly(broken, 0.0)
+    whole = train_slowly(tmp_path / "whole", 0.0)
+    assert logged(broken) == logged(tmp_path / "whole")
+    assert [row["step"] for row in logged(broken)] == list(range(40))
+    assert torch.equal(resumed.weight, whole.weight)
+    assert torch.equal(resumed.bias, whole.bias)
+
+
+def test_the_time_left_follows_the_pace_since_the_run_was_resumed() -> None:
+    config = replace(CONFIG, num_steps=100)
+    assert time_left_s(config, 60, 120.0, 50, 100.0) == pytest.approx(80.0)
+    assert time_left_s(replace(config, max_minutes=2.5), 60, 120.0, 50, 100.0) == pytest.approx(30.0)
+    assert [as_time(s) for s in (40.4, 725, 11_100)] == ["40 s", "12 min", "3 h 05 min"]
+
+
+def test_progress_is_printed_where_there_is_no_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = linear()
+    fit("quiet", model, losses_of(model), replace(CONFIG, checkpoint_every_s=0.0), tmp_path)
+    assert "quiet: step 6 of 12, 0 s left" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ Shape letters in this file:
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
     ClapTextConfig,
@@ -70,14 +72,25 @@ def train_tokenizer(kind: Kind, vocabulary_size: int = 800) -> PreTrainedTokeniz
     blank: PreTrainedTokenizerBase = RobertaTokenizer() if kind == "sound" else CLIPTokenizer()
     tokenizer: PreTrainedTokenizerBase = blank.train_new_from_iterator(texts, vocabulary_size)
     tokenizer.model_max_length = CAPTION_TOKENS
+    _number_letters(tokenizer)
     return tokenizer
 
 
-def kept_tokenizer(kind: Kind, folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in ``folder``, training it on the first call.
+def _number_letters(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the letters that merges start from their ids in alphabetical order.
 
-    Training it twice gives the same tokens with other ids, since ties are broken at random.
+    Training numbers letters at the end of a word at random, another way each time.
     """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary: dict[str, int] = state["model"]["vocab"]
+    merged = {first + second for first, second in state["model"]["merges"]}
+    letters = sorted(set(vocabulary) - merged - {token["content"] for token in state["added_tokens"]})
+    vocabulary.update(zip(letters, sorted(vocabulary[letter] for letter in letters), strict=True))
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+
+
+def kept_tokenizer(kind: Kind, folder: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in ``folder``, training it on the first call."""
     if not folder.is_dir():
         train_tokenizer(kind).save_pretrained(folder)
     kept: PreTrainedTokenizerBase

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from alignment.toybox.exercises import FreshScenes
-from alignment.toybox.media import judge, render, to_bytes
+from alignment.toybox.media import Finding, compare, judge, render, to_bytes
 from alignment.toybox.world import Scene
 from encoders.media import Medium, Modality, read_media
 from llm.signals import Signal
@@ -34,8 +34,8 @@ CYCLES: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
 
 def run_cycle(
     name: str, system: System, rng: random.Random, scenes: FreshScenes, seed: int
-) -> dict[str, bool]:
-    """Send one medium there and back; return which of the shared attributes survived."""
+) -> dict[str, Finding]:
+    """Send one medium there and back; say which of the shared attributes survived."""
     there, back, names = CYCLES[name]
     first, second = name.removeprefix("cycle ").split("-")
     scene: Scene
@@ -46,15 +46,12 @@ def run_cycle(
     source = read_media(to_bytes(render(scene, rng)))
     said, made = _ask(system, there, source, Modality(second), seed)
     if second != "text" and made is None:
-        return dict.fromkeys(names, False)
+        return compare({}, scene, names)
     if second == "text":
         _, returned = _ask(system, back.format(text=said), None, Modality(first), seed)
     else:
         _, returned = _ask(system, back, made, Modality(first), seed)
-    if returned is None:
-        return dict.fromkeys(names, False)
-    seen = judge(to_bytes(returned))
-    return {attribute: seen.get(attribute) == getattr(scene, attribute) for attribute in names}
+    return compare({} if returned is None else judge(to_bytes(returned)), scene, names)
 
 
 def _ask(

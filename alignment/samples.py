@@ -1,0 +1,194 @@
+"""One exercise on its way through the system: what was shown, said and made, and whether it is right.
+
+Every medium is written to a file's bytes and read again before it is judged.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from alignment.embedded.dialogues import MODALITY
+from alignment.system import Spoken, System
+from alignment.toybox.exercises import Exercise, Turn
+from alignment.toybox.grammar import read_text
+from alignment.toybox.judge_sound import measure_sound
+from alignment.toybox.judge_visual import measure_look
+from alignment.toybox.media import Finding, Value, compare, fitted, judge, lengthened, render, to_bytes
+from alignment.toybox.world import Scene
+from encoders.media import Audio, Image, Medium, read_media
+from llm.generate import ContextTooLong
+from llm.signals import Signal
+from llm.template import Dialogue, MediaTokens, Message, SignalPart
+
+HUE_TOLERANCE_DEGREES, CENTRE_TOLERANCE_PX, TUNING_TOLERANCE_SEMITONES = 12.0, 3.0, 1.0
+MEASURED = ("hue", "centre", "fundamental")
+
+
+@dataclass
+class Sample:
+    """One exercise: ``heard`` is the conversation up to the last reply, ``ids`` the tokens of that reply."""
+
+    exercise: Exercise
+    media: dict[Scene, Medium]
+    spoken: list[Spoken] = field(default_factory=list)
+    made: list[bytes] = field(default_factory=list)
+    heard: Dialogue = field(default_factory=list)
+    ids: tuple[int, ...] = ()
+    _seen: dict[bytes, dict[str, Value]] = field(default_factory=dict)
+
+    @property
+    def signals(self) -> list[Signal]:
+        """The signals of the reply, in order."""
+        return [part for part in self.spoken if isinstance(part, Signal)]
+
+    @property
+    def text(self) -> str:
+        """The words of the reply."""
+        return " ".join(part for part in self.spoken if isinstance(part, str))
+
+    @property
+    def said(self) -> str:
+        """The words of the person, turn by turn."""
+        turns = [turn for turn in self.exercise.turns if turn.role == "user"]
+        return " / ".join(" ".join(p for p in turn.parts if isinstance(p, str)) for turn in turns)
+
+    def judged(self, made: bytes) -> dict[str, Value]:
+        """Return what the judge says of a file, asking it once."""
+        if made not in self._seen:
+            self._seen[made] = judge(made)
+        return self._seen[made]
+
+
+@dataclass
+class Tally:
+    """Counts of one direction and split."""
+
+    n: int = 0
+    right: int = 0
+    attributes: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    pairs: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
+
+    def add(self, findings: Mapping[str, Finding]) -> None:
+        """Count one sample: right when every finding is."""
+        self.n += 1
+        self.right += all(finding.right for finding in findings.values())
+        for name, finding in findings.items():
+            self.attributes[name].append(int(finding.right))
+            if finding.wanted is not None:
+                found = self.pairs.setdefault(name, {}).setdefault(str(finding.wanted), {})
+                found[str(finding.found)] = found.get(str(finding.found), 0) + 1
+
+    def summary(self) -> dict[str, Any]:
+        """Return the counts as fractions, and for attributes with names what was found for each."""
+        fractions = {name: round(sum(v) / len(v), 4) for name, v in self.attributes.items()}
+        right = round(self.right / max(1, self.n), 4)
+        return {"n": self.n, "right": right, "attributes": fractions, "found": self.pairs}
+
+
+def prepare(exercise: Exercise, rng: random.Random) -> Sample:
+    """Render what the person shows."""
+    shown = [part for turn in exercise.turns if turn.role == "user" for part in turn.parts]
+    media = {s: read_media(to_bytes(render(s, rng))) for s in shown if not isinstance(s, str)}
+    return Sample(exercise, media)
+
+
+def decode(system: System, samples: Sequence[Sample], seed: int) -> None:
+    """Make every medium that the replies ask for, in batches of one modality."""
+    for modality in system.decoders:
+        placed = [(s, i, g) for s in samples for i, g in enumerate(s.signals) if g.modality == modality]
+        media = system.make(modality, [system.condition(signal) for _, _, signal in placed], seed)
+        for (sample, place, _), medium in zip(placed, media, strict=True):
+            sample.made += [b""] * (place + 1 - len(sample.made))
+            sample.made[place] = to_bytes(medium)
+
+
+def converse(system: System, sample: Sample) -> None:
+    """Hold the conversation of a sample, with the system's own earlier replies."""
+    read = {scene: system.read(medium) for scene, medium in sample.media.items()}
+    dialogue: Dialogue = []
+    for turn in sample.exercise.turns:
+        if turn.role == "user":
+            dialogue.append(_user(turn, read))
+            sample.heard = list(dialogue)
+            try:
+                answer = system.answer(dialogue)
+            except ContextTooLong:  # only a babbling model talks itself out of its context
+                sample.spoken, sample.ids = [], ()
+                return
+            sample.spoken, sample.ids = answer.parts, answer.ids
+            parts: list[str | MediaTokens | SignalPart] = [
+                SignalPart(part.modality) if isinstance(part, Signal) else part for part in answer.parts
+            ]
+            dialogue.append(Message("assistant", parts))
+
+
+def _user(turn: Turn, read: Mapping[Scene, MediaTokens]) -> Message:
+    return Message("user", [part if isinstance(part, str) else read[part] for part in turn.parts])
+
+
+def findings(sample: Sample) -> dict[str, Finding]:
+    """Judge a finished sample, attribute by attribute. With several media, names carry the modality."""
+    exercise = sample.exercise
+    wanted = [MODALITY[type(scene)] for scene in exercise.scenes]
+    got = [signal.modality for signal in sample.signals]
+    if exercise.direction == "decision":
+        each = {str(m): Finding((m in wanted) == (m in got)) for m in MODALITY.values()}
+        return each | {"exactly": Finding(got == wanted)}
+    if not wanted:
+        result = {"modalities": Finding(not got)}
+        if exercise.judged and exercise.stated is not None:
+            result |= compare(read_text(sample.text), exercise.stated, exercise.judged[0])
+        return result
+    result = {"modalities": Finding(got == wanted)}
+    for place, (scene, names) in enumerate(zip(exercise.scenes, exercise.judged, strict=True)):
+        prefix = f"{wanted[place]} " if len(wanted) > 1 else ""
+        made = sample.made[place] if got == wanted else b""
+        for name, finding in medium_findings(sample, scene, names, made).items():
+            result[prefix + name] = finding
+    return result
+
+
+def all_right(sample: Sample) -> bool:
+    """Return whether every judged attribute is right."""
+    return all(finding.right for finding in findings(sample).values())
+
+
+def medium_findings(sample: Sample, scene: Scene, names: Sequence[str], made: bytes) -> dict[str, Finding]:
+    """Judge one file of a sample; an empty file is wrong in everything."""
+    named = [name for name in names if name not in MEASURED]
+    measured = [name for name in names if name in MEASURED]
+    result = compare(sample.judged(made) if made else {}, scene, named)
+    if measured:
+        near = _near(sample.media[scene], read_media(made), measured) if made else {}
+        result |= {name: Finding(near.get(name, False)) for name in measured}
+    return result
+
+
+def _near(source: Medium, made: Medium, names: Sequence[str]) -> dict[str, bool]:
+    """Compare continuous measurements of a medium with those of its source."""
+    if isinstance(source, Audio) and isinstance(made, Audio):
+        return {"fundamental": semitones_between(source, made) <= TUNING_TOLERANCE_SEMITONES}
+    if not (isinstance(source, Image) and isinstance(made, Image)):
+        return dict.fromkeys(names, False)
+    was, now = (measure_look(fitted(picture.pixels)) for picture in (source, made))
+    if was is None or now is None:
+        return dict.fromkeys(names, False)
+    turn = abs(was.hue_degrees - now.hue_degrees) % 360
+    colourless = max(was.body_rgb) - min(was.body_rgb) < 30
+    distance = max(abs(a - b) for a, b in zip(was.centre_px, now.centre_px, strict=True))
+    return {
+        "hue": colourless or min(turn, 360 - turn) <= HUE_TOLERANCE_DEGREES,
+        "centre": distance <= CENTRE_TOLERANCE_PX,
+    }
+
+
+def semitones_between(source: Audio, made: Audio) -> float:
+    """Return how far apart two sounds are tuned; infinity where one is silent."""
+    before, after = (measure_sound(lengthened(s).samples, s.rate) for s in (source, made))
+    ratio = after["hz"] / before["hz"]
+    return 12 * abs(math.log2(ratio)) if ratio > 0 else math.inf

@@ -1,0 +1,68 @@
+"""Tasks shared among processes; the results are the same for every number of them."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any, TypeVar
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+_worker_here: list[Callable[[Any], Any]] = []  # the worker of a child process
+
+
+def share(
+    title: str,
+    tasks: Sequence[Task],
+    make_worker: Callable[[], Callable[[Task], Result]],
+    jobs: int = 1,
+) -> list[Result]:
+    """Run a worker on every task.
+
+    Args:
+        title: shown beside the progress bar.
+        tasks: what to do, picklable. A task brings its own seed.
+        make_worker: called once per process to load what the tasks need; picklable.
+        jobs: processes; 1 works in this one. A process computes with one thread, so that sums are made
+            in the same order everywhere.
+
+    Returns:
+        The results in the order of the tasks.
+
+    """
+    results: dict[int, Result] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, transient=True) as progress:
+        bar = progress.add_task(title, total=len(tasks))
+        if jobs == 1:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            try:
+                worker = make_worker()
+                for index, task in enumerate(tasks):
+                    results[index] = worker(task)
+                    progress.advance(bar)
+            finally:
+                torch.set_num_threads(threads)
+        else:
+            context = multiprocessing.get_context("spawn")  # forks of a process with threads may hang
+            with ProcessPoolExecutor(jobs, context, _prepare, (make_worker,)) as pool:
+                running = {pool.submit(_work, task): index for index, task in enumerate(tasks)}
+                for done in as_completed(running):
+                    results[running[done]] = done.result()
+                    progress.advance(bar)
+    return [results[index] for index in range(len(tasks))]
+
+
+def _prepare(make_worker: Callable[[], Callable[[Any], Any]]) -> None:
+    torch.set_num_threads(1)
+    _worker_here.append(make_worker())
+
+
+def _work(task: Any) -> Any:
+    return _worker_here[0](task)

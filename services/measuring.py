@@ -1,0 +1,69 @@
+"""What ``patchbay eval`` measures, on the parts of a preset."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from alignment import ability, evaluation, link_check, phrasings
+from alignment.system import Folders
+from alignment.toybox import judge_check
+from services.doctor import expect_files
+from services.presets import Preset, load_preset
+
+
+def measure(args: argparse.Namespace) -> str:
+    """Measure what the arguments name; return what is printed."""
+    if args.what == "judge":
+        return _printed(args, judge_check.main_judge(args.samples or 1000, args.seed, args.jobs))
+    folders = folders_of(load_preset(args.preset), args.link)
+    if args.what == "links":
+        found = link_check.main_links(folders, args.samples or 200, args.seed, args.jobs, args.seeds)
+    elif args.what == "phrasings":
+        found = phrasings.main_phrasings(folders, args.samples or 20, args.seed, args.jobs)
+    elif args.what == "ability":
+        found = ability.main_ability(folders, args.samples or 200, args.seed, args.jobs)
+    else:
+        found = evaluation.main_toybox(
+            folders,
+            None if args.directions == "all" else args.directions.split(","),
+            args.samples or 200,
+            args.seed,
+            Path(args.sheets) if args.sheets else None,
+            args.jobs,
+            args.seeds,
+            reserved_wordings=args.wordings == "reserved",
+        )
+    return _printed(args, found)
+
+
+def folders_of(preset: Preset, link: Any = None) -> Folders:
+    """Return where the parts of a preset lie; ``link`` is used in place of what it says.
+
+    Raises:
+        PresetProblem: some weights are missing.
+
+    """
+    expect_files(preset)
+    return Folders(
+        encoder=preset.encoder_folder,
+        language_model=preset.language_model_folder,
+        projections=preset.projections_folder,
+        decoders={modality: preset.decoder_folder(modality) for modality in preset.decoders},
+        links={modality: link or decoder.link for modality, decoder in preset.decoders.items()},
+    )
+
+
+_TABLES = {
+    "toybox": evaluation.table,
+    "judge": judge_check.table,
+    "links": link_check.table,
+    "phrasings": phrasings.table,
+    "ability": ability.table,
+}
+
+
+def _printed(args: argparse.Namespace, result: dict[str, Any]) -> str:
+    return json.dumps(result) if args.json else _TABLES[args.what](result)
