@@ -60,7 +60,7 @@ class LocalDecoder:
     def load(self) -> None:
         """Load the decoder and the link to it, unless they are loaded."""
         with self.pool.use_now(self.key, self._need, self._engine) as engine:
-            self._link(engine)
+            self.link(engine)
 
     def warm_up(self) -> None:
         """Take a few denoising steps, so that the first real ones come fast and their time is known."""
@@ -88,7 +88,8 @@ class LocalDecoder:
             decoder.forget_text_encoder()
         return DenoisingEngine(decoder, config)
 
-    def _link(self, engine: DenoisingEngine | PipelineEngine) -> Link:
+    def link(self, engine: DenoisingEngine | PipelineEngine) -> Link:
+        """Return what turns signals into conditions of the decoder of ``engine``."""
         if self.chosen.link == "caption":
             return CaptionLink(engine.decoder)
         with LOADING:
@@ -127,7 +128,7 @@ class LocalDecoder:
         settings = self.chosen.fill(settings)
         name = settings.lora
         async with self.pool.use(self.key, need, self._engine) as engine:
-            link = await asyncio.to_thread(self._link, engine)
+            link = await asyncio.to_thread(self.link, engine)
             condition = await engine.call(lambda: link.condition(signal))
             steps = settings.steps or engine.decoder.defaults.steps
             every = math.ceil(steps / (previews + 1)) if previews else 0

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from alignment.toybox.exercises import FreshScenes, make
+from decoders.engine import DenoisingEngine
 from decoders.settings import DecodeSettings
 from llm.model import LanguageModel
 from services.agent import Agent
@@ -130,10 +131,9 @@ def servers(preset: Preset, agent: Agent) -> tuple[OurService, OneAtATime, OneAt
         assert isinstance(box, LocalDecoder)
         box.load()
         box.warm_up()
-        assert box.engine is not None
-        assert box.link is not None
+        assert isinstance(box.engine, DenoisingEngine)
         wishes = preset.decoders[modality].fill(DecodeSettings())
-        makers[modality] = Maker(box.engine.decoder, box.link, wishes)
+        makers[modality] = Maker(box.engine.decoder, box.link(box.engine), wishes)
     naive = [
         NaiveServer(model, makers, max_new_tokens=preset.generation.max_new_tokens, reload=reload)
         for reload in (False, True)
