@@ -91,9 +91,11 @@ def build_gateway(
 
     app = FastAPI(title="Patchbay", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
-    def new_completion(request: Request, wishes: StreamOptions | None) -> Completion:
+    def new_completion(
+        request: Request, wishes: StreamOptions | None, model: str = preset.name
+    ) -> Completion:
         return Completion(
-            model=preset.name,
+            model=model,
             store=store,
             base_url=str(request.base_url),
             expires_after_s=expires_after_s,
@@ -116,7 +118,7 @@ def build_gateway(
         if adapter is not None:
             options = replace(options, adapters=(adapter, *options.adapters))
         conversation = await asyncio.to_thread(read_messages, chat.messages, store)
-        completion = new_completion(request, chat.stream_options)
+        completion = new_completion(request, chat.stream_options, chat.model or preset.name)
         events = agent.turn(conversation, options)
         if not chat.stream:
             return JSONResponse(await until_gone(request, completion.collect(events)))
