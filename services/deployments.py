@@ -243,7 +243,8 @@ class AgentReplica:
     async def adapters(self) -> list[AdapterState]:
         """Return the adapters of every replica of the boxes that have some."""
         boxes = {adapter.box for adapter in self.agent.adapters.values()}
-        answers = [await self.boxes[box].broadcast("adapters").results_async() for box in sorted(boxes)]
+        handles = {self.boxes[box].deployment_name: self.boxes[box] for box in sorted(boxes)}
+        answers = [await handle.broadcast("adapters").results_async() for handle in handles.values()]
         return [state for replicas in answers for states in replicas for state in states]
 
     async def unload_adapter(self, name: str) -> int | Failure:

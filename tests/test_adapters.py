@@ -274,6 +274,7 @@ class Replicas:
 
     def __init__(self, *replicas: Any) -> None:
         self.replicas = replicas
+        self.deployment_name = f"{id(self)}"
 
     def broadcast(self, method: str, *args: Any) -> Any:
         async def results_async() -> list[Any]:
@@ -290,19 +291,19 @@ async def test_a_command_reaches_every_replica_of_the_box(preset: Preset, tmp_pa
 
     def decoder() -> DecoderReplica:
         replica = object.__new__(DecoderReplica)
-        replica.box = LocalDecoder(preset, IMAGE, ArtefactStore(tmp_path.as_uri()))
+        replica.boxes = {IMAGE: LocalDecoder(preset, IMAGE, ArtefactStore(tmp_path.as_uri()))}
         return replica
 
     decoders = [decoder(), decoder()]
     for each in decoders:
-        each.box.adapters.get("ink", lambda name, folder: DecoderLora(name, "0", {}))
+        each.boxes[IMAGE].adapters.get("ink", lambda name, folder: DecoderLora(name, "0", {}))
     args = ReplicaArgs(preset=str(preset.file), store=tmp_path.as_uri())
     speaker = SimpleNamespace(adapters=LocalLanguageModel(preset).adapters.states)
     handles: Any = {IMAGE: Replicas(*decoders)}
     agent: Any = Replicas(AgentReplica(args, Replicas(), Replicas(speaker), handles))  # type: ignore[arg-type]
     remote = RemoteAgent(agent)
 
-    with decoders[1].box.adapters.holding("ink"), pytest.raises(Conflict, match="'ink' is used"):
+    with decoders[1].boxes[IMAGE].adapters.holding("ink"), pytest.raises(Conflict, match="'ink' is used"):
         await remote.unload_adapter("ink")
     assert sum(state.loaded for state in await remote.adapters()) == 1
     assert await remote.unload_adapter("ink") == 1

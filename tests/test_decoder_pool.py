@@ -352,7 +352,8 @@ async def test_a_replica_with_a_budget_loads_at_first_use_and_makes_several_kind
 
     for modality in (IMAGE, AUDIO):
         states = np.ones((4, LLM_WIDTH), np.float32)
-        stream = replica.decode(SpokenSignal(modality, "a bell", states, states), DecodeSettings(seed=1))
+        signal = SpokenSignal(modality, "a bell", states, states)
+        stream = replica.decode(signal, DecodeSettings(seed=1), user="ann", previews=0)
         *_, last = [value async for value in stream]
         assert isinstance(last, Made)
         assert last.artefact.modality is modality

@@ -90,7 +90,10 @@ def sent(value: Any) -> Any:
 def replica(kind: type, box: object) -> Any:
     """Return a replica around a box that needs no weights."""
     shell = object.__new__(kind)
-    shell.box = box
+    if kind is DecoderReplica:
+        shell.boxes = {IMAGE: box}
+    else:
+        shell.box = box
     return shell
 
 
@@ -104,7 +107,8 @@ def remote_decoder(decoder: FakeDecoder) -> RemoteDecoder:
         async def is_running(self, deployment: str) -> bool:
             return True
 
-    return RemoteDecoder(Handle(replica(DecoderReplica, decoder)), IMAGE, AllUp())  # type: ignore[arg-type]
+    handle: Any = Handle(replica(DecoderReplica, decoder))
+    return RemoteDecoder(handle, IMAGE, AllUp(), "ImageDecoder")
 
 
 def remote_agent(store: ArtefactStore, decoder: FakeDecoder) -> RemoteAgent:
@@ -143,7 +147,7 @@ async def test_every_replica_counts_under_its_own_name(monkeypatch: pytest.Monke
     for kind, remote in (
         (EncoderReplica, RemoteEncoder),
         (LanguageModelReplica, RemoteLanguageModel),
-        (DecoderReplica, lambda handle: RemoteDecoder(handle, IMAGE, ClusterStatus())),
+        (DecoderReplica, lambda handle: RemoteDecoder(handle, IMAGE, ClusterStatus(), "ImageDecoder")),
     ):
         box: Any = remote(Handle(replica(kind, Counting())))  # type: ignore[operator]
         assert await box.counts() == {"r1": {"slots": 8}}

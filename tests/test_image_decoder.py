@@ -199,7 +199,7 @@ def test_a_batch_equals_single_runs_each_with_its_own_seed_and_guidance(decoder:
 def test_a_batch_with_different_steps_is_refused(decoder: ImageDecoder) -> None:
     conditions = [decoder.encode_caption(CAPTION)] * 2
 
-    with pytest.raises(ValueError, match="differ in steps, scheduler or size"):
+    with pytest.raises(ValueError, match="differ in steps, scheduler, size or LoRA"):
         decoder.decode_batch(conditions, [DecodeSettings(steps=2), DecodeSettings(steps=3)])
 
 

@@ -218,7 +218,7 @@ def rename(old: str, new: str) -> Callable[[dict[str, Tensor]], None]:
             {},
             r"expected base_model.model.<layer>.lora_A.weight and",
         ),
-        (lambda t: None, {"r": 4}, r"lora_A .* expected \(4, 32\): rank 4 by adapter_config.json"),
+        (lambda t: None, {"r": 4}, r"lora_A .* expected \(4, \d+\): rank 4 by adapter_config.json"),
         (lambda t: None, {"peft_type": "IA3"}, r"describes 'IA3'; expected peft_type LORA"),
         (lambda t: None, {"use_dora": True, "bias": "all"}, r"asks for use_dora, bias 'all'; expected plain"),
         (
