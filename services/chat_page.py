@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import math
 import os
 import secrets
 import tempfile
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ Shown = list[Json]
 
 NAMES = {Modality.IMAGE: "picture", Modality.VIDEO: "video", Modality.AUDIO: "sound"}
 PREVIEWS = 6
+SHOWN_EVERY_S = 0.1  # a browser that is told of every step falls behind
 SUFFIXES = {"image": ".png", "video": ".mp4", "audio": ".wav"}
 CSS = """
 #chat [data-testid] img, #chat video { width: 224px !important; object-fit: contain; border-radius: 8px; }
@@ -273,12 +276,16 @@ async def _turn(
                 aclosing(client.stream(history, **body)) as chunks,
                 aclosing(_until(stop, chunks)) as wanted,
             ):
+                shown_at = -math.inf
                 async for chunk in wanted:
                     for index, url in shelf.take(chunk):
                         shelf.put(index, await client.download(url))
-                    yield shelf.messages(), [*history, shelf.assistant()]
-            if stop.is_set():
-                yield [_stopped(message) for message in shelf.messages()], [*history, shelf.assistant()]
+                    if time.monotonic() - shown_at >= SHOWN_EVERY_S:
+                        shown_at = time.monotonic()
+                        yield shelf.messages(), [*history, shelf.assistant()]
+            messages = shelf.messages()
+            shown = [_stopped(message) for message in messages] if stop.is_set() else messages
+            yield shown, [*history, shelf.assistant()]
     except ServiceError as error:
         yield [*shelf.messages(), _problem(error)], earlier
 
