@@ -66,8 +66,8 @@ RECIPES: Mapping[str, FitConfig] = {
     "clip-captions": _CAPTIONS,
     "sound-captions": _CAPTIONS,
     "look-denoiser": _DENOISER,
-    "clip-denoiser": replace(_DENOISER, num_steps=19000, learning_rate=1.5e-3, average_decay=0.998),
-    "sound-denoiser": replace(_DENOISER, num_steps=9600, learning_rate=1.5e-3, average_decay=0.998),
+    "clip-denoiser": replace(_DENOISER, num_steps=14400, learning_rate=1.5e-3, average_decay=0.998),
+    "sound-denoiser": replace(_DENOISER, num_steps=5600, learning_rate=1.5e-3, average_decay=0.998),
     "imagebind": FitConfig(
         num_steps=6000,
         learning_rate=1e-3,

@@ -40,11 +40,6 @@ SCHEDULES: Mapping[Kind, Mapping[str, object]] = {
            "clip_sample": False, "timestep_spacing": "trailing", "steps_offset": 1}
     for kind, prediction in _PREDICTIONS.items()
 }  # fmt: skip
-CHANGE_GAIN = 8.0
-"""How much more an error counts that differs between the frames of a clip than one that all share.
-
-A thing that stays where it is moves in a few cells only; without a gain its tempo was a toss-up.
-"""
 CLASS_GAIN = WIDTH**0.5
 _BLOCKS = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "norm_num_groups": 16,
            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "layers_per_block": 1,
@@ -104,7 +99,7 @@ class ConditionedDenoiser(nn.Module):
 
         For a denoiser that predicts the clean sample, its squared error is divided by the noise
         variance, which makes it the same loss (Salimans and Ho 2022, appendix D), floored so that
-        almost clean latents do not dominate; what differs between frames counts ``CHANGE_GAIN`` times.
+        almost clean latents do not dominate.
         """
         B = len(latents)
         level = torch.sigmoid(torch.randn(B, generator=generator) + NOISE_SHIFT[self.kind])
@@ -119,10 +114,7 @@ class ConditionedDenoiser(nn.Module):
             return (predicted - target).square().mean()
         kept: Tensor = self.scheduler.alphas_cumprod.to(latents.device)[timesteps]
         variance = (1 - kept).clamp(min=0.05)  # (B,)
-        error = predicted - latents  # (B, C, F, h, w)
-        change = error - error.mean(2, keepdim=True)
-        squared = error.square() + (CHANGE_GAIN - 1) * change.square()
-        return (squared.flatten(1).mean(1) / variance).mean()
+        return ((predicted - latents).square().flatten(1).mean(1) / variance).mean()
 
 
 def train_denoiser(
