@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from alignment.chains import CHAINS, ONE_CHAIN_FOR, chain_findings, drift, run_chains
 from alignment.decision import Decided, decision_figures, malformed_signals, media_probabilities
@@ -29,6 +29,7 @@ HELD_OUT_SHARE = 4  # one held-out sample for so many seen ones
 CALIBRATION_SHARE = 2  # one dialogue to calibrate the decision on for so many measured ones
 CEILINGS = ("text-to-image", "text-to-video", "text-to-audio")
 SPLITS = ("seen", "held_out")
+Wordings = Literal["split", "reserved", "training"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,11 @@ class Wish:
     samples: int
     seed: int
     sheets: Path | None = None
-    reserved_wordings: bool = True
+    wordings: Wordings = "split"
+
+    def reserved(self, split: str) -> bool:
+        """Whether what is asked in ``split`` is asked in words that training never used."""
+        return split == "held_out" if self.wordings == "split" else self.wordings == "reserved"
 
 
 def main_toybox(
@@ -50,7 +55,7 @@ def main_toybox(
     sheets: Path | None = None,
     jobs: int = 1,
     seeds: int = 1,
-    reserved_wordings: bool = True,
+    wordings: Wordings = "split",
 ) -> dict[str, Any]:
     """Measure a preset on Toybox.
 
@@ -64,8 +69,9 @@ def main_toybox(
         jobs: processes that share the work; the result is the same for every number.
         seeds: how many seeds, from ``seed`` on. With several, every figure is their mean, and ``spread``
             is the largest less the smallest share of right samples.
-        reserved_wordings: ask in words that training never used; else in those of training, which tells
-            what is known by heart only. Cycles ask in the same words always.
+        wordings: ``reserved`` asks in words that training never used, ``training`` in those of training,
+            and ``split`` asks for held-out combinations in the former and for seen ones in the latter.
+            Cycles ask in the same words always.
 
     Returns:
         The object that ``--json`` prints (see the README).
@@ -82,7 +88,7 @@ def main_toybox(
     started = time.monotonic()
     all_seeds = list(range(seed, seed + seeds))
     wishes = [
-        Wish(name, samples, one, sheets if one == seed else None, reserved_wordings)
+        Wish(name, samples, one, sheets if one == seed else None, wordings)
         for name in chosen
         for one in all_seeds
     ]
@@ -94,7 +100,7 @@ def main_toybox(
         "samples": samples,
         "seed": seed,
         "seeds": all_seeds,
-        "wordings": "reserved" if reserved_wordings else "training",
+        "wordings": wordings,
         "directions": {name: over_seeds(runs) for name, runs in by_name.items()},
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -210,14 +216,14 @@ def measure(system: System, wish: Wish) -> dict[str, Any]:
         elif wish.name in CHAINS:
             few = max(1, number // ONE_CHAIN_FOR)
             chains = run_chains(
-                wish.name, system, rng, scenes, few, wish.seed, reserved_wordings=wish.reserved_wordings
+                wish.name, system, rng, scenes, few, wish.seed, reserved_wordings=wish.reserved(split)
             )
             for chain in chains:
                 tally.add(chain_findings(chain))
             if split == "seen":
                 result["drift"] = drift(chains)
         else:
-            done = _asked(system, wish, rng, scenes, number)
+            done = _asked(system, wish, rng, scenes, number, reserved=wish.reserved(split))
             decode(system, done, wish.seed)
             for sample in done:
                 tally.add(findings(sample))
@@ -227,11 +233,13 @@ def measure(system: System, wish: Wish) -> dict[str, Any]:
     return result
 
 
-def _asked(system: System, wish: Wish, rng: random.Random, scenes: FreshScenes, number: int) -> list[Sample]:
+def _asked(
+    system: System, wish: Wish, rng: random.Random, scenes: FreshScenes, number: int, *, reserved: bool
+) -> list[Sample]:
     """Draw exercises and hold their conversations."""
     done = []
     for _ in range(number):
-        exercise = make(wish.name, rng, scenes, reserved_wordings=wish.reserved_wordings)
+        exercise = make(wish.name, rng, scenes, reserved_wordings=reserved)
         done.append(prepare(exercise, rng))
     for sample in done:
         converse(system, sample)
@@ -247,7 +255,7 @@ def _besides(system: System, wish: Wish, done: Sequence[Sample]) -> dict[str, An
         rng = random.Random(f"calibration-{wish.seed}")
         scenes = FreshScenes(rng)
         number = max(1, wish.samples // CALIBRATION_SHARE)
-        others = _asked(system, wish, rng, scenes, number)
+        others = _asked(system, wish, rng, scenes, number, reserved=wish.reserved("seen"))
         result["decision"] = decision_figures(
             *([_decided(system, s) for s in part] for part in (done, others))
         )

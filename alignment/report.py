@@ -18,6 +18,11 @@ from alignment.toybox import judge_check
 
 RESULTS = {name: f"{name}.json" for name in ("evaluation", "judge", "links", "phrasings", "ability")}
 DOCUMENTS = ("evaluation.md", "toybox.md")
+WORDINGS = {
+    "split": "seen ones in words of training and held-out ones in words that training never used",
+    "training": "in words of training",
+    "reserved": "in words that training never used",
+}
 WORST, MOST_NAMED_LOSSES = 3, 6
 _MARKED = re.compile(r"(<!-- begin (?P<name>[a-z-]+) -->\n).*?(<!-- end (?P=name) -->)", re.DOTALL)
 
@@ -120,7 +125,7 @@ def directions_text(result: Result) -> str:
     """Return the table of directions and its conditions."""
     rows = [
         f"Seeds {', '.join(map(str, result['seeds']))}, {result['samples']} seen samples per direction and "
-        f"seed, {result['wordings']} wordings, {result['seconds']:.0f} s."
+        f"seed, {WORDINGS[result['wordings']]}, {result['seconds']:.0f} s."
         + (
             " ± is half of what lies between the best and the worst seed." if len(result["seeds"]) > 1 else ""
         ),

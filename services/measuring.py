@@ -34,7 +34,7 @@ def measure(args: argparse.Namespace) -> str:
             Path(args.sheets) if args.sheets else None,
             args.jobs,
             args.seeds,
-            reserved_wordings=args.wordings == "reserved",
+            wordings=args.wordings,
         )
     return _printed(args, found)
 

@@ -68,12 +68,21 @@ class Speaker(random.Random):
 
 OPENINGS = Phrases(
     (
-        "", "", "", "", "", "", "please ", "can you ", "could you ", "hey, ", "ok, ", "would you ",
-        "i want you to ", "could you please ", "hi, can you ", "hi, please ", "now please ", "so, ",
-        "i would like you to ", "hello, ", "and now ", "well, could you ", "oh, and ", "good, then ",
+        "",
+        "",
+        "",
+        "",
+        "",
+        "please ",
+        "can you ",
+        "could you ",
+        "hey, ",
+        "ok, ",
+        "would you ",
+        "i want you to ",
     ),
     ("", "", "would you please ", "can you please ", "i need you to ", "hello, could you ", "go on and "),
-)  # fmt: skip
+)
 """What may stand before a request in the imperative."""
 DRAW = Phrases(
     (
@@ -113,19 +122,13 @@ WISHES: Mapping[type, Phrases] = {
 }
 """Requests that are no imperatives."""
 POLITE_ENDINGS = Phrases(
-    (
-        "", "", "", "", "", "", " please", ".", "!", " for me", ", please", " now", " for my friend",
-        ", thank you", " please.", ", ok?", " for me, please", " if you can", " today", " for them!",
-    ),
+    ("", "", "", "", " please", ".", "!", " for me", ", please", " now"),
     ("", "", " for us", ", thanks", " please!"),
-)  # fmt: skip
+)
 JOINTS = Phrases(
-    (
-        " and ", ", then ", " and then ", ", and ", ". ", ". then ", " and also ", ", next ", ". and ",
-        " plus ", ", also ", ", after that ", ". next, ", " and finally ", ". and also ", " as well as ",
-    ),
+    (" and ", ", then ", " and then ", ", and ", ". ", ". then ", " and also ", ", next "),
     (". also ", ", and then ", " and next "),
-)  # fmt: skip
+)
 
 WHAT_IS_SEEN = Phrases(
     (
@@ -321,67 +324,30 @@ NOW_AS_PICTURE = Phrases(
 
 QUESTIONS: Mapping[str, Phrases] = {
     "thing": Phrases(
-        (
-            "what thing is it?",
-            "which thing is this?",
-            "name the thing",
-            "what is it called?",
-            "tell me what thing it is",
-            "what kind of thing is it?",
-        ),
+        ("what thing is it?", "which thing is this?", "name the thing", "what is it called?"),
         ("which thing is it?", "what thing is this?"),
     ),
     "colour": Phrases(
-        (
-            "what colour is it?",
-            "which colour does it have?",
-            "name its colour",
-            "in which colour is it?",
-            "tell me its colour",
-            "what colour does it have?",
-            "its colour?",
-        ),
+        ("what colour is it?", "which colour does it have?", "name its colour", "in which colour is it?"),
         ("which colour is it?", "what is its colour?"),
     ),
     "size": Phrases(
-        (
-            "how big is it?",
-            "what size is it?",
-            "name its size",
-            "which size does it have?",
-            "tell me its size",
-            "what size does it have?",
-            "its size?",
-        ),
+        ("how big is it?", "what size is it?", "name its size", "which size does it have?"),
         ("which size is it?", "what is its size?"),
     ),
     "count": Phrases(
-        (
-            "how many are there?",
-            "how many do you see?",
-            "count them",
-            "how many of them are there?",
-            "tell me how many there are",
-        ),
+        ("how many are there?", "how many do you see?", "count them", "how many of them are there?"),
         ("how many of them do you see?", "how many are they?"),
     ),
     "times": Phrases(
-        (
-            "how often does it sound?",
-            "how many times does it sound?",
-            "how often do you hear it?",
-            "how many times is it?",
-            "count the sounds",
-        ),
+        ("how often does it sound?", "how many times does it sound?", "how often do you hear it?"),
         ("how many times do you hear it?",),
     ),
     "loudness": Phrases(
-        ("is it loud or quiet?", "how loud is it?", "is this quiet or loud?", "tell me how loud it is"),
-        ("how loud is this?",),
+        ("is it loud or quiet?", "how loud is it?", "is this quiet or loud?"), ("how loud is this?",)
     ),
     "motion": Phrases(
-        ("where is it going?", "how does it move?", "which way does it go?", "tell me how it moves"),
-        ("where does it move?",),
+        ("where is it going?", "how does it move?", "which way does it go?"), ("where does it move?",)
     ),
 }
 """Questions about one attribute of a medium; ``times`` is the count of a sound."""
@@ -423,8 +389,7 @@ TALK: tuple[tuple[Phrases, str], ...] = (
         Phrases(
             (
                 "do not draw anything", "no picture please", "just talk to me", "no sound please",
-                "only words please", "do not film anything", "do not make a sound", "do not show me anything",
-                "make no video", "play nothing", "no more pictures",
+                "only words please",
             ),
             ("do not play anything", "no video please"),
         ),
