@@ -26,8 +26,8 @@ AT_LEAST = {
     "image-to-audio": 0.5, "audio-to-image": 0.5, "image-to-video": 0.5,
     "video-to-image": 0.6, "video-to-audio": 0.3, "audio-to-video": 0.1,
     "text+image-to-image": 0.8, "text+audio-to-audio": 0.8, "text+video-to-video": 0.1,
-    "image+audio-to-video": 0.6, "text-to-many": 0.1, "conversation": 0.3, "new-subject": 0.0,
-    "decision": 0.6, "beyond-words": 0.6,
+    "image+audio-to-video": 0.6, "text-to-many": 0.1, "conversation": 0.3, "new-subject": 0.1,
+    "decision": 0.6, "beyond-words": 0.4,
     "cycle image-text": 0.8, "cycle image-audio": 0.6, "cycle image-video": 0.6,
     "cycle video-text": 0.8, "cycle video-audio": 0.1, "cycle audio-text": 0.3,
 }  # fmt: skip
