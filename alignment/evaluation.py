@@ -29,7 +29,7 @@ HELD_OUT_SHARE = 4  # one held-out sample for so many seen ones
 CALIBRATION_SHARE = 2  # one dialogue to calibrate the decision on for so many measured ones
 CEILINGS = ("text-to-image", "text-to-video", "text-to-audio")
 SPLITS = ("seen", "held_out")
-Wordings = Literal["split", "reserved", "training"]
+Wordings = Literal["reserved", "training"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +40,12 @@ class Wish:
     samples: int
     seed: int
     sheets: Path | None = None
-    wordings: Wordings = "split"
+    wordings: Wordings = "reserved"
 
-    def reserved(self, split: str) -> bool:
-        """Whether what is asked in ``split`` is asked in words that training never used."""
-        return split == "held_out" if self.wordings == "split" else self.wordings == "reserved"
+    @property
+    def reserved(self) -> bool:
+        """Whether it is asked in words that training never used."""
+        return self.wordings == "reserved"
 
 
 def main_toybox(
@@ -55,7 +56,7 @@ def main_toybox(
     sheets: Path | None = None,
     jobs: int = 1,
     seeds: int = 1,
-    wordings: Wordings = "split",
+    wordings: Wordings = "reserved",
 ) -> dict[str, Any]:
     """Measure a preset on Toybox.
 
@@ -69,9 +70,8 @@ def main_toybox(
         jobs: processes that share the work; the result is the same for every number.
         seeds: how many seeds, from ``seed`` on. With several, every figure is their mean, and ``spread``
             is the largest less the smallest share of right samples.
-        wordings: ``reserved`` asks in words that training never used, ``training`` in those of training,
-            and ``split`` asks for held-out combinations in the former and for seen ones in the latter.
-            Cycles ask in the same words always.
+        wordings: ``reserved`` asks in words that training never used, ``training`` in those of training;
+            cycles ask in the same words always.
 
     Returns:
         The object that ``--json`` prints (see the README).
@@ -216,14 +216,14 @@ def measure(system: System, wish: Wish) -> dict[str, Any]:
         elif wish.name in CHAINS:
             few = max(1, number // ONE_CHAIN_FOR)
             chains = run_chains(
-                wish.name, system, rng, scenes, few, wish.seed, reserved_wordings=wish.reserved(split)
+                wish.name, system, rng, scenes, few, wish.seed, reserved_wordings=wish.reserved
             )
             for chain in chains:
                 tally.add(chain_findings(chain))
             if split == "seen":
                 result["drift"] = drift(chains)
         else:
-            done = _asked(system, wish, rng, scenes, number, reserved=wish.reserved(split))
+            done = _asked(system, wish, rng, scenes, number, reserved=wish.reserved)
             decode(system, done, wish.seed)
             for sample in done:
                 tally.add(findings(sample))
@@ -255,7 +255,7 @@ def _besides(system: System, wish: Wish, done: Sequence[Sample]) -> dict[str, An
         rng = random.Random(f"calibration-{wish.seed}")
         scenes = FreshScenes(rng)
         number = max(1, wish.samples // CALIBRATION_SHARE)
-        others = _asked(system, wish, rng, scenes, number, reserved=wish.reserved("seen"))
+        others = _asked(system, wish, rng, scenes, number, reserved=wish.reserved)
         result["decision"] = decision_figures(
             *([_decided(system, s) for s in part] for part in (done, others))
         )

@@ -19,7 +19,6 @@ from alignment.toybox import judge_check
 RESULTS = {name: f"{name}.json" for name in ("evaluation", "judge", "links", "phrasings", "ability")}
 DOCUMENTS = ("evaluation.md", "toybox.md")
 WORDINGS = {
-    "split": "seen ones in words of training and held-out ones in words that training never used",
     "training": "in words of training",
     "reserved": "in words that training never used",
 }

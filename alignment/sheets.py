@@ -43,7 +43,7 @@ def write_sheet(path: Path, samples: Sequence[Sample], right: Sequence[bool]) ->
             spacing=1,
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.quantize(96).save(path, optimize=True)
+    sheet.quantize(256, PIL.Image.Quantize.FASTOCTREE).save(path, optimize=True)
 
 
 def write_gallery(folder: Path, name: str, samples: Sequence[Sample]) -> list[dict[str, Any]]:
@@ -67,7 +67,9 @@ def write_gallery(folder: Path, name: str, samples: Sequence[Sample]) -> list[di
                 strip = PIL.Image.new("RGB", ((GALLERY_PX + 4) * len(media) - 4, GALLERY_PX), "white")
                 for place, medium in enumerate(media):
                     strip.paste(_thumbnail(medium, GALLERY_PX), (place * (GALLERY_PX + 4), 0))
-                strip.quantize(128).save(folder / f"{name}-{index + 1}-{kind}.png", optimize=True)
+                strip.quantize(256, PIL.Image.Quantize.FASTOCTREE).save(
+                    folder / f"{name}-{index + 1}-{kind}.png", optimize=True
+                )
         wrong = [key for key, finding in findings(sample).items() if not finding.right]
         entries.append({"said": sample.said, "answer": sample.text, "wrong": wrong, **files})
     return entries

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from alignment.fitting import FitConfig, fit, half_precision
+from alignment.fitting import FitConfig, fit, half_precision, prefer_plain_attention
 from decoders.projection import OutputProjection
 from encoders.media import Modality
 from llm.model import LanguageModel, ModelPart
@@ -71,7 +71,7 @@ STAGES: Mapping[str, Stage] = {
             **_READS, **_MAKES, "image-to-audio": 1, "audio-to-image": 1, "image-to-video": 1,
             "video-to-image": 1, "video-to-audio": 1, "audio-to-video": 1, "text+image-to-image": 2,
             "text+audio-to-audio": 1.5, "text+video-to-video": 1.5, "image+audio-to-video": 1,
-            "text-to-many": 5, "conversation": 4, "new-subject": 2, "decision": 5,
+            "text-to-many": 8, "conversation": 4, "new-subject": 6, "decision": 6,
             "beyond-words": 0.5,
         },
     ),
@@ -137,6 +137,7 @@ def run_stage(
 
     """
     model.train_only(stage)
+    prefer_plain_attention(model.llm.causal_lm)
 
     def losses(step: int) -> dict[str, Tensor]:
         with half_precision():

@@ -50,6 +50,12 @@ class Output:
     loss: Tensor
 
 
+def mean_loss(outputs: Sequence[Output]) -> Tensor:
+    """Return the mean cross-entropy over all trained tokens of several batches."""
+    count = sum(len(output.targets) for output in outputs)
+    return torch.stack([output.loss * len(output.targets) for output in outputs]).sum() / max(count, 1)
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class SignalStates:
     """All blocks of one modality in a batch, in the order of :attr:`Batch.signals`.
@@ -223,6 +229,16 @@ class LanguageModel(nn.Module):
     def collate(self, dialogues: Sequence[Dialogue], loss_on: LossOn = "assistant") -> Batch:
         """Lay out ``dialogues`` and pad them at the right into one batch, on the CPU."""
         return collate_rows([self.encode(d, loss_on=loss_on) for d in dialogues], self.tokenizer.pad_id)
+
+    def collate_by_length(self, dialogues: Sequence[Dialogue], groups: int = 2) -> list[Batch]:
+        """Lay out ``dialogues`` in up to ``groups`` batches, short rows apart from long ones.
+
+        Half of a batch of both is padding, which costs as much as words.
+        """
+        rows = sorted((self.encode(d, loss_on="assistant") for d in dialogues), key=lambda row: len(row.ids))
+        size = -(-len(rows) // groups)
+        pad_id = self.tokenizer.pad_id
+        return [collate_rows(rows[start : start + size], pad_id) for start in range(0, len(rows), size)]
 
     def embed_batch(self, batch: Batch) -> Tensor:
         """Return the input embeddings ``(B, T, D)`` of ``batch``, projected media in their slots."""

@@ -108,10 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument(
         "--wordings",
-        choices=["split", "reserved", "training"],
-        default="split",
-        help="toybox: ask in words that training never used, in its own, or for held-out combinations in the "
-        "former and for seen ones in the latter (default %(default)s)",
+        choices=["reserved", "training"],
+        default="reserved",
+        help="toybox: ask in words that training never used, or in its own (default %(default)s)",
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     evaluate.add_argument(

@@ -162,3 +162,15 @@ def test_a_still_thing_repeats_itself_after_its_period(thing: str) -> None:
     fast = draw_clip(Clip(thing, "red", "medium", "white", "still", "fast"), rng(5)).astype(int)
     assert np.abs(fast[:4] - fast[4:]).max() <= 40
     assert np.abs(slow[:4] - slow[4:]).max() > 80
+
+
+def test_half_a_second_tells_a_slow_still_thing_from_a_fast_one() -> None:
+    def change(tempo: str, seed: int) -> float:
+        frames = draw_clip(Clip("bell", "red", "big", "white", "still", tempo), random.Random(seed)).astype(
+            float
+        )
+        return float(np.abs(frames[4] - frames[0]).mean())
+
+    assert min(change("slow", seed) for seed in range(20)) > 10 * max(
+        change("fast", seed) for seed in range(20)
+    )

@@ -75,6 +75,12 @@ def test_every_kind_of_phrase_keeps_some_for_tests_alone() -> None:
         assert not set(phrases.training) & (set(phrases.reserved) - {""}), phrases
 
 
+def test_patterns_spell_out_all_their_ways_but_the_reserved_ones() -> None:
+    phrases = wordings.ways("(draw|draw|paint)( me|)", "show", reserved=("draw me", "sketch"))
+    assert phrases.training == ("draw", "draw", "paint me", "paint", "show")
+    assert phrases.reserved == ("draw me", "sketch")
+
+
 @pytest.mark.parametrize("direction", ["image-to-audio", "text+image-to-image", "conversation", "decision"])
 def test_training_and_tests_ask_in_different_words(direction: str) -> None:
     def asked(*, reserved: bool) -> set[str]:

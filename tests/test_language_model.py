@@ -26,7 +26,7 @@ from transformers import (
 
 from encoders.media import Modality
 from llm.lora import LoraOptions
-from llm.model import LanguageModel, ModelPart
+from llm.model import LanguageModel, ModelPart, mean_loss
 from llm.projectors import ProjectorConfig, Prompt
 from llm.template import SignalPart
 from tests.tiny_llm import (
@@ -128,6 +128,20 @@ def test_projected_media_lie_in_their_slots() -> None:
     assert audio.media.pooled is not None
     projected = model.projectors["audio"].project(audio.media.pooled)  # type: ignore[union-attr, operator]
     torch.testing.assert_close(embeddings[0, audio.start], projected)
+
+
+def test_batches_by_length_give_the_loss_of_one_batch_with_less_padding() -> None:
+    model = tiny_model()
+    short = [[user("hello"), assistant("hi")], [user("a drum"), assistant("no")]]
+    long = [[user("bell " * 20), assistant("a bell")], [user("drum " * 20), assistant("a drum and a bell")]]
+    dialogues = [long[0], short[0], long[1], short[1]]
+
+    together = model.collate(dialogues)
+    groups = model.collate_by_length(dialogues)
+
+    assert [len(group.ids) for group in groups] == [2, 2]
+    assert sum(group.ids.numel() for group in groups) < together.ids.numel()
+    torch.testing.assert_close(mean_loss([model(group) for group in groups]), model(together).loss)
 
 
 def test_a_batch_gives_what_its_rows_give_alone() -> None:

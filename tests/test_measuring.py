@@ -21,7 +21,7 @@ def test_directions_are_measured_on_any_preset_over_several_seeds(
     names = "decision,chain image,text-to-image"
     words = ["toybox", "--preset", str(tiny_preset), "--directions", names, "--seeds", "2"]
     result = measured(capsys, *words)
-    assert (result["seeds"], result["wordings"]) == ([0, 1], "split")
+    assert (result["seeds"], result["wordings"]) == ([0, 1], "reserved")
     rows = result["directions"]
     assert list(rows) == names.split(",")
     assert all(row["seen"]["n"] == row["held_out"]["n"] == 2 for row in rows.values())

@@ -11,6 +11,7 @@ Shape letters in this file:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from alignment.embedded import pools
 from alignment.embedded.captions import CAPTION_TOKENS, WIDTH, CaptionEncoder, Kind, spoken
 from alignment.fitting import FitConfig, fit, half_precision, training_device
-from alignment.toybox.world import VIDEO_FRAMES, Scene
+from alignment.toybox.world import VIDEO_FRAMES, Clip, Scene
 from decoders.stacked_video import predict_stacked
 
 LATENT_CHANNELS = 16
@@ -34,6 +35,7 @@ CAPTION_DROPOUT = 0.1
 NOISE_SHIFT: Mapping[Kind, float] = {"look": 0.8, "clip": 1.2, "sound": 0.8}
 # These are spent on any level alike, or else a grain stays that the last steps never learnt to remove.
 EVEN_SHARE: Mapping[Kind, float] = {"look": 0.3, "clip": 0.5, "sound": 0.3}
+STILL_SHARE = 3.0
 _PREDICTIONS: Mapping[Kind, str] = {"look": "v_prediction", "clip": "sample", "sound": "v_prediction"}
 SCHEDULES: Mapping[Kind, Mapping[str, object]] = {
     kind: {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "prediction_type": prediction,
@@ -134,16 +136,22 @@ def train_denoiser(
     """
     model = ConditionedDenoiser(kind, captions, build(kind))
     listed: list[Scene] = pools.scenes(kind, len(latents))
+    shares = list(accumulate(_share(scene) for scene in listed))
 
     def losses(step: int) -> dict[str, Tensor]:
         rng = config.randomness(step)
-        chosen = sorted(rng.sample(range(len(listed)), batch_size))
+        chosen = sorted(rng.choices(range(len(listed)), cum_weights=shares, k=batch_size))
         texts = ["" if rng.random() < CAPTION_DROPOUT else spoken(listed[i], rng) for i in chosen]
         batch = torch.from_numpy(latents[chosen].astype(np.float32)).to(training_device())
         return {"velocity": model.loss(batch, texts, config.noise(step))}
 
     fit(f"{kind} denoiser", model, losses, config, folder)
     return model
+
+
+def _share(scene: Scene) -> float:
+    """How often a scene is met: a clip that stands still tells its tempo by its own small movement alone."""
+    return STILL_SHARE if isinstance(scene, Clip) and scene.motion == "still" else 1.0
 
 
 __all__ = ["CAPTION_TOKENS", "ConditionedDenoiser", "build", "train_denoiser"]

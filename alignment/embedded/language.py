@@ -13,11 +13,11 @@ from pathlib import Path
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from alignment.fitting import FitConfig, fit, half_precision, training_device
+from alignment.fitting import FitConfig, fit, half_precision, prefer_plain_attention, training_device
 from alignment.toybox.exercises import DIRECTIONS, Exercise, FreshScenes, make
 from alignment.toybox.grammar import caption
 from alignment.toybox.world import Clip, Look, Scene
-from llm.model import LanguageModel
+from llm.model import LanguageModel, mean_loss
 from llm.signals import SignalVocabulary
 from llm.template import Dialogue, Message
 from llm.tokenizer import ConversationTokenizer, train_tokenizer
@@ -76,15 +76,17 @@ def train_base(folder: Path, config: FitConfig) -> LanguageModel:
     """Train the base on every direction, the hard ones more often."""
     model = build_base(kept_tokenizer(folder / "tokenizer"))
     model.train_only({"base"})
+    prefer_plain_attention(model.causal_lm)
 
     def losses(step: int) -> dict[str, Tensor]:
         rng = config.randomness(step)
         names = rng.choices(
             tuple(DIRECTIONS), weights=[SHARES.get(name, 1.0) for name in DIRECTIONS], k=BATCH
         )
-        batch = model.collate([in_words(make(name, rng, FreshScenes(rng))) for name in names])
+        dialogues = [in_words(make(name, rng, FreshScenes(rng))) for name in names]
+        batches = [batch.to(training_device()) for batch in model.collate_by_length(dialogues)]
         with half_precision():
-            return {"words": model(batch.to(training_device())).loss}
+            return {"words": mean_loss([model(batch) for batch in batches])}
 
     fit("language model", model, losses, config, folder)
     return model.eval()

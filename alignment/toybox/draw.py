@@ -44,6 +44,9 @@ GROUND_RGB: dict[str, tuple[RGB, RGB]] = {  # at the top and at the bottom edge
 }
 PATH_PX = {"slow": 12.0, "fast": 26.0}
 PERIOD_FRAMES = {"slow": 8, "fast": 4}
+FIRST_PHASE = 1 / 8
+"""Where a thing's own movement is when a clip begins. Half a second later, which is half a slow movement or
+a whole fast one, a slow thing is posed differently: ImageBind sees two frames that far apart."""
 HEADING = {"still": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 _OVERSAMPLING = 4
@@ -94,7 +97,7 @@ def draw_clip(clip: Clip, rng: random.Random) -> Pixels:
     Returns:
         ``(8, 64, 64, 3)`` uint8 RGB, 8 frames a second. The thing crosses the middle at constant
         speed, 12 px of path when slow and 26 px when fast, while its own movement runs once or
-        twice through, from a random phase. A still thing stays within 2 px of the middle.
+        twice through, from near :data:`FIRST_PHASE`. A still thing stays within 2 px of the middle.
 
     """
     body = _jittered(BODY_RGB[clip.colour], rng)
@@ -105,7 +108,7 @@ def draw_clip(clip: Clip, rng: random.Random) -> Pixels:
     reach_px = 2.0 if clip.motion == "still" else 1.2
     x_px = MIDDLE_PX + rng.uniform(-reach_px, reach_px)
     y_px = MIDDLE_PX + rng.uniform(-reach_px, reach_px)
-    start = rng.random()
+    start = FIRST_PHASE + rng.uniform(-0.05, 0.05)
     frames = []
     for i in range(VIDEO_FRAMES):
         dx_px, dy_px = offset_px(clip.motion, clip.tempo, i)

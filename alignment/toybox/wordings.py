@@ -8,8 +8,10 @@ stands in braces is filled in by the exercise.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from alignment.toybox.grammar import (
     COLOUR_WORDS,
@@ -49,6 +51,23 @@ class Phrases:
     reserved: tuple[str, ...] = ()
 
 
+def ways(*patterns: str, reserved: Sequence[str]) -> Phrases:
+    """Return all that the patterns spell out, without what is reserved.
+
+    ``(a|b)`` in a pattern stands for either; an alternative that is written twice is said twice as often.
+    """
+    spelled = [phrase for pattern in patterns for phrase in _spelled_out(pattern)]
+    return Phrases(
+        tuple(phrase for phrase in spelled if not phrase or phrase not in reserved), tuple(reserved)
+    )
+
+
+def _spelled_out(pattern: str) -> list[str]:
+    literals_and_choices = re.split(r"\(([^()]*)\)", pattern)
+    alternatives = [piece.split("|") if i % 2 else [piece] for i, piece in enumerate(literals_and_choices)]
+    return ["".join(pieces) for pieces in product(*alternatives)]
+
+
 class Speaker(random.Random):
     """A source of chance that also chooses words; with ``reserved`` it says what training never said."""
 
@@ -66,346 +85,436 @@ class Speaker(random.Random):
         return self.choice(phrases.reserved if self.reserved and phrases.reserved else phrases.training)
 
 
-OPENINGS = Phrases(
-    (
+OPENINGS = ways(
+    "(||||hey, |hi, |ok, |well, |so, |now |and now |good, )"
+    "(|||||please |can you |could you |would you |will you |could you please |i want you to |just )",
+    "(hello, |i would like you to |can i ask you to |next, |oh, and )",
+    reserved=(
         "",
         "",
-        "",
-        "",
-        "",
-        "please ",
-        "can you ",
-        "could you ",
-        "hey, ",
-        "ok, ",
-        "would you ",
-        "i want you to ",
+        "would you please ",
+        "can you please ",
+        "i need you to ",
+        "hello, could you ",
+        "go on and ",
     ),
-    ("", "", "would you please ", "can you please ", "i need you to ", "hello, could you ", "go on and "),
 )
 """What may stand before a request in the imperative."""
-DRAW = Phrases(
-    (
-        "draw", "paint", "show me", "make a picture of", "give me an image of", "create an image of",
-        "sketch", "show me a picture of", "create a picture of", "make me an image of",
-        "produce a drawing of", "let me see",
+DRAW = ways(
+    "(draw|draw|paint|sketch)( me|)",
+    "(make|create|produce|show|give|draw|paint)( me|) (a picture|an image|a drawing|a painting|a sketch) of",
+    "(show me|let me see|let us see|get me a picture of)",
+    reserved=(
+        "make a drawing of", "paint a picture of", "show me an image of", "give me a picture of", "draw me",
     ),
-    ("make a drawing of", "paint a picture of", "show me an image of", "give me a picture of", "draw me"),
 )  # fmt: skip
-FILM = Phrases(
-    (
-        "make a video of", "animate", "film", "show me a clip of", "make a clip of", "create a video of",
-        "show me a video of", "record a clip of", "produce a video of", "give me a video of",
+FILM = ways(
+    "(animate|animate|film)( for me|)",
+    "(make|create|produce|show|give|film|record)( me|) (a video|a clip|a film|a movie|an animation) of",
+    reserved=(
+        "create a clip of", "make me a video of", "record a video of", "give me a clip of", "film me",
     ),
-    ("create a clip of", "make me a video of", "record a video of", "give me a clip of", "film me"),
 )  # fmt: skip
-PLAY = Phrases(
-    (
-        "play", "let me hear", "make the sound of", "create the sound of", "give me the sound of",
-        "play me", "produce the sound of", "play the sound of", "make a recording of",
+PLAY = ways(
+    "(play|play)( me|)",
+    "(let me hear|let us hear|let me listen to)",
+    "(play|make|create|produce|give|record)( me|) (the sound|a recording|the noise|a sound) of",
+    reserved=(
+        "let me hear the sound of", "create a recording of", "play me the sound of", "make me the sound of",
     ),
-    ("let me hear the sound of", "create a recording of", "play me the sound of", "make me the sound of"),
 )  # fmt: skip
 WISHES: Mapping[type, Phrases] = {
-    Look: Phrases(
-        ("i want a picture of", "a picture of", "i would like an image of", "picture:", "i want to see"),
-        ("i would like a picture of", "an image of", "i need a picture of"),
+    Look: ways(
+        "(i want |i would like |i wish for |we want |how about |)(a picture|an image|a drawing) of",
+        "(i want to see|i would like to see|picture:|image:)",
+        reserved=("i would like a picture of", "an image of", "i need a picture of"),
     ),
-    Clip: Phrases(
-        ("i want a video of", "a video of", "i would like a clip of", "video:", "a clip of"),
-        ("i would like a video of", "i need a clip of", "i want a clip of"),
+    Clip: ways(
+        "(i want |i would like |i wish for |we want |how about |)(a video|a clip|a film) of",
+        "(i want to watch|video:|clip:)",
+        reserved=("i would like a video of", "i need a clip of", "i want a clip of"),
     ),
-    Sound: Phrases(
-        ("i want to hear", "the sound of", "i would like to hear", "sound:", "i want the sound of"),
-        ("i need the sound of", "i would like the sound of"),
+    Sound: ways(
+        "(i want |i wish for |we want |how about |)(the sound|a sound|a recording) of",
+        "(i want to hear|i would like to hear|we want to hear|sound:|audio:)",
+        reserved=("i need the sound of", "i would like the sound of"),
     ),
 }
 """Requests that are no imperatives."""
-POLITE_ENDINGS = Phrases(
-    ("", "", "", "", " please", ".", "!", " for me", ", please", " now"),
-    ("", "", " for us", ", thanks", " please!"),
+POLITE_ENDINGS = ways(
+    "(||||||| please| for me| now| today| for my friend| for them| if you can)(||||.|!)",
+    "(, please|, please.|, thank you|, ok?|, will you?|, if you like)",
+    reserved=("", "", " for us", ", thanks", " please!"),
 )
-JOINTS = Phrases(
-    (" and ", ", then ", " and then ", ", and ", ". ", ". then ", " and also ", ", next "),
-    (". also ", ", and then ", " and next "),
+JOINTS = ways(
+    "(,|) (and|and|then|and then|and also|and after that|plus|as well as|and finally) ",
+    "(.|;) (and|then|and then|next,|after that,|now|finally,|i also want you to) ",
+    "(, next |, also |, after that |. |. |, )",
+    reserved=(". also ", ", and then ", " and next "),
 )
 
-WHAT_IS_SEEN = Phrases(
-    (
-        "what is this?", "describe this", "what do you see?", "tell me what is shown here",
-        "what does this show?", "caption this please", "describe what you see", "say what this is",
-        "tell me about this", "what is in it?", "put this in words",
+_SEEN = "(this|this|it|this picture|the picture|what you see|what is here|what can be seen)"
+WHAT_IS_SEEN = ways(
+    "what is (this|it|that|in it|here|to be seen here)?",
+    "(describe|caption|explain|name) " + _SEEN,
+    "(tell me|say|write|write down|report) "
+    "(what is this|what this is|what it shows|what is in it|what is here)",
+    "(tell me|say something) about " + _SEEN,
+    "what (do|can) you (see|see here|make out|recognise)?",
+    "what (does|can) (this|it|the picture|the video) show?",
+    "put (this|it|what you see) (in|into) words",
+    "(give me|write|make) (a caption|a description|the words) (for|of) " + _SEEN,
+    "(tell me what is shown here|what can be seen here?|which thing is shown, and how?)",
+    reserved=("what is shown here?", "describe what this shows", "tell me what you see", "say what you see"),
+)
+_HEARD = "(this|this sound|it|this noise|the sound|what you hear|what is heard here)"
+WHAT_IS_HEARD = ways(
+    "what is (this sound|this noise|it|that|that sound|to be heard here)?",
+    "(describe|caption|explain|name) " + _HEARD,
+    "(tell me|say|write|write down|report) (what this is|what this sound is|what sounds here|what is heard)",
+    "(tell me|say something) about " + _HEARD,
+    "what (do|can) you (hear|hear here|make out)?",
+    "what (sound|noise) (is it|is that|do you hear|was that)?",
+    "what can be heard here?",
+    "put (this sound|it|what you hear) (in|into) words",
+    "(give me|write|make) (a caption|a description|the words) (for|of) " + _HEARD,
+    reserved=(
+        "tell me what you hear",
+        "which sound is this?",
+        "say what you hear",
+        "describe what can be heard",
     ),
-    ("what is shown here?", "describe what this shows", "tell me what you see", "say what you see"),
-)  # fmt: skip
-WHAT_IS_HEARD = Phrases(
-    (
-        "what is this sound?", "describe this sound", "what do you hear?", "tell me what this is",
-        "what can be heard here?", "describe what you hear in words", "say what this sound is",
-        "tell me about this sound", "what sound is it?", "put this sound in words",
-    ),
-    ("tell me what you hear", "which sound is this?", "say what you hear", "describe what can be heard"),
-)  # fmt: skip
+)
 
-IMAGE_TO_AUDIO = Phrases(
-    (
-        "what does this sound like?", "what does this picture sound like?", "play its sound",
-        "let me hear this", "make the sound of this picture", "how does that sound?",
-        "play the sound of this", "give me the sound of it", "turn this picture into sound",
-    ),
-    ("how does this picture sound?", "let me hear this picture", "play what this sounds like"),
-)  # fmt: skip
-AUDIO_TO_IMAGE = Phrases(
-    (
-        "draw what you hear", "what does this look like?", "draw this sound", "paint what makes this sound",
-        "show me a picture of this sound", "make an image of what you hear", "turn this sound into a picture",
-        "sketch what you hear", "what thing is this? draw it",
-    ),
-    ("paint what you hear", "draw what makes this sound", "make a picture of this sound"),
-)  # fmt: skip
-IMAGE_TO_VIDEO = Phrases(
-    (
-        "make a video of this {motion} {tempo}", "animate this {motion} {tempo}",
-        "show it {motion} {tempo} in a video", "a clip of this picture {motion} {tempo}",
-        "film it {motion} {tempo}", "turn this picture into a video of it {motion} {tempo}",
-        "create a clip of this {motion} {tempo}",
-    ),
-    (
+_PICTURE = "(this|this|it|this picture|the picture|this image|what you see)"
+IMAGE_TO_AUDIO = ways(
+    "what (does|would) " + _PICTURE + " sound like?",
+    "how (does|would) (it|this|that|the picture) sound?",
+    "(play|make|create|give me) (its sound|the sound of this|the sound of it|the sound of this picture)",
+    "let me hear (this|it|its sound|what it sounds like|the sound of this)",
+    "(turn|change) (this picture|the picture|this|it) into (a sound|sound)",
+    "(which|what) sound does (this|it|the thing here) make?",
+    "(and the sound|the sound of it, please|i want to hear it|i want to hear this picture)",
+    reserved=("how does this picture sound?", "let me hear this picture", "play what this sounds like"),
+)
+_SOUND = "(this sound|this sound|it|this|this noise|what you hear)"
+AUDIO_TO_IMAGE = ways(
+    "(draw|paint|sketch|show me) (what you hear|this sound|what makes this sound|what sounds here)",
+    "what does (this|this sound|it|the thing that you hear) look like?",
+    "(make|create|draw|show me|give me) (a picture|an image|a drawing) of "
+    "(what you hear|this sound|this noise)",
+    "turn " + _SOUND + " into (a picture|an image|a drawing)",
+    "(what thing is this? draw it|what is it? draw it|who makes this sound? show me a picture)",
+    "i (want|would like) to see a picture of " + _SOUND,
+    reserved=("paint what you hear", "draw what makes this sound", "make a picture of this sound"),
+)
+IMAGE_TO_VIDEO = ways(
+    "(make|create|show me|give me|i want) (a video|a clip|a film) of (this|it|this picture) {motion} {tempo}",
+    "(animate|film) (this|it|this picture|the picture) {motion} {tempo}",
+    "(show|let me see) (it|this|the picture) {motion} {tempo} in a (video|film)",
+    "turn (this|it|this picture) into a (video|clip|film)( of it|) {motion} {tempo}",
+    "a (clip|video) of (this|this picture) {motion} {tempo}",
+    "(let it move in a video,|now in a video,|as a video,|bring it to life,) {motion} {tempo}",
+    reserved=(
         "make a clip of it {motion} {tempo}", "show this {motion} {tempo} in a clip",
         "film this {motion} {tempo}",
     ),
 )  # fmt: skip
-VIDEO_TO_IMAGE = Phrases(
-    (
-        "draw what is in this video", "make a picture of this", "give me an image of this video", "draw this",
-        "show me a picture of what you see", "turn this video into a picture", "paint what you see here",
-        "create an image of this clip",
-    ),
-    ("draw what you see in this video", "make an image of this clip", "paint this"),
-)  # fmt: skip
-VIDEO_TO_AUDIO = Phrases(
-    (
-        "what does this video sound like?", "what does this sound like?", "play its sound",
-        "add the sound of this video", "let me hear this", "make the sound of this clip",
-        "play the sound of this", "turn this video into sound", "give me the sound of it",
-    ),
-    ("how does this video sound?", "let me hear this clip", "play what this video sounds like"),
-)  # fmt: skip
-AUDIO_TO_VIDEO = Phrases(
-    (
-        "make a video of what you hear", "film this sound", "make a video for this sound",
-        "show me a clip of what makes this sound", "animate what you hear", "turn this sound into a video",
-        "create a video of this sound", "a clip of what you hear",
-    ),
-    ("film what you hear", "make a clip for this sound", "animate this sound"),
-)  # fmt: skip
-IMAGE_AUDIO_TO_VIDEO = Phrases(
-    (
-        "make a video of this picture with the tempo of this sound",
-        "animate the picture at the tempo of the sound",
-        "a video of this, as fast or slow as this sound",
-        "film the picture with the tempo of the sound",
-        "turn the picture into a video as fast or slow as the sound",
-    ),
-    ("animate this with the tempo of the sound", "make a clip of the picture, as fast or slow as the sound"),
+VIDEO_TO_IMAGE = ways(
+    "(draw|sketch|paint) (this|what is in this video|what is in it|what you see here|what you see|this clip)",
+    "(make|create|draw|show me|give me) (a picture|an image|a drawing) of "
+    "(this|it|this video|this clip|what you see|what is in the video)",
+    "turn (this|this video|it|this clip) into (a picture|an image|a drawing)",
+    "(i want|i would like) (a picture|an image|a drawing) of (this|it|this video)",
+    reserved=("draw what you see in this video", "make an image of this clip", "paint this"),
 )
-ABOUT_THING = Phrases(
-    (
-        "draw a {thing} and play its sound", "show me a {thing} and let me hear it",
-        "a picture and the sound of a {thing}", "paint a {thing}, then play its sound",
+VIDEO_TO_AUDIO = ways(
+    "what (does|would) (this|it|this video|this clip|the video) sound like?",
+    "how (does|would) (it|this|that|the video) sound?",
+    "(play|make|create|add|give me) (its sound|the sound of this|the sound of it|the sound of this video)",
+    "(make|play|add) the sound (of this clip|for this video|for this clip)",
+    "let me hear (this|it|its sound|what it sounds like|the sound of this|this video)",
+    "(turn|change) (this video|the video|this|it) into (a sound|sound)",
+    "(which|what) sound does (this|it|the thing here) make?",
+    "(and the sound|the sound of it, please|i want to hear it|i want to hear this video)",
+    reserved=("how does this video sound?", "let me hear this clip", "play what this video sounds like"),
+)
+AUDIO_TO_VIDEO = ways(
+    "(make|create|show me|give me) (a video|a clip|a film) (of|for) (what you hear|this sound|this noise)",
+    "(film|animate) (this sound|what sounds here|what makes this sound|this noise)",
+    "(animate what you hear|show me a clip of what makes this sound|a clip of what you hear)",
+    "turn " + _SOUND + " into (a video|a clip|a film)",
+    "i (want|would like) to see a (video|film|clip) of " + _SOUND,
+    reserved=("film what you hear", "make a clip for this sound", "animate this sound"),
+)
+IMAGE_AUDIO_TO_VIDEO = ways(
+    "(make|create|show me) a (video|film) of (this picture|the picture|this) "
+    "(with the tempo of|at the tempo of|as fast or slow as|in the rhythm of) (this sound|the sound)",
+    "(animate|film) (the picture|this picture|what you see) "
+    "(with the tempo of|at the tempo of|as fast or slow as|in the rhythm of) (this sound|the sound)",
+    "a (video|clip) of this, as (fast or slow|slow or fast) as (this sound|the sound)",
+    "turn (the picture|this picture|this) into a (video|clip) "
+    "(as fast or slow as|with the tempo of) the sound",
+    reserved=(
+        "animate this with the tempo of the sound",
+        "make a clip of the picture, as fast or slow as the sound",
     ),
-    ("draw a {thing} and let me hear it", "show me a picture of a {thing} and play its sound"),
 )  # fmt: skip
-SAME_SOUND_AGAIN = Phrases(
-    (
-        "play exactly this again", "the same sound again, at exactly this pitch",
-        "let me hear the very same one again", "play this very sound again",
-    ),
-    ("play the same sound again", "let me hear exactly this again"),
-)  # fmt: skip
-SAME_PICTURE_AGAIN = Phrases(
-    (
-        "draw exactly this again", "the same one again, in exactly this shade", "the very same picture again",
-        "draw it again exactly there", "draw this very picture again",
-    ),
-    ("draw the same picture again", "paint exactly this again"),
-)  # fmt: skip
+ABOUT_THING = ways(
+    "(draw|paint|sketch|show me) a {thing}(, then| and|, and then) (play its sound|play the sound of it)",
+    "(show me|paint) a {thing} and (let me hear it|let me hear its sound)",
+    "(i want |give me |)(a picture|an image) and the sound of a {thing}",
+    "(a picture|an image) of a {thing}, (and|then|and also) its sound",
+    reserved=("draw a {thing} and let me hear it", "show me a picture of a {thing} and play its sound"),
+)
+SAME_SOUND_AGAIN = ways(
+    "(play|make|repeat|let me hear) "
+    "(exactly this|this very sound|the very same one|the very same sound) again",
+    "the (same|very same) (sound|one) again, (at|with|in) exactly (this|the same) pitch",
+    "(repeat|copy) (this sound|it) exactly",
+    reserved=("play the same sound again", "let me hear exactly this again"),
+)
+SAME_PICTURE_AGAIN = ways(
+    "(draw|make|repeat) (exactly this|this very picture|the very same one|the very same picture) again",
+    "the (same|very same) (picture|one|image) again, in exactly (this|the same) (shade|colour)",
+    "(draw|paint) it again (exactly there|just there|in exactly this shade|in the very same place)",
+    "(the very same picture again|copy this picture exactly|repeat this picture exactly)",
+    reserved=("draw the same picture again", "paint exactly this again"),
+)
+
+
+_SAME = "(the same one|the same thing|this one|this very one|it again) (but|only|just)"
+_LET_IT = "(i want it|i would like it|let it be|it should be|could it be|i want it to be|please let it be)"
+
 
 CHANGES: Mapping[str, Phrases] = {
-    "colour": Phrases(
-        (
-            "make it {word}", "now a {word} one", "change the colour to {word}", "in {word}",
-            "the same one but {word}", "i want it {word}", "turn it {word}", "let it be {word}",
+    "colour": ways(
+        "(||now |please |and now )(make|turn|paint|colour) it {word}",
+        "(now |and |and now |)a {word} one",
+        "(change|set|switch) (the|its) colour to {word}",
+        "(in|now in|and in|do it in) {word}",
+        _SAME + " (|in ){word}",
+        _LET_IT + " {word}",
+        reserved=("now make it {word}", "can it be {word}?", "the same but {word}"),
+    ),
+    "size": ways(
+        "(||please |and now )(make|let) it( be|) {word}",
+        "(now |and |and now |)a {word} one",
+        "(change|set|switch) (the|its) size to {word}",
+        _SAME + " {word}",
+        _LET_IT + " {word}",
+        reserved=("now make it {word}", "can it be {word}?", "the same but {word}"),
+    ),
+    "place": ways(
+        "(move it to be|put it|please put it|place it|draw it|set it|move it so it is|and now put it) {word}",
+        "(now|and|and now|but now) {word}",
+        _SAME + " {word}",
+        _LET_IT + " {word}",
+        reserved=("now put it {word}", "can it be {word}?", "the same but {word}"),
+    ),
+    "count": ways(
+        "(make it|now|and now|please make it) {word}( of them|)",
+        "(the same but|i want|show|show me|draw|let there be|there should be|i would like) {word} of them",
+        reserved=(
+            "now make it {word} of them", "can there be {word} of them?", "the same one but {word} of them",
         ),
-        ("now make it {word}", "can it be {word}?", "the same but {word}"),
     ),
-    "size": Phrases(
-        (
-            "make it {word}", "now a {word} one", "change the size to {word}", "the same one but {word}",
-            "i want it {word}", "let it be {word}",
-        ),
-        ("now make it {word}", "can it be {word}?", "the same but {word}"),
+    "times": ways(
+        "(make it sound|let it sound|play it|please play it|it should sound|i want to hear it) {word}",
+        "(now|and|and now|the same but|the same sound but) {word}",
+        reserved=("now play it {word}", "can it sound {word}?", "the same one but {word}"),
     ),
-    "place": Phrases(
-        (
-            "move it to be {word}", "put it {word}", "now {word}", "the same one but {word}",
-            "i want it {word}", "let it be {word}", "move it so it is {word}",
-        ),
-        ("now put it {word}", "can it be {word}?", "the same but {word}"),
+    "ground": ways(
+        "(put it|please put it|place it|draw it|set it|and now put it) {word}",
+        "(now|and|and now|but now) {word}",
+        "(change the background so it is|the background should be) {word}",
+        _SAME + " {word}",
+        _LET_IT + " {word}",
+        reserved=("now put it {word}", "can it be {word}?", "the same but {word}"),
     ),
-    "count": Phrases(
-        (
-            "make it {word}", "now {word} of them", "the same but {word} of them", "i want {word} of them",
-            "show {word} of them", "let there be {word} of them",
-        ),
-        ("now make it {word} of them", "can there be {word} of them?", "the same one but {word} of them"),
+    "motion": ways(
+        "(now|and|and now|but now|show it|please show it|film it|make it go, i mean) {word}",
+        _SAME + " {word}",
+        _LET_IT + " {word}",
+        reserved=("now show it {word}", "can it be {word}?", "the same but {word}"),
     ),
-    "times": Phrases(
-        (
-            "make it sound {word}", "now {word}", "the same but {word}", "i want to hear it {word}",
-            "play it {word}", "let it sound {word}",
-        ),
-        ("now play it {word}", "can it sound {word}?", "the same one but {word}"),
+    "tempo": ways(
+        "(make it|now|and|and now|please make it|let it go|do it|play it) {word}",
+        "(the same but|the same thing but) {word}",
+        _LET_IT + " {word}",
+        reserved=("now make it {word}", "can it be {word}?", "the same one but {word}"),
     ),
-    "ground": Phrases(
-        (
-            "put it {word}", "now {word}", "the same one but {word}", "change the background so it is {word}",
-            "i want it {word}", "let it be {word}",
-        ),
-        ("now put it {word}", "can it be {word}?", "the same but {word}"),
+    "pitch": ways(
+        "(make it|please make it|and now make it|let it sound) {word}",
+        "(now |and |and now |)a {word} one",
+        "(change|set|switch) (the|its) pitch to {word}",
+        _SAME + " {word}",
+        _LET_IT + " {word}",
+        reserved=("now make it {word}", "can it be {word}?", "the same but {word}"),
     ),
-    "motion": Phrases(
-        ("now {word}", "the same one but {word}", "i want it {word}", "show it {word}", "let it be {word}"),
-        ("now show it {word}", "can it be {word}?", "the same but {word}"),
-    ),
-    "tempo": Phrases(
-        ("make it {word}", "now {word}", "the same but {word}", "i want it {word}", "let it be {word}"),
-        ("now make it {word}", "can it be {word}?", "the same one but {word}"),
-    ),
-    "pitch": Phrases(
-        (
-            "make it {word}", "now a {word} one", "the same one but {word}", "change the pitch to {word}",
-            "i want it {word}", "let it be {word}",
-        ),
-        ("now make it {word}", "can it be {word}?", "the same but {word}"),
-    ),
-    "loudness": Phrases(
-        ("make it {word}", "now {word}", "the same but {word}", "i want it {word}", "let it be {word}"),
-        ("now make it {word}", "can it be {word}?", "the same one but {word}"),
+    "loudness": ways(
+        "(make it|now|and|and now|please make it|play it) {word}",
+        "(the same but|the same sound but) {word}",
+        _LET_IT + " {word}",
+        reserved=("now make it {word}", "can it be {word}?", "the same one but {word}"),
     ),
 }  # fmt: skip
 """How to ask for another value of an attribute; ``times`` is the count of a sound."""
 
-NOW_AS_PICTURE_OF_SOUND = Phrases(
-    (
-        "and what does it look like?", "draw it", "show me a picture of it", "what does it look like?",
-        "now draw it", "now a picture of it", "paint it",
-    ),
-    ("and a picture of it", "now paint it", "draw me a picture of it"),
-)  # fmt: skip
-NOW_AS_SOUND = Phrases(
-    (
-        "and what does it sound like?", "what does it sound like?", "now play its sound", "let me hear it",
-        "and its sound", "play its sound", "how does it sound?",
-    ),
-    ("and how does it sound?", "now let me hear it", "now the sound of it"),
-)  # fmt: skip
-NOW_AS_VIDEO = Phrases(
-    (
-        "now a video of it {motion}", "animate it {motion}", "film it {motion}",
-        "show it {motion} in a video", "and a clip of it {motion}",
-    ),
-    ("now animate it {motion}", "and a video of it {motion}", "make a clip of it {motion}"),
-)  # fmt: skip
-NOW_AS_PICTURE = Phrases(
-    ("now a picture of it", "draw it as a picture", "draw it", "now draw it", "show me a picture of it"),
-    ("and a picture of it", "paint it as a picture"),
+NOW_AS_PICTURE_OF_SOUND = ways(
+    "(and |now |so |)what (does|would) it look like?",
+    "(now |and now |please |)(draw|paint|sketch) it",
+    "(now |and |)(show me|make|draw|give me) (a picture|an image|a drawing) of it",
+    "(now|and now) a (picture|drawing) of it",
+    reserved=("and a picture of it", "now paint it", "draw me a picture of it"),
+)
+NOW_AS_SOUND = ways(
+    "(and |now |so |)what (does|would) (it|this) sound like?",
+    "(now |and now |please |)(play|make|give me) (its sound|the sound of it)",
+    "(and |)let me hear (it|its sound)",
+    "(and its sound|now its sound|how does it sound?|how would it sound?|i want to hear it|and the sound?)",
+    reserved=("and how does it sound?", "now let me hear it", "now the sound of it"),
+)
+NOW_AS_VIDEO = ways(
+    "(now |and |and now |)(a video|a film) of it {motion}",
+    "(please |and now |and |)(animate|film) it {motion}",
+    "(show|let me see) it {motion} in a video",
+    "(now |)(make|create|show me) a (video|film) of it {motion}",
+    "(and|now) a clip of it {motion}",
+    reserved=("now animate it {motion}", "and a video of it {motion}", "make a clip of it {motion}"),
+)
+NOW_AS_PICTURE = ways(
+    "(now |and now |please |)(draw|sketch) it( as a picture|)",
+    "(now |and |)(show me|make|draw|give me) (a picture|an image|a drawing) of it",
+    "(now|and now) a (picture|drawing) of it",
+    reserved=("and a picture of it", "paint it as a picture"),
 )
 
 QUESTIONS: Mapping[str, Phrases] = {
-    "thing": Phrases(
-        ("what thing is it?", "which thing is this?", "name the thing", "what is it called?"),
-        ("which thing is it?", "what thing is this?"),
+    "thing": ways(
+        "(what|which|what kind of) (thing|object) (is it|is that|is shown|do you notice)?",
+        "(which thing is this?|name the thing|what is it called?|what is its name?|what is that called?)",
+        "(tell me|say) (what thing it is|what it is called|which thing it is)",
+        reserved=("which thing is it?", "what thing is this?"),
     ),
-    "colour": Phrases(
-        ("what colour is it?", "which colour does it have?", "name its colour", "in which colour is it?"),
-        ("which colour is it?", "what is its colour?"),
+    "colour": ways(
+        "(what|which) colour (does it have|has it|is the thing|is this)?",
+        "(what colour is it?|in which colour is it?|how is it coloured?|its colour?)",
+        "(name|tell me|say) (its colour|what colour it is|which colour it has|the colour of it)",
+        reserved=("which colour is it?", "what is its colour?"),
     ),
-    "size": Phrases(
-        ("how big is it?", "what size is it?", "name its size", "which size does it have?"),
-        ("which size is it?", "what is its size?"),
+    "size": ways(
+        "(what|which) size (does it have|has it|is the thing|is this)?",
+        "(what size is it?|how big is it?|how large is it?|is it big or small?|its size?)",
+        "(name|tell me|say) (its size|how big it is|which size it has|the size of it)",
+        reserved=("which size is it?", "what is its size?"),
     ),
-    "count": Phrases(
-        ("how many are there?", "how many do you see?", "count them", "how many of them are there?"),
-        ("how many of them do you see?", "how many are they?"),
+    "count": ways(
+        "how many (are there|do you see|of them are there|can you see|things are there|are in it)?",
+        "(count them|count the things|what is their number?)",
+        "(tell me|say) how many (there are|you see|of them there are)",
+        reserved=("how many of them do you see?", "how many are they?"),
     ),
-    "times": Phrases(
-        ("how often does it sound?", "how many times does it sound?", "how often do you hear it?"),
-        ("how many times do you hear it?",),
+    "times": ways(
+        "how (often|many times) (does it sound|is it|did it sound|can you hear it|is it heard)?",
+        "(how often do you hear it?|count the sounds)",
+        "(tell me how often it sounds|say how many times it sounds)",
+        reserved=("how many times do you hear it?",),
     ),
-    "loudness": Phrases(
-        ("is it loud or quiet?", "how loud is it?", "is this quiet or loud?"), ("how loud is this?",)
+    "loudness": ways(
+        "(is|was) (it|this|that) (loud or quiet|quiet or loud)?",
+        "how loud (is it|was it|is that|is the sound)?",
+        "(tell me|say) (how loud it is|if it is loud or quiet)",
+        reserved=("how loud is this?",),
     ),
-    "motion": Phrases(
-        ("where is it going?", "how does it move?", "which way does it go?"), ("where does it move?",)
+    "motion": ways(
+        "(where|which way) (is it going|does it go|is it moving)?",
+        "(how does it move?|how is it moving?|in which direction does it go?|is it moving, and where?)",
+        "(tell me|say) (how it moves|where it is going|which way it goes)",
+        reserved=("where does it move?",),
     ),
 }
 """Questions about one attribute of a medium; ``times`` is the count of a sound."""
 
-TYPICAL_COLOUR_QUESTIONS = Phrases(
-    (
-        "what colour is a {thing}?", "which colour does a {thing} have?", "which colour is a {thing}?",
-        "what colour does a {thing} have?",
-    ),
-    ("what is the colour of a {thing}?", "tell me the colour of a {thing}"),
-)  # fmt: skip
+TYPICAL_COLOUR_QUESTIONS = ways(
+    "(what|which) colour (is|has) (a|the usual|every) {thing}?",
+    "(what|which) colour does (a|the usual) {thing}( usually|) have?",
+    "(tell me|name|say) (what|which) colour a {thing} (is|has)",
+    "how is a {thing} coloured?",
+    reserved=("what is the colour of a {thing}?", "tell me the colour of a {thing}"),
+)
 TYPICAL_COLOUR_ANSWER = "a {thing} is mostly {colour}"
 
 GREETING = "hello! tell me what to draw, film or play"
 TALK: tuple[tuple[Phrases, str], ...] = (
-    (Phrases(("hello", "hi", "hi there", "good morning", "hey"), ("hey there", "good day")), GREETING),
     (
-        Phrases(
-            ("what can you do?", "help", "what do you know?", "which things do you know?", "who are you?"),
-            ("tell me what you can do", "what things do you know?"),
+        ways(
+            "(hello|hi|hey|good morning|good evening)(| again| you)",
+            "(hi there|hello there|good to see you)",
+            reserved=("hey there", "good day"),
+        ),
+        GREETING,
+    ),
+    (
+        ways(
+            "what (can|could) you (do|make|draw|show me)?",
+            "(what|which things|how many things) do you know?",
+            "(help|help me|who are you?|what are you?|what is this?|how does this work?)",
+            "(tell me|say) (who you are|what you know|which things you know|what you do)",
+            reserved=("tell me what you can do", "what things do you know?"),
         ),
         "i can draw, film and play twelve things: " + ", ".join(THINGS),
     ),
     (
-        Phrases(
-            ("thank you", "thanks", "great, thank you", "very nice"),
-            ("very nice, thank you", "great, thanks"),
+        ways(
+            "(thank you|thanks)(| very much| a lot| for this| again)",
+            "(great|good|wonderful|perfect)(|, thank you|, thank you very much)",
+            "(very nice|i like it|well done|that is good)",
+            reserved=("very nice, thank you", "great, thanks"),
         ),
         "you are welcome",
     ),
-    (Phrases(("bye", "goodbye", "see you"), ("bye bye", "thanks, bye")), "goodbye"),
     (
-        Phrases(
-            ("which colours do you know?", "what colours are there?"), ("tell me the colours that you know",)
+        ways(
+            "(bye|goodbye|see you)(| now| then| later| soon)",
+            "(ok, bye|good night|until tomorrow|i have to go)",
+            reserved=("bye bye", "thanks, bye"),
+        ),
+        "goodbye",
+    ),
+    (
+        ways(
+            "(which|what) colours (do you know|are there|can you draw|can you make|can i choose)?",
+            "(tell me|name|say|list) (the colours|your colours|all colours|which colours there are)",
+            reserved=("tell me the colours that you know",),
         ),
         "the colours are " + ", ".join(COLOURS),
     ),
     (
-        Phrases(
-            (
-                "do not draw anything", "no picture please", "just talk to me", "no sound please",
-                "only words please",
-            ),
-            ("do not play anything", "no video please"),
+        ways(
+            "(do not|don't|please do not|please don't) (draw|film|make|show me|record) (anything|a thing)",
+            "(do not|don't|please do not) (play|make) (a|any) (sound|video|picture)",
+            "(no|make no|i want no|i do not want a) (picture|sound|clip|image|film)( please|, please|)",
+            "(just|only|simply) (talk|talk to me|words|words please|text|text please|answer in words)",
+            "(do not film|do not draw|do not sing|stop drawing)",
+            "(no more pictures|no more sounds|nothing to see please)",
+            reserved=("do not play anything", "no video please"),
         ),
         "all right, only words",
     ),
     (
-        Phrases(
-            (
-                "tell me a joke", "what is the weather?", "how old are you?", "what is two plus two?",
-                "where do you live?", "sing me a song", "do you like me?",
-            ),
-            ("how are you?", "tell me a story", "what is your name?"),
+        ways(
+            "(tell me|do you know|i want to hear) a (joke|riddle|secret|poem|fairy tale)",
+            "what is the (weather|time|date|news|capital of france|meaning of life)?",
+            "what is (two plus two|three times three|ten minus four|love|a number)?",
+            "(how old are you?|where do you live?|sing me a song|do you like me?|are you a robot?)",
+            "(who made you?|who is your friend?|what do you eat?|are you happy?|when do you sleep?)",
+            "(can you cook?|can you dance?|where are you from?|do you like music?|what did you do today?)",
+            reserved=("how are you?", "tell me a story", "what is your name?"),
         ),
         "i only know my toy box. ask me to draw, film or play something in it",
     ),
-)  # fmt: skip
+)
 """Small talk: what a person may say, and the answer to all of it."""
 
 _CHANGED: Mapping[type, tuple[str, ...]] = {
