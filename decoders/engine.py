@@ -164,7 +164,6 @@ class DenoisingEngine:
         settings: DecodeSettings | None = None,
         *,
         source: Tensor | None = None,
-        strength: float = 0.6,
         lora: DecoderLora | None = None,
         user: str = "",
         preview_every: int = 0,
@@ -175,7 +174,7 @@ class DenoisingEngine:
         the close returns when the thread is rid of it.
 
         Args:
-            condition, settings, source, strength, lora: as in :meth:`LatentDecoder.decode`.
+            condition, settings, source, lora: as in :meth:`LatentDecoder.decode`.
             user: whose request it is; users share the engine fairly.
             preview_every: steps from one preview to the next, 0 for none.
 
@@ -187,7 +186,7 @@ class DenoisingEngine:
         """
         if preview_every < 0:
             raise ValueError(f"preview_every is {preview_every}; it must be 0 (no previews) or more.")
-        plan = self.decoder.plan(condition, settings, source=source, strength=strength, lora=lora)
+        plan = self.decoder.plan(condition, settings, source=source, lora=lora)
         loop = asyncio.get_running_loop()
         heard: asyncio.Queue[Heard | _End] = asyncio.Queue()
 

@@ -40,7 +40,7 @@ from decoders.lora import DecoderLora, WornLora, read_decoder_lora
 from decoders.patch_autoencoder import PatchAutoencoderKL
 from decoders.pipeline_folder import DEFAULTS_FILE, PipelineFolder
 from decoders.preview import LinearPreview
-from decoders.settings import DecoderDefaults, DecodeSettings
+from decoders.settings import USUAL_STRENGTH, DecoderDefaults, DecodeSettings
 from decoders.thrift import Thrift, aside
 from encoders.media import Image, Medium, Modality
 
@@ -62,22 +62,25 @@ class Decoded:
 class Plan:
     """One request with every choice made; made by :meth:`LatentDecoder.plan`.
 
-    ``settings`` have seed, steps, guidance and scheduler, ``shape`` is that of the latents, ``source``,
-    ``strength`` and ``lora`` are those of :meth:`LatentDecoder.decode`.
+    ``settings`` have seed, steps, guidance and scheduler, and with a ``source`` a strength; ``shape`` is that
+    of the latents, ``source`` and ``lora`` are those of :meth:`LatentDecoder.decode`.
     """
 
     condition: Condition
     settings: DecodeSettings
     shape: tuple[int, ...]
     source: Tensor | None
-    strength: float
     lora: DecoderLora | None = None
+
+    @property
+    def strength(self) -> float:
+        """The share of the schedule that runs."""
+        return self.settings.strength or 1.0
 
     @property
     def steps(self) -> int:
         """Denoising steps that will run."""
-        steps = self.settings.steps or 1
-        return steps if self.source is None else steps_run(steps, self.strength)
+        return steps_run(self.settings.steps or 1, self.strength)
 
     @property
     def deep_every(self) -> int:
@@ -223,18 +226,17 @@ class LatentDecoder(ABC):
         stop: threading.Event | None = None,
         *,
         source: Tensor | None = None,
-        strength: float = 0.6,
         lora: DecoderLora | None = None,
     ) -> Decoded:
         """Make one medium.
 
         Args:
             condition: of the shape :attr:`condition_spec`.
-            settings: wishes; what is None follows the decoder's defaults, a seed is drawn.
+            settings: wishes; what is None follows the decoder's defaults, a seed is drawn. A strength needs a
+                ``source``.
             on_step: called with (steps done, steps in all) after each denoising step.
             stop: checked before each step and before the medium is put together.
             source: latents of :meth:`encode_source` to start from instead of noise.
-            strength: with ``source``, how far to go away from it, in (0, 1].
             lora: of :meth:`read_lora`, on the decoder's device; what ``settings`` name.
 
         Returns:
@@ -248,9 +250,7 @@ class LatentDecoder(ABC):
         """
         sources = None if source is None else [source]
         wishes = [settings or DecodeSettings()]
-        return self.decode_batch(
-            [condition], wishes, on_step, stop, sources=sources, strength=strength, lora=lora
-        )[0]
+        return self.decode_batch([condition], wishes, on_step, stop, sources=sources, lora=lora)[0]
 
     def decode_batch(
         self,
@@ -260,13 +260,12 @@ class LatentDecoder(ABC):
         stop: threading.Event | None = None,
         *,
         sources: Sequence[Tensor] | None = None,
-        strength: float = 0.6,
         lora: DecoderLora | None = None,
     ) -> list[Decoded]:
         """Make several media in one run; each has its own seed and guidance.
 
-        As :meth:`decode`, but steps, scheduler, sizes and LoRA must be the same for all. Results equal those
-        of single runs up to floating-point rounding.
+        As :meth:`decode`, but steps, scheduler, sizes, strength and LoRA must be the same for all. Results
+        equal those of single runs up to floating-point rounding.
         """
         if len(settings) != len(conditions) or not conditions:
             raise ValueError(f"There are {len(conditions)} conditions and {len(settings)} settings.")
@@ -274,7 +273,7 @@ class LatentDecoder(ABC):
             raise ValueError(f"There are {len(conditions)} conditions and {len(sources)} sources.")
         starts: Sequence[Tensor | None] = [None] * len(conditions) if sources is None else sources
         plans = [
-            self.plan(condition, wish, source=source, strength=strength, lora=lora)
+            self.plan(condition, wish, source=source, lora=lora)
             for condition, wish, source in zip(conditions, settings, starts, strict=True)
         ]
         run = self.begin(plans)
@@ -292,7 +291,6 @@ class LatentDecoder(ABC):
         settings: DecodeSettings | None = None,
         *,
         source: Tensor | None = None,
-        strength: float = 0.6,
         lora: DecoderLora | None = None,
     ) -> Plan:
         """Make all choices of one request; arguments and errors as in :meth:`decode`."""
@@ -308,15 +306,20 @@ class LatentDecoder(ABC):
             self._deep_features()
         if source is not None:
             check_source(source, shape)
-            steps_run(1, strength)
+        elif wishes.strength is not None:
+            raise ValueError(
+                f"strength is {wishes.strength:g}, and there is no source to keep anything of. "
+                f"Give a source, or leave strength out."
+            )
         chosen = replace(
             wishes,
             seed=secrets.randbelow(2**32) if wishes.seed is None else wishes.seed,
             steps=wishes.steps or usual.steps,
             guidance_scale=usual.guidance_scale if wishes.guidance_scale is None else wishes.guidance_scale,
             scheduler=wishes.scheduler or usual.scheduler,
+            strength=None if source is None else wishes.strength or USUAL_STRENGTH,
         )
-        return Plan(condition, chosen, shape, source, strength, lora)
+        return Plan(condition, chosen, shape, source, lora)
 
     def begin(self, plans: Sequence[Plan]) -> Denoising:
         """Return the state before the first step of plans that take every step together.

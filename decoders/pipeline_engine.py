@@ -79,7 +79,6 @@ class PipelineEngine:
         settings: DecodeSettings | None = None,
         *,
         source: Tensor | None = None,
-        strength: float = 0.6,
         lora: DecoderLora | None = None,
         user: str = "",
         preview_every: int = 0,
@@ -94,10 +93,7 @@ class PipelineEngine:
 
         """
         if source is not None:
-            raise ValueError(
-                f"A source was given, with strength {strength:g}; this decoder always starts from noise. "
-                f"Leave it out."
-            )
+            raise ValueError("A source was given; a whole pipeline always starts from noise. Leave it out.")
         if lora is not None:
             raise ValueError(f"LoRA {lora.name!r} was given; a whole pipeline wears none. Leave it out.")
         plan = self.decoder.plan(condition, settings)

@@ -227,6 +227,16 @@ class WholePipeline:
             f"expected one for a pipeline that is taken apart. Merge it into the pipeline's folder instead."
         )
 
+    def encode_source(self, medium: Medium, settings: DecodeSettings | None = None) -> Tensor:
+        """Raise ValueError: pipelines that are not taken apart always start from noise."""
+        raise self._no_source()
+
+    def _no_source(self) -> ValueError:
+        return ValueError(
+            f"strength asks for a start from an earlier {self.modality.value}; a "
+            f"{self.folder.pipeline_class} runs as a whole, from noise. Leave strength out."
+        )
+
     def move(self, device: torch.device | str) -> None:
         """Move all weights to ``device``. Before anything is decoded they must be on the decoder's own."""
         self.pipeline.to(device)
@@ -288,6 +298,8 @@ class WholePipeline:
                 f"{self.folder.pipeline_class} keeps its own scheduler and computes every step. "
                 f"Leave both out."
             )
+        if wishes.strength is not None:
+            raise self._no_source()
         chosen = replace(
             wishes,
             seed=secrets.randbelow(2**32) if wishes.seed is None else wishes.seed,

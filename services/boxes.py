@@ -173,12 +173,19 @@ class DecodeBox(Protocol):
         ...
 
     def decode(
-        self, signal: SpokenSignal, settings: DecodeSettings, *, user: str = "", previews: int = 0
+        self,
+        signal: SpokenSignal,
+        settings: DecodeSettings,
+        *,
+        user: str = "",
+        previews: int = 0,
+        source: str | None = None,
     ) -> AsyncGenerator[Step, None]:
         """Stream progress and, last, the medium; closing the stream stops within one step.
 
         Users share the box fairly: those who ask for equally much get equally much of it. At most
-        ``previews`` previews come, evenly spread.
+        ``previews`` previews come, evenly spread. ``source`` is the artefact of a medium of the same kind to
+        start from, as far from it as the strength of ``settings`` says.
         """
         ...
 

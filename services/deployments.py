@@ -157,11 +157,19 @@ class DecoderReplica:
                 box.warm_up()
 
     async def decode(
-        self, signal: SpokenSignal, settings: DecodeSettings, *, user: str, previews: int
+        self,
+        signal: SpokenSignal,
+        settings: DecodeSettings,
+        *,
+        user: str,
+        previews: int,
+        source: str | None,
     ) -> AsyncGenerator[Step | Failure, None]:
         """Stream progress, previews and the medium."""
         try:
-            work = self.boxes[signal.modality].decode(signal, settings, user=user, previews=previews)
+            work = self.boxes[signal.modality].decode(
+                signal, settings, user=user, previews=previews, source=source
+            )
             async with aclosing(work) as stream:
                 async for step in stream:
                     yield step
@@ -340,11 +348,18 @@ class RemoteDecoder:
         return await self.status.is_running(self.deployment)
 
     async def decode(
-        self, signal: SpokenSignal, settings: DecodeSettings, *, user: str = "", previews: int = 0
+        self,
+        signal: SpokenSignal,
+        settings: DecodeSettings,
+        *,
+        user: str = "",
+        previews: int = 0,
+        source: str | None = None,
     ) -> AsyncGenerator[Step, None]:
         """Stream progress, previews and the medium."""
         box = f"{self.modality.value} decoder"
-        work = _stream(self.handle, "decode", box, signal, settings, user=user, previews=previews)
+        wishes = {"user": user, "previews": previews, "source": source}
+        work = _stream(self.handle, "decode", box, signal, settings, **wishes)
         async with aclosing(work) as stream:
             async for step in stream:
                 yield step

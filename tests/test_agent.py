@@ -98,6 +98,7 @@ class FakeDecoder:
         self.settings: list[DecodeSettings] = []
         self.signals: list[SpokenSignal] = []
         self.users: list[str] = []
+        self.sources: list[str | None] = []
         self.steps_taken = 0
         self.stopped = False
 
@@ -105,12 +106,19 @@ class FakeDecoder:
         return self.up
 
     async def decode(
-        self, signal: SpokenSignal, settings: DecodeSettings, *, user: str = "", previews: int = 0
+        self,
+        signal: SpokenSignal,
+        settings: DecodeSettings,
+        *,
+        user: str = "",
+        previews: int = 0,
+        source: str | None = None,
     ) -> AsyncGenerator[Step, None]:
         self.began.append(time.monotonic())
         self.settings.append(settings)
         self.signals.append(signal)
         self.users.append(user)
+        self.sources.append(source)
         try:
             for step in range(self.steps):
                 await asyncio.sleep(self.step_s)
