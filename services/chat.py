@@ -61,9 +61,6 @@ def converse(args: argparse.Namespace) -> int:
                 if command := re.fullmatch(r"/strength\s+(\w+)\s+(\S+)", line):
                     modality, strength = read_strength(f"{command[1]}={command[2]}")
                     strengths[modality] = strength
-                    print(
-                        f"{modality.value}: {'made anew' if strength is None else f'strength {strength:g}'}"
-                    )
                     continue
                 if line == "/quit":
                     break
@@ -90,7 +87,8 @@ def read_strength(text: str) -> tuple[Modality, float | None]:
     name, _, value = text.partition("=")
     if name not in SUFFIXES:
         raise ValueError(
-            f"{text!r} names no medium that can be made; expected image=, video= or audio= and a number up to 1."
+            f"{text!r} names no medium that can be made; expected image=, video= or audio= and a number "
+            f"above 0 up to 1, or off."
         )
     if value == "off":
         return Modality(name), None
