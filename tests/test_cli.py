@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from decoders.writing import read_manifest
 from encoders.media import Modality, read_media
 from services import cli
 from tests.test_gateway import PNG
@@ -85,6 +86,28 @@ def test_a_conversation_goes_on_until_the_person_leaves(
     assert "nowhere.png cannot be read" in captured.err
 
 
+def test_a_conversation_edits_the_newest_picture(
+    chat: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    said = (
+        "draw a bell\n/strength image 0.5\n/strength image 2\ndraw a bell\n/strength image off\ndraw a bell\n"
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO(said))
+    assert run(*chat) == 0
+    assert "strength is 2.0; it must be above 0" in capsys.readouterr().err
+    pictures = [path.read_bytes() for path in sorted((tmp_path / "out").iterdir())]
+    assert [read_manifest(picture).get("strength") for picture in pictures] == [None, 0.5, None]  # type: ignore[union-attr]
+
+
+def test_one_turn_edits_the_picture_that_it_sends(chat: list[str], tmp_path: Path, capsys: Captured) -> None:
+    picture = tmp_path / "a.png"
+    picture.write_bytes(PNG)
+    assert run(*chat, "--strength", "image=0.5", "--image", str(picture), "--json", "draw a bell") == 0
+    parts = json.loads(capsys.readouterr().out)["parts"]
+    manifests = [part["manifest"] for part in parts if part["type"] == "image"]
+    assert [manifest["strength"] for manifest in manifests] == [0.5]
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
@@ -93,6 +116,7 @@ def test_a_conversation_goes_on_until_the_person_leaves(
         (["--messages", "nowhere.json", "hi"], "nowhere.json cannot be read"),
         ([""], "The message is empty"),
         (["--out", "/dev/null/x", "hi"], "/dev/null/x cannot be made"),
+        (["--strength", "image=0.5", "draw a bell"], "the conversation holds no image to start from"),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_1(
@@ -113,6 +137,8 @@ def test_an_error_is_one_line_and_exit_code_1(
         ["sing"],
         ["serve", "--port", "0"],
         ["chat", "--seed", "x", "hi"],
+        ["chat", "--strength", "image=much", "hi"],
+        ["chat", "--strength", "words=0.5", "hi"],
         ["eval", "moon"],
         ["chat", "a", "b"],
     ],
