@@ -93,7 +93,7 @@ class PipelineEngine:
 
         """
         if source is not None:
-            raise ValueError("A source was given; a whole pipeline always starts from noise. Leave it out.")
+            raise ValueError("A source was given; this decoder always starts from noise. Leave it out.")
         if lora is not None:
             raise ValueError(f"LoRA {lora.name!r} was given; a whole pipeline wears none. Leave it out.")
         plan = self.decoder.plan(condition, settings)

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from decoders.writing import read_manifest
+from decoders.settings import DecodeSettings
 from encoders.media import Modality, read_media
 from services import cli
+from services.session import Reply, ReplyPart
 from tests.test_gateway import PNG
 
 Captured = pytest.CaptureFixture[str]
@@ -86,26 +87,41 @@ def test_a_conversation_goes_on_until_the_person_leaves(
     assert "nowhere.png cannot be read" in captured.err
 
 
-def test_a_conversation_edits_the_newest_picture(
-    chat: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+class FakeSession:
+    """Makes the same picture each time, and notes what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, Any]] = []
+
+    def __enter__(self) -> "FakeSession":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+    def chat(self, messages: Any, *, decoders: Any, **rest: object) -> Reply:
+        self.asked.append((messages, decoders))
+        picture = ReplyPart(type=Modality.IMAGE, data=PNG, caption="a bell", manifest={}, file_id="file-1")
+        return Reply(parts=(picture,), finish_reason="stop", usage={}, timings={})
+
+
+def test_a_conversation_edits_the_newest_picture_for_as_long_as_it_is_wished(
+    chat: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
-    said = (
-        "draw a bell\n/strength image 0.5\n/strength image 2\ndraw a bell\n/strength image off\ndraw a bell\n"
-    )
-    monkeypatch.setattr("sys.stdin", io.StringIO(said))
+    session = FakeSession()
+    monkeypatch.setattr("services.chat._open", lambda preset: (session, 0.0))
+    said = ["draw", "/strength image 0.5", "/strength image 2", "redder", "/strength image off", "anew"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(said)))
+
     assert run(*chat) == 0
+    assert run(*chat, "--strength", "image=0.25", "--strength", "audio=1", "once") == 0
+
+    half, quarter = (DecodeSettings(strength=strength) for strength in (0.5, 0.25))
+    once = {Modality.IMAGE: quarter, Modality.AUDIO: DecodeSettings(strength=1.0)}
+    assert [decoders for _, decoders in session.asked] == [{}, {Modality.IMAGE: half}, {}, once]
+    earlier = session.asked[1][0][1]["parts"][0]
+    assert (earlier["type"], earlier["file_id"]) == ("image", "file-1")
     assert "strength is 2.0; it must be above 0" in capsys.readouterr().err
-    pictures = [path.read_bytes() for path in sorted((tmp_path / "out").iterdir())]
-    assert [read_manifest(picture).get("strength") for picture in pictures] == [None, 0.5, None]  # type: ignore[union-attr]
-
-
-def test_one_turn_edits_the_picture_that_it_sends(chat: list[str], tmp_path: Path, capsys: Captured) -> None:
-    picture = tmp_path / "a.png"
-    picture.write_bytes(PNG)
-    assert run(*chat, "--strength", "image=0.5", "--image", str(picture), "--json", "draw a bell") == 0
-    parts = json.loads(capsys.readouterr().out)["parts"]
-    manifests = [part["manifest"] for part in parts if part["type"] == "image"]
-    assert [manifest["strength"] for manifest in manifests] == [0.5]
 
 
 @pytest.mark.parametrize(
