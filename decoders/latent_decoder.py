@@ -12,7 +12,7 @@ import copy
 import secrets
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -118,6 +118,7 @@ class LatentDecoder(ABC):
         self._deep: DeepFeatures | None = None
         self._vae_use: VaeUse = "whole"
         self._worn = WornLora(self._network)
+        self._compiled: Any = None
         null = folder.saved_null()
         self._null = self.embed_captions([""])[0] if null is None else null  # (S, E)
         if self._null.ndim != 2 or self._null.shape[1] != self._condition_width():
@@ -199,6 +200,27 @@ class LatentDecoder(ABC):
         else:
             self.vae.disable_tiling()
         self._vae_use = how
+
+    def compile(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compile the denoising network for whole steps without LoRA; others go on as they are.
+
+        Takes such steps, so that what cannot be compiled is known at once.
+
+        Raises:
+            RuntimeError: it cannot be compiled, for want of a C++ compiler for instance. The decoder goes on
+                uncompiled.
+
+        """
+        self._compiled = torch.compile(self._network.forward, dynamic=True, backend=backend)
+        tokens, width = self._null.shape
+        silence = Condition(torch.zeros(tokens, width))
+        try:
+            for scale in (1.0, 2.0):  # one row is a case of its own
+                plan = self.plan(silence, DecodeSettings(seed=0, steps=2, guidance_scale=scale))
+                self.step([self.begin([plan])])
+        except Exception:
+            self._compiled = None
+            raise
 
     def move(self, device: torch.device | str) -> None:
         """Move all weights to ``device``. Before anything is decoded they must be on the decoder's own."""
@@ -396,7 +418,12 @@ class LatentDecoder(ABC):
             step(self._predict, [run for run, _ in whole], self._null, halves_apart=halves_apart)
         elif whole:
             with self._deep_features().recording() as recorded:
-                step(self._predict, [run for run, _ in whole], self._null, halves_apart=halves_apart)
+                step(
+                    partial(self._run, self._network),
+                    [run for run, _ in whole],
+                    self._null,
+                    halves_apart=halves_apart,
+                )
             _keep([run for run, _ in whole], keeping, torch.cat(recorded))
         if shallow:
             deep = self._deep_features()
@@ -417,7 +444,9 @@ class LatentDecoder(ABC):
 
     def _predict(self, latents: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
         """Run the denoising network; each row has its own timestep."""
-        return self._run(self._network, latents, timesteps, conditions)
+        # Compiled code knows nothing of the hooks of LoRA.
+        network = self._compiled if self._compiled is not None and self._worn.nothing else self._network
+        return self._run(network, latents, timesteps, conditions)
 
     def complete(
         self, latents: Tensor, plans: Sequence[Plan], *, thrift: Thrift = Thrift.NONE

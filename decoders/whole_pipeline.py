@@ -227,6 +227,13 @@ class WholePipeline:
             f"expected one for a pipeline that is taken apart. Merge it into the pipeline's folder instead."
         )
 
+    def compile(self) -> None:
+        """Raise ValueError: pipelines that are not taken apart are not compiled here."""
+        raise ValueError(
+            f"{self.folder.path}: a {self.folder.pipeline_class} runs as a whole and is not compiled here. "
+            f"Take compile out of the preset."
+        )
+
     def encode_source(self, medium: Medium, settings: DecodeSettings | None = None) -> Tensor:
         """Raise ValueError: pipelines that are not taken apart always start from noise."""
         raise self._no_source()

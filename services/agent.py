@@ -177,6 +177,7 @@ class Agent:
             stop=options.stop,
             seed=seed,
             adapter=adapter,
+            user=_user(options.user, reply.turn),
         )
         yield TurnStarted(id=reply.turn, seed=seed)
 
@@ -352,7 +353,7 @@ def _step_event(index: int, step: Progress | Preview) -> PartProgress | PartPrev
 
 
 def _user(name: str | None, turn: str) -> str:
-    """Return who shares the decoders with others; nobody can take another's name by leaving his own out."""
+    """Return who shares the models with others; nobody can take another's name by leaving his own out."""
     return f"turn {turn}" if name is None else f"user {name}"
 
 

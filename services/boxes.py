@@ -60,7 +60,8 @@ class PromptMessage:
 class SpeechOptions:
     """How the language model speaks. ``allowed`` are the media it may choose to make.
 
-    ``adapter`` names LoRA of the preset.
+    ``adapter`` names LoRA of the preset. ``user`` is who shares the model with others: where slots are short,
+    the user for whom least was done is next.
     """
 
     allowed: frozenset[Modality]
@@ -75,6 +76,7 @@ class SpeechOptions:
     stop: tuple[str, ...] = ()
     seed: int
     adapter: str | None = None
+    user: str = ""
 
 
 @dataclass(frozen=True)

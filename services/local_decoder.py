@@ -31,6 +31,7 @@ from encoders.media import Audio, Image, Medium, Modality, Video, read_media
 from services.adapters import AdapterShelf
 from services.artefacts import ArtefactStore
 from services.boxes import LOCAL, Counts, Made, Preview, Progress, SpokenSignal, Step
+from services.compiling import compile_if_possible
 from services.decoder_pool import DecoderKey, DecoderPool
 from services.footprint import decoder_bytes
 from services.links import CaptionLink, Link, SignalLink
@@ -56,6 +57,7 @@ class LocalDecoder:
             dtype=getattr(torch, self.chosen.dtype or "float32"),
             vae=self.chosen.vae,
             waits_in=self.chosen.waits_in,
+            compile=self.chosen.compile,
         )
         self._projecting: SignalLink | None = None
 
@@ -85,6 +87,8 @@ class LocalDecoder:
         with loading(f"{self.modality.value} decoder"):
             decoder = load_decoder(self.modality, self.key.folder, self.key.device, self.key.dtype)
             decoder.use_vae(self.chosen.vae)
+            if self.chosen.compile:
+                compile_if_possible(f"{self.modality.value} decoder", decoder.compile)
             if isinstance(decoder, WholePipeline):
                 return PipelineEngine(decoder, config)
             decoder.forget_text_encoder()

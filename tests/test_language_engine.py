@@ -183,6 +183,31 @@ def ended(events: list[Any]) -> bool:
     return bool(events) and isinstance(events[-1], (Finished, Exception))
 
 
+def test_a_user_who_floods_the_engine_delays_another_by_no_more_than_one_turn_of_a_slot() -> None:
+    model = tiny_model()
+    engine = Engine(model, slots=2, context=128, step_tokens=32)
+    options = GenerationOptions(max_new_tokens=6, seed=0)
+    flood = [engine.prepare([user(f"draw a bell {i}")], options, user="ann") for i in range(50)]
+    other = engine.prepare([user("and how?")], options, user="bob")
+    for request in flood:
+        engine.submit(request)
+    ended: list[Request] = []
+    while len(ended) < 5:
+        ended += [request for request, event in engine.step() if isinstance(event, Finished)]
+    before = len(ended)
+
+    engine.submit(other)
+    while other not in ended:
+        ended += [request for request, event in engine.step() if isinstance(event, Finished)]
+
+    # Those who ran when it came, and as many as ran beside it: one turn of each slot, not 45 requests.
+    assert len(ended) - 1 - before <= 2 * 2
+    assert {request.user for request in ended} == {"ann", "bob"}
+    while engine.busy:
+        ended += [request for request, event in engine.step() if isinstance(event, Finished)]
+    assert len(ended) == 51
+
+
 def test_a_cancel_ends_a_running_and_a_waiting_request_with_the_next_step() -> None:
     model = eager_model()
     engine = Engine(model, slots=1)
