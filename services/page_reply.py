@@ -161,7 +161,8 @@ def _bubbles(part: Json) -> Shown:
     if "path" in part:
         return [_file(part["path"], part.get("caption", ""))]
     if part["status"] == "failed":
-        title = {"title": f"The {name} could not be made", "status": "done"}
+        how = "was cancelled" if part["error"]["code"] == "part_cancelled" else "could not be made"
+        title = {"title": f"The {name} {how}", "status": "done"}
         return [{"role": "assistant", "content": part["error"]["message"], "metadata": title}]
     progress = "waiting for its decoder"
     if "step" in part:

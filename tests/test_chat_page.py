@@ -88,6 +88,7 @@ def test_a_failed_medium_says_why_and_is_not_repeated(tmp_path: Path) -> None:
     shelf.take(told(0, "failed", error={"code": "x", "message": "Too big."}))
     (bubble,) = shelf.messages()
     assert bubble["content"] == "Too big."
+    assert bubble["metadata"]["title"] == "The picture could not be made"
     assert shelf.assistant()["parts"] == []
 
 
@@ -334,7 +335,7 @@ def test_one_medium_is_cancelled_and_made_again_with_buttons(page: Page) -> None
     page.get_by_label("Picture: steps").fill("1000")
     say(page, "draw, play and film a bell")
     page.get_by_role("button", name="Cancel the picture").click()
-    expect(page.locator("#chat")).to_contain_text("The picture could not be made")
+    expect(page.locator("#chat")).to_contain_text("The picture was cancelled")
     expect(page.locator("#chat video").first).to_be_attached(timeout=90_000)
     expect(page.locator("#chat audio").first).to_be_attached()
     expect(page.locator("#chat [data-testid='bot'] img")).to_have_count(0)
@@ -342,7 +343,6 @@ def test_one_medium_is_cancelled_and_made_again_with_buttons(page: Page) -> None
     page.get_by_role("button", name="Make the picture again").click()
     expect(page.locator("#chat [data-testid='bot'] img")).to_be_visible(timeout=90_000)
     expect(page.locator("#said .submit-button")).to_be_visible()
-    page.screenshot(path=os.environ.get("PAGE_SHOT"))
 
 
 @pytest.mark.browser

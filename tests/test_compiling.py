@@ -115,7 +115,7 @@ def test_what_cannot_be_compiled_says_why_and_runs_as_it_is(
     expected = pixels(decoder)
     engine = Engine(tiny_model(), slots=2, context=64)
     really = torch.compile
-    # The trouble that torch tells of is the real one, but it comes from a function that is traced at once.
+    # The trouble is as torch tells it, but from a function that is traced at once.
     monkeypatch.setattr(
         torch, "compile", lambda module, **options: really(lambda x, *a, **k: x + 1, backend=broken)
     )
