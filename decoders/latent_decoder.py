@@ -13,7 +13,7 @@ import secrets
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from decoders.condition import Condition, ConditionSpec, digest
-from decoders.deep_features import DeepFeatures
+from decoders.deep_features import DeepFeatures, step_reusing
 from decoders.denoising import (
     Denoising,
     OnStep,
@@ -34,64 +34,17 @@ from decoders.denoising import (
     draw_noise,
     make_scheduler,
     step,
-    steps_run,
 )
 from decoders.lora import DecoderLora, WornLora, read_decoder_lora
 from decoders.patch_autoencoder import PatchAutoencoderKL
 from decoders.pipeline_folder import DEFAULTS_FILE, PipelineFolder
+from decoders.plan import Decoded, Plan
 from decoders.preview import LinearPreview
 from decoders.settings import USUAL_STRENGTH, DecoderDefaults, DecodeSettings
 from decoders.thrift import Thrift, aside
 from encoders.media import Image, Medium, Modality
 
 VaeUse = Literal["whole", "sliced", "tiled"]
-
-SHALLOW_SHARE = 0.5
-"""What a step with kept features costs of a whole one, about."""
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Decoded:
-    """A medium and how it was made: enough to make it again with the same weights and condition."""
-
-    medium: Medium
-    manifest: dict[str, Any]
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Plan:
-    """One request with every choice made; made by :meth:`LatentDecoder.plan`.
-
-    ``settings`` have seed, steps, guidance and scheduler, and with a ``source`` a strength; ``shape`` is that
-    of the latents, ``source`` and ``lora`` are those of :meth:`LatentDecoder.decode`.
-    """
-
-    condition: Condition
-    settings: DecodeSettings
-    shape: tuple[int, ...]
-    source: Tensor | None
-    lora: DecoderLora | None = None
-
-    @property
-    def strength(self) -> float:
-        """The share of the schedule that runs."""
-        return self.settings.strength or 1.0
-
-    @property
-    def steps(self) -> int:
-        """Denoising steps that will run."""
-        return steps_run(self.settings.steps or 1, self.strength)
-
-    @property
-    def deep_every(self) -> int:
-        """In every how many steps deep features are computed; 1 is always."""
-        return self.settings.deep_every or 1
-
-    @property
-    def rows(self) -> float:
-        """Rows that a step takes in the network: 2 with guidance, else 1; fewer if features are reused."""
-        halves = 2 if (self.settings.guidance_scale or 0) > 1 else 1
-        return halves * (1 + SHALLOW_SHARE * (self.deep_every - 1)) / self.deep_every
 
 
 class LatentDecoder(ABC):
@@ -404,33 +357,14 @@ class LatentDecoder(ABC):
         assert len(loras) <= 1, "plans with different LoRA in one step"
         idle = self._other_networks() if thrift >= Thrift.SPARSE else []
         with aside(idle, self.folder.device), self._worn.wearing(next(iter(loras), None)):
-            self._take_step(runs, plans, halves_apart=thrift >= Thrift.SLICED)
-
-    def _take_step(
-        self, runs: Sequence[Denoising], plans: Sequence[Plan] | None, *, halves_apart: bool
-    ) -> None:
-        every = [plan.deep_every for plan in plans] if plans else [1] * len(runs)
-        pairs = list(zip(runs, every, strict=True))
-        shallow = [run for run, n in pairs if run.done % n and run.kept is not None]
-        whole = [(run, n) for run, n in pairs if run not in shallow]
-        keeping = [run for run, n in whole if n > 1]
-        if not keeping and whole:
-            step(self._predict, [run for run, _ in whole], self._null, halves_apart=halves_apart)
-        elif whole:
-            with self._deep_features().recording() as recorded:
-                step(
-                    partial(self._run, self._network),
-                    [run for run, _ in whole],
-                    self._null,
-                    halves_apart=halves_apart,
-                )
-            _keep([run for run, _ in whole], keeping, torch.cat(recorded))
-        if shallow:
+            halves_apart = thrift >= Thrift.SLICED
+            every = [plan.deep_every for plan in plans or ()]
+            if max(every, default=1) == 1:
+                step(self._predict, runs, self._null, halves_apart=halves_apart)
+                return
             deep = self._deep_features()
-            kept = [run.kept for run in shallow if run.kept is not None]
-            deep.recall(torch.cat([guided for guided, _ in kept] + [rows for _, rows in kept]))
-            predict = partial(self._run, deep.shallow)
-            step(predict, shallow, self._null, halves_apart=halves_apart)
+            shallow = partial(self._run, deep.shallow)
+            step_reusing(deep, self._predict, shallow, runs, every, self._null, halves_apart=halves_apart)
 
     def _deep_features(self) -> DeepFeatures:
         if self._deep is None:
@@ -444,8 +378,9 @@ class LatentDecoder(ABC):
 
     def _predict(self, latents: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
         """Run the denoising network; each row has its own timestep."""
-        # Compiled code knows nothing of the hooks of LoRA.
-        network = self._compiled if self._compiled is not None and self._worn.nothing else self._network
+        # Compiled code knows nothing of hooks, by which LoRA and deep features work.
+        hooked = not self._worn.nothing or (self._deep is not None and self._deep.is_recording)
+        network = self._network if hooked or self._compiled is None else self._compiled
         return self._run(network, latents, timesteps, conditions)
 
     def complete(
@@ -576,15 +511,6 @@ class LatentDecoder(ABC):
             raise ValueError(
                 f"The source is {medium.modality}; this decoder starts from {self.modality} only."
             )
-
-
-def _keep(runs: Sequence[Denoising], keeping: Sequence[Denoising], features: Tensor) -> None:
-    """Give each run that keeps features its own: those of all guided rows come first, as in ``step``."""
-    guided = [len(run.guided) for run in runs]
-    parts = features.split([*guided, *(len(run.latents) for run in runs)])
-    for place, run in enumerate(runs):
-        if run in keeping:
-            run.kept = parts[place], parts[len(runs) + place]
 
 
 def clip_states(encoder: Any, inputs: Any) -> Tensor:

@@ -26,9 +26,9 @@ from torch import Tensor
 from decoders.condition import Condition, ConditionSpec, digest
 from decoders.condition_layouts import condition_layout
 from decoders.denoising import OnStep, check_stop
-from decoders.latent_decoder import Decoded
 from decoders.lora import DecoderLora
 from decoders.pipeline_folder import DEFAULTS_FILE, PipelineFolder
+from decoders.plan import Decoded
 from decoders.settings import DecoderDefaults, DecodeSettings
 from decoders.text_readers import READERS
 from encoders.media import Audio, Image, Medium, Modality, Video

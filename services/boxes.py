@@ -2,7 +2,7 @@
 
 The values hold numpy arrays and ids: small, and readable in a process that never loads torch.
 There are two sets of implementations, :mod:`services.local` in this process and
-:mod:`services.deployments` behind Ray Serve handles.
+:mod:`services.remote_boxes` behind Ray Serve handles.
 """
 
 from __future__ import annotations

@@ -20,10 +20,11 @@ from torch import Tensor
 from decoders.denoising import steps_run
 from decoders.engine import DenoisingEngine, EngineConfig, Heard, StepDone
 from decoders.engine import Preview as EnginePreview
-from decoders.latent_decoder import Decoded, LatentDecoder
+from decoders.latent_decoder import LatentDecoder
 from decoders.lora import DecoderLora
 from decoders.pipeline_engine import PipelineEngine
 from decoders.pipeline_folder import PipelineFolder
+from decoders.plan import Decoded
 from decoders.settings import DecodeSettings
 from decoders.whole_pipeline import WholePipeline
 from decoders.writing import to_jpeg, to_mp4, to_png, to_wav

@@ -26,7 +26,8 @@ from decoders.engine import (
 )
 from decoders.failures import DecoderOutOfMemory, QueueFull
 from decoders.image import ImageDecoder
-from decoders.latent_decoder import Decoded, LatentDecoder
+from decoders.latent_decoder import LatentDecoder
+from decoders.plan import Decoded
 from decoders.settings import SCHEDULER_NAMES, DecodeSettings
 from decoders.video import VideoDecoder
 from tests import tiny_pipelines

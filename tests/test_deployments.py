@@ -18,19 +18,16 @@ from encoders.media import Modality
 from services.agent import Agent
 from services.artefacts import ArtefactStore
 from services.boxes import Finished, Made, Preview, SpokenSignal
-from services.deployments import (
-    AgentReplica,
+from services.deployments import AgentReplica, DecoderReplica, EncoderReplica, LanguageModelReplica
+from services.events import PartDone, PartFailed, PartPreview, PartProgress, TurnStarted
+from services.messages import TurnOptions
+from services.remote_boxes import (
     ClusterStatus,
-    DecoderReplica,
-    EncoderReplica,
-    LanguageModelReplica,
     RemoteAgent,
     RemoteDecoder,
     RemoteEncoder,
     RemoteLanguageModel,
 )
-from services.events import PartDone, PartFailed, PartPreview, PartProgress, TurnStarted
-from services.messages import TurnOptions
 from tests.test_agent import FakeDecoder, FakeEncoder, FakeSpeaker, said
 
 IMAGE = Modality.IMAGE
