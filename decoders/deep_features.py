@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -92,11 +92,12 @@ def step_reusing(
     shallow = [run for run, n in pairs if run.done % n and run.kept is not None]
     whole = [(run, n) for run, n in pairs if run not in shallow]
     keeping = [run for run, n in whole if n > 1]
-    if whole:
-        with deep.recording() if keeping else nullcontext([]) as recorded:
+    if keeping:
+        with deep.recording() as recorded:
             step(predict, [run for run, _ in whole], null, halves_apart=halves_apart)
-        if keeping:
-            _keep([run for run, _ in whole], keeping, torch.cat(recorded))
+        _keep([run for run, _ in whole], keeping, torch.cat(recorded))
+    elif whole:
+        step(predict, [run for run, _ in whole], null, halves_apart=halves_apart)
     if shallow:
         kept = [run.kept for run in shallow if run.kept is not None]
         deep.recall(torch.cat([guided for guided, _ in kept] + [rows for _, rows in kept]))

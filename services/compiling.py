@@ -15,8 +15,8 @@ def compile_if_possible(box: str, compile: Callable[[], None]) -> None:
     try:
         compile()
     except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = " ".join(lines[:2]) or type(error).__name__  # the first may be "backend='inductor' raised:"
+        told = str(error).partition("Set TORCHDYNAMO_VERBOSE")[0]  # what follows is for developers of torch
+        reason = " ".join(told.split()) or type(error).__name__
         logger.warning(
             "The %s could not be compiled and runs as it is: %s. Install a C++ compiler such as g++, or take "
             "compile out of the preset.",

@@ -167,7 +167,9 @@ def kept(store: ArtefactStore, turn: str, index: int) -> Order:
             artefact.modality, artefact.caption or "", arrays["hidden"], arrays["embeddings"]
         )
     settings = DecodeSettings(**artefact.manifest["settings"])
-    return Order(turn=turn, index=index, signal=signal, settings=settings, source=artefact.manifest["source"])
+    return Order(
+        turn=turn, index=index, signal=signal, settings=settings, source=artefact.manifest.get("source")
+    )
 
 
 def changed(settings: DecodeSettings, wishes: DecodeSettings) -> DecodeSettings:

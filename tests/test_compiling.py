@@ -114,11 +114,9 @@ def test_what_cannot_be_compiled_says_why_and_runs_as_it_is(
 ) -> None:
     expected = pixels(decoder)
     engine = Engine(tiny_model(), slots=2, context=64)
-    really = torch.compile
     # The trouble is as torch tells it, but from a function that is traced at once.
-    monkeypatch.setattr(
-        torch, "compile", lambda module, **options: really(lambda x, *a, **k: x + 1, backend=broken)
-    )
+    failing = torch.compile(lambda *args, **rest: torch.ones(1) + 1, backend=broken)
+    monkeypatch.setattr(torch, "compile", lambda module, **options: failing)
 
     with caplog.at_level("WARNING", "services.compiling"):
         compile_if_possible("image decoder", decoder.compile)

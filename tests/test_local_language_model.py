@@ -108,7 +108,8 @@ def test_the_models_own_lora_is_merged_at_load() -> None:
     assert not [name for name, _ in box._lm.named_parameters() if "lora" in name]
     for down in downs:
         name = down.removeprefix("base_model.model.").replace("lora_A.weight", "weight")
-        product = lora[down.replace("lora_A", "lora_B")] @ lora[down] * settings["lora_alpha"] / settings["r"]
+        up = down.replace("lora_A", "lora_B")
+        product = lora[up].float() @ lora[down].float() * settings["lora_alpha"] / settings["r"]
         assert product.abs().max() > 0
         merged = base.get_parameter(name).float() + product
         torch.testing.assert_close(box._lm.get_parameter(name), merged, atol=1e-5, rtol=1e-4)
