@@ -197,15 +197,14 @@ def test_a_user_who_floods_the_engine_delays_another_by_no_more_than_one_turn_of
     before = len(ended)
 
     engine.submit(other)
-    while other not in ended:
+    while not any(slot.request is other for slot in engine._slots):
         ended += [request for request, event in engine.step() if isinstance(event, Finished)]
 
-    # Those who ran when it came, and as many as ran beside it: one turn of each slot, not 45 requests.
-    assert len(ended) - 1 - before <= 2 * 2
-    assert {request.user for request in ended} == {"ann", "bob"}
+    assert len(ended) - before <= 2  # the two that ran, if they ended in one step; 45 more of hers wait
     while engine.busy:
         ended += [request for request, event in engine.step() if isinstance(event, Finished)]
     assert len(ended) == 51
+    assert ended.index(other) < 10
 
 
 def test_a_cancel_ends_a_running_and_a_waiting_request_with_the_next_step() -> None:
@@ -335,7 +334,7 @@ def test_a_request_that_fails_takes_no_other_with_it(monkeypatch: pytest.MonkeyP
             raise RuntimeError("unreadable")
         return project(slot)
 
-    def broken_pass(embeddings: Tensor, rows: list[int], starts: list[int]) -> Tensor:
+    def broken_pass(embeddings: Tensor, rows: list[int], starts: list[int], *, plain: bool) -> Tensor:
         if any(engine._slots[row].request is bad for row in rows):
             raise RuntimeError("poisoned")
         return step(embeddings, rows, starts)
@@ -362,7 +361,7 @@ def test_numbers_that_are_none_end_one_reply_and_stay_in_no_slot(monkeypatch: py
     step = engine._slot_model.run
 
     @torch.inference_mode()
-    def broken_pass(embeddings: Tensor, rows: list[int], starts: list[int]) -> Tensor:
+    def broken_pass(embeddings: Tensor, rows: list[int], starts: list[int], *, plain: bool) -> Tensor:
         hidden = step(embeddings, rows, starts)
         for i, row in enumerate(rows):
             if engine._slots[row].request is bad:
