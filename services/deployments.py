@@ -151,7 +151,7 @@ class DecoderReplica:
         *,
         user: str,
         previews: int,
-        source: str | None,
+        source: str | None = None,
     ) -> AsyncGenerator[Step | Failure, None]:
         """Stream progress, previews and the medium."""
         try:
