@@ -10,12 +10,15 @@ the pipeline is patched; here the same modules are hung into a second, shallow U
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+
+from decoders.denoising import Denoising, Predict, step
 
 
 class DeepFeatures:
@@ -53,6 +56,11 @@ class DeepFeatures:
         finally:
             self._recorded = None
 
+    @property
+    def is_recording(self) -> bool:
+        """Whether calls of the whole U-Net are listened to."""
+        return self._recorded is not None
+
     def recall(self, features: Tensor) -> None:
         """Give the shallow twin features for as many rows as it will be called with."""
         self._middle.features, self._middle.used = features, 0
@@ -60,6 +68,49 @@ class DeepFeatures:
     def _on_last_level(self, block: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         if self._recorded is not None:
             self._recorded.append(named["hidden_states"])
+
+
+def step_reusing(
+    deep: DeepFeatures,
+    predict: Predict,
+    predict_shallow: Predict,
+    runs: Sequence[Denoising],
+    every: Sequence[int],
+    null: Tensor,
+    *,
+    halves_apart: bool = False,
+) -> None:
+    """Take one step of every run, each of which has its deep features computed in every n-th step only.
+
+    Args:
+        deep: of the network that ``predict`` runs; ``predict_shallow`` runs its twin.
+        predict, runs, null, halves_apart: as in :func:`decoders.denoising.step`.
+        every: that n, one per run; 1 computes them always, and keeps none.
+
+    """
+    pairs = list(zip(runs, every, strict=True))
+    shallow = [run for run, n in pairs if run.done % n and run.kept is not None]
+    whole = [(run, n) for run, n in pairs if run not in shallow]
+    keeping = [run for run, n in whole if n > 1]
+    if keeping:
+        with deep.recording() as recorded:
+            step(predict, [run for run, _ in whole], null, halves_apart=halves_apart)
+        _keep([run for run, _ in whole], keeping, torch.cat(recorded))
+    elif whole:
+        step(predict, [run for run, _ in whole], null, halves_apart=halves_apart)
+    if shallow:
+        kept = [run.kept for run in shallow if run.kept is not None]
+        deep.recall(torch.cat([guided for guided, _ in kept] + [rows for _, rows in kept]))
+        step(predict_shallow, shallow, null, halves_apart=halves_apart)
+
+
+def _keep(runs: Sequence[Denoising], keeping: Sequence[Denoising], features: Tensor) -> None:
+    """Give each run that keeps features its own: those of all guided rows come first, as in ``step``."""
+    guided = [len(run.guided) for run in runs]
+    parts = features.split([*guided, *(len(run.latents) for run in runs)])
+    for place, run in enumerate(runs):
+        if run in keeping:
+            run.kept = parts[place], parts[len(runs) + place]
 
 
 class _Kept(nn.Module):

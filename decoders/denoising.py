@@ -13,6 +13,8 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
+from decoders.settings import check_strength
+
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A network: (latents ``(B, ...)``, timesteps ``(B,)`` float32, conditions ``(B, ...)``) -> ``(B, ...)``."""
 
@@ -252,8 +254,5 @@ def steps_run(steps: int, strength: float) -> int:
         ValueError: ``strength`` is not in (0, 1].
 
     """
-    if not 0 < strength <= 1:
-        raise ValueError(
-            f"strength is {strength!r}; it must be above 0 (keep the source) and at most 1 (ignore it)."
-        )
+    check_strength(strength)
     return max(1, min(int(steps * strength), steps))

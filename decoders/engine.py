@@ -11,8 +11,9 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -24,8 +25,10 @@ from decoders.cost import CostModel
 from decoders.denoising import Cancelled, Denoising
 from decoders.failures import DecoderOutOfMemory, QueueFull
 from decoders.fair_queue import FairQueue, Work
-from decoders.latent_decoder import Decoded, LatentDecoder, Plan
+from decoders.latent_decoder import LatentDecoder
 from decoders.lora import DecoderLora
+from decoders.plan import Decoded, Plan
+from decoders.request_stream import RequestStream
 from decoders.settings import DecodeSettings
 from decoders.thrift import Thrift, release
 from encoders.media import Image
@@ -81,13 +84,6 @@ Heard = StepDone | Preview | Decoded
 
 
 @dataclass(frozen=True, slots=True)
-class _End:
-    """The stream is over; ``error`` is raised on the other side."""
-
-    error: BaseException | None
-
-
-@dataclass(frozen=True, slots=True)
 class EngineStats:
     """What an engine is doing.
 
@@ -107,28 +103,18 @@ class EngineStats:
 
 @dataclass(eq=False, slots=True)
 class _Request:
-    """One request on its way; ``ended`` is done when the thread will not touch it again."""
+    """One request on its way."""
 
     plan: Plan
     work: Work
     preview_every: int
-    tell: Callable[[Heard | _End], None]
+    stream: RequestStream[Heard]
     run: Denoising | None = None
-    stopped: bool = False
     error: BaseException | None = None
-    ended: Future[None] = field(default_factory=Future)
 
     def state(self) -> Denoising:
         assert self.run is not None
         return self.run
-
-    def say(self, value: Heard | _End) -> None:
-        """Tell the reader, who may be gone together with the event loop."""
-        if not self.stopped:
-            try:
-                self.tell(value)
-            except RuntimeError:  # the loop is closed
-                self.stopped = True
 
 
 _Deed = Callable[[Sequence[_Request], Thrift], None]
@@ -164,7 +150,6 @@ class DenoisingEngine:
         settings: DecodeSettings | None = None,
         *,
         source: Tensor | None = None,
-        strength: float = 0.6,
         lora: DecoderLora | None = None,
         user: str = "",
         preview_every: int = 0,
@@ -175,7 +160,7 @@ class DenoisingEngine:
         the close returns when the thread is rid of it.
 
         Args:
-            condition, settings, source, strength, lora: as in :meth:`LatentDecoder.decode`.
+            condition, settings, source, lora: as in :meth:`LatentDecoder.decode`.
             user: whose request it is; users share the engine fairly.
             preview_every: steps from one preview to the next, 0 for none.
 
@@ -187,26 +172,13 @@ class DenoisingEngine:
         """
         if preview_every < 0:
             raise ValueError(f"preview_every is {preview_every}; it must be 0 (no previews) or more.")
-        plan = self.decoder.plan(condition, settings, source=source, strength=strength, lora=lora)
-        loop = asyncio.get_running_loop()
-        heard: asyncio.Queue[Heard | _End] = asyncio.Queue()
-
-        def tell(value: Heard | _End) -> None:
-            loop.call_soon_threadsafe(heard.put_nowait, value)
-
+        plan = self.decoder.plan(condition, settings, source=source, lora=lora)
         work = Work(user, plan.shape, plan.rows, plan.steps, plan.settings.lora)
-        request = _Request(plan, work, preview_every, tell)
+        request = _Request(plan, work, preview_every, RequestStream())
         self._admit(request)
-        try:
-            while True:
-                value = await heard.get()
-                if isinstance(value, _End):
-                    if value.error is not None:
-                        raise value.error
-                    return
+        async with aclosing(request.stream.listen(partial(self._leave, request))) as heard:
+            async for value in heard:
                 yield value
-        finally:
-            await self._leave(request)
 
     async def call(self, work: Callable[[], T]) -> T:
         """Run ``work`` in the engine's thread, between two turns, and return what it returns.
@@ -278,20 +250,13 @@ class DenoisingEngine:
             if not self._turning:
                 self._pool.submit(self._turn)
                 self._turning = True
-            request.say(StepDone(0, plan.steps, self._left_s(work)))
+            request.stream.say(StepDone(0, plan.steps, self._left_s(work)))
 
-    async def _leave(self, request: _Request) -> None:
-        """Stop a request and wait until the thread is rid of it, however often the waiter is cancelled."""
+    def _leave(self, request: _Request) -> None:
+        """Let go of a request that has been stopped, unless the thread is at it: then it does."""
         with self._lock:
-            request.stopped = True
             if request.work in self._requests and request not in self._in_hand:
                 self._drop(request)
-        ended = asyncio.wrap_future(request.ended)
-        while not ended.done():
-            try:
-                await asyncio.shield(ended)
-            except asyncio.CancelledError:
-                continue
 
     def _drop(self, request: _Request) -> None:
         """Forget a request that nobody works on. The lock is held."""
@@ -299,8 +264,8 @@ class DenoisingEngine:
         self._queue.remove(request.work)
         request.run = None
         if request.error is not None:
-            request.say(_End(request.error))
-        request.ended.set_result(None)
+            request.stream.end(request.error)
+        request.stream.gone.set_result(None)
 
     def _turn(self) -> None:
         """Do one turn and ask for the next, so that :meth:`call` and new requests get in between."""
@@ -321,12 +286,12 @@ class DenoisingEngine:
             self._queue.charge(works, time.perf_counter() - began)
             self._in_hand = []
             for request in batch:
-                if request.stopped or request.error is not None:
+                if request.stream.stop.is_set() or request.error is not None:
                     self._drop(request)
             self._foresee()
             for request in batch:
                 if (run := request.run) is not None:
-                    request.say(StepDone(run.done, run.total, self._left_s(request.work)))
+                    request.stream.say(StepDone(run.done, run.total, self._left_s(request.work)))
             self._turning = bool(self._requests)
             if self._turning:
                 self._pool.submit(self._turn)
@@ -362,7 +327,7 @@ class DenoisingEngine:
 
     def _show(self, request: _Request, run: Denoising) -> None:
         try:
-            request.say(Preview(run.done, run.total, self.decoder.preview(run.estimate[0])))
+            request.stream.say(Preview(run.done, run.total, self.decoder.preview(run.estimate[0])))
         except Exception:  # a medium is worth more than a look at it
             logger.warning("A preview failed; its request goes on without.", exc_info=True)
             request.preview_every = 0
@@ -408,9 +373,8 @@ class DenoisingEngine:
         latents = torch.cat([request.state().latents for request in batch])
         plans = [request.plan for request in batch]
         for request, decoded in zip(batch, self.decoder.complete(latents, plans, thrift=thrift), strict=True):
-            request.say(decoded)
-            request.say(_End(None))
-            request.stopped = True
+            request.stream.say(decoded)
+            request.stream.end()
 
     def _settle(self) -> None:
         """Wait for the device, so that a step that is counted has been done."""

@@ -12,8 +12,8 @@ import copy
 import secrets
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from decoders.condition import Condition, ConditionSpec, digest
-from decoders.deep_features import DeepFeatures
+from decoders.deep_features import DeepFeatures, step_reusing
 from decoders.denoising import (
     Denoising,
     OnStep,
@@ -34,61 +34,17 @@ from decoders.denoising import (
     draw_noise,
     make_scheduler,
     step,
-    steps_run,
 )
 from decoders.lora import DecoderLora, WornLora, read_decoder_lora
 from decoders.patch_autoencoder import PatchAutoencoderKL
 from decoders.pipeline_folder import DEFAULTS_FILE, PipelineFolder
+from decoders.plan import Decoded, Plan
 from decoders.preview import LinearPreview
-from decoders.settings import DecoderDefaults, DecodeSettings
+from decoders.settings import USUAL_STRENGTH, DecoderDefaults, DecodeSettings
 from decoders.thrift import Thrift, aside
 from encoders.media import Image, Medium, Modality
 
 VaeUse = Literal["whole", "sliced", "tiled"]
-
-SHALLOW_SHARE = 0.5
-"""What a step with kept features costs of a whole one, about."""
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Decoded:
-    """A medium and how it was made: enough to make it again with the same weights and condition."""
-
-    medium: Medium
-    manifest: dict[str, Any]
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Plan:
-    """One request with every choice made; made by :meth:`LatentDecoder.plan`.
-
-    ``settings`` have seed, steps, guidance and scheduler, ``shape`` is that of the latents, ``source``,
-    ``strength`` and ``lora`` are those of :meth:`LatentDecoder.decode`.
-    """
-
-    condition: Condition
-    settings: DecodeSettings
-    shape: tuple[int, ...]
-    source: Tensor | None
-    strength: float
-    lora: DecoderLora | None = None
-
-    @property
-    def steps(self) -> int:
-        """Denoising steps that will run."""
-        steps = self.settings.steps or 1
-        return steps if self.source is None else steps_run(steps, self.strength)
-
-    @property
-    def deep_every(self) -> int:
-        """In every how many steps deep features are computed; 1 is always."""
-        return self.settings.deep_every or 1
-
-    @property
-    def rows(self) -> float:
-        """Rows that a step takes in the network: 2 with guidance, else 1; fewer if features are reused."""
-        halves = 2 if (self.settings.guidance_scale or 0) > 1 else 1
-        return halves * (1 + SHALLOW_SHARE * (self.deep_every - 1)) / self.deep_every
 
 
 class LatentDecoder(ABC):
@@ -115,6 +71,7 @@ class LatentDecoder(ABC):
         self._deep: DeepFeatures | None = None
         self._vae_use: VaeUse = "whole"
         self._worn = WornLora(self._network)
+        self._compiled: Any = None
         null = folder.saved_null()
         self._null = self.embed_captions([""])[0] if null is None else null  # (S, E)
         if self._null.ndim != 2 or self._null.shape[1] != self._condition_width():
@@ -197,6 +154,27 @@ class LatentDecoder(ABC):
             self.vae.disable_tiling()
         self._vae_use = how
 
+    def compile(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compile the denoising network for whole steps without LoRA; others go on as they are.
+
+        Takes such steps, so that what cannot be compiled is known at once.
+
+        Raises:
+            RuntimeError: it cannot be compiled, for want of a C++ compiler for instance. The decoder goes on
+                uncompiled.
+
+        """
+        self._compiled = torch.compile(self._network.forward, dynamic=True, backend=backend)
+        tokens, width = self._null.shape
+        silence = Condition(torch.zeros(tokens, width))
+        try:
+            for scale in (1.0, 2.0):  # one row is a case of its own
+                plan = self.plan(silence, DecodeSettings(seed=0, steps=2, guidance_scale=scale))
+                self.step([self.begin([plan])])
+        except Exception:
+            self._compiled = None
+            raise
+
     def move(self, device: torch.device | str) -> None:
         """Move all weights to ``device``. Before anything is decoded they must be on the decoder's own."""
         for module in self._modules():
@@ -223,18 +201,17 @@ class LatentDecoder(ABC):
         stop: threading.Event | None = None,
         *,
         source: Tensor | None = None,
-        strength: float = 0.6,
         lora: DecoderLora | None = None,
     ) -> Decoded:
         """Make one medium.
 
         Args:
             condition: of the shape :attr:`condition_spec`.
-            settings: wishes; what is None follows the decoder's defaults, a seed is drawn.
+            settings: wishes; what is None follows the decoder's defaults, a seed is drawn. A strength needs a
+                ``source``.
             on_step: called with (steps done, steps in all) after each denoising step.
             stop: checked before each step and before the medium is put together.
             source: latents of :meth:`encode_source` to start from instead of noise.
-            strength: with ``source``, how far to go away from it, in (0, 1].
             lora: of :meth:`read_lora`, on the decoder's device; what ``settings`` name.
 
         Returns:
@@ -248,9 +225,7 @@ class LatentDecoder(ABC):
         """
         sources = None if source is None else [source]
         wishes = [settings or DecodeSettings()]
-        return self.decode_batch(
-            [condition], wishes, on_step, stop, sources=sources, strength=strength, lora=lora
-        )[0]
+        return self.decode_batch([condition], wishes, on_step, stop, sources=sources, lora=lora)[0]
 
     def decode_batch(
         self,
@@ -260,13 +235,12 @@ class LatentDecoder(ABC):
         stop: threading.Event | None = None,
         *,
         sources: Sequence[Tensor] | None = None,
-        strength: float = 0.6,
         lora: DecoderLora | None = None,
     ) -> list[Decoded]:
         """Make several media in one run; each has its own seed and guidance.
 
-        As :meth:`decode`, but steps, scheduler, sizes and LoRA must be the same for all. Results equal those
-        of single runs up to floating-point rounding.
+        As :meth:`decode`, but steps, scheduler, sizes, strength and LoRA must be the same for all. Results
+        equal those of single runs up to floating-point rounding.
         """
         if len(settings) != len(conditions) or not conditions:
             raise ValueError(f"There are {len(conditions)} conditions and {len(settings)} settings.")
@@ -274,7 +248,7 @@ class LatentDecoder(ABC):
             raise ValueError(f"There are {len(conditions)} conditions and {len(sources)} sources.")
         starts: Sequence[Tensor | None] = [None] * len(conditions) if sources is None else sources
         plans = [
-            self.plan(condition, wish, source=source, strength=strength, lora=lora)
+            self.plan(condition, wish, source=source, lora=lora)
             for condition, wish, source in zip(conditions, settings, starts, strict=True)
         ]
         run = self.begin(plans)
@@ -292,7 +266,6 @@ class LatentDecoder(ABC):
         settings: DecodeSettings | None = None,
         *,
         source: Tensor | None = None,
-        strength: float = 0.6,
         lora: DecoderLora | None = None,
     ) -> Plan:
         """Make all choices of one request; arguments and errors as in :meth:`decode`."""
@@ -308,15 +281,20 @@ class LatentDecoder(ABC):
             self._deep_features()
         if source is not None:
             check_source(source, shape)
-            steps_run(1, strength)
+        elif wishes.strength is not None:
+            raise ValueError(
+                f"strength is {wishes.strength:g}, and there is no source to keep anything of. "
+                f"Give a source, or leave strength out."
+            )
         chosen = replace(
             wishes,
             seed=secrets.randbelow(2**32) if wishes.seed is None else wishes.seed,
             steps=wishes.steps or usual.steps,
             guidance_scale=usual.guidance_scale if wishes.guidance_scale is None else wishes.guidance_scale,
             scheduler=wishes.scheduler or usual.scheduler,
+            strength=None if source is None else wishes.strength or USUAL_STRENGTH,
         )
-        return Plan(condition, chosen, shape, source, strength, lora)
+        return Plan(condition, chosen, shape, source, lora)
 
     def begin(self, plans: Sequence[Plan]) -> Denoising:
         """Return the state before the first step of plans that take every step together.
@@ -379,28 +357,14 @@ class LatentDecoder(ABC):
         assert len(loras) <= 1, "plans with different LoRA in one step"
         idle = self._other_networks() if thrift >= Thrift.SPARSE else []
         with aside(idle, self.folder.device), self._worn.wearing(next(iter(loras), None)):
-            self._take_step(runs, plans, halves_apart=thrift >= Thrift.SLICED)
-
-    def _take_step(
-        self, runs: Sequence[Denoising], plans: Sequence[Plan] | None, *, halves_apart: bool
-    ) -> None:
-        every = [plan.deep_every for plan in plans] if plans else [1] * len(runs)
-        pairs = list(zip(runs, every, strict=True))
-        shallow = [run for run, n in pairs if run.done % n and run.kept is not None]
-        whole = [(run, n) for run, n in pairs if run not in shallow]
-        keeping = [run for run, n in whole if n > 1]
-        if not keeping and whole:
-            step(self._predict, [run for run, _ in whole], self._null, halves_apart=halves_apart)
-        elif whole:
-            with self._deep_features().recording() as recorded:
-                step(self._predict, [run for run, _ in whole], self._null, halves_apart=halves_apart)
-            _keep([run for run, _ in whole], keeping, torch.cat(recorded))
-        if shallow:
+            halves_apart = thrift >= Thrift.SLICED
+            every = [plan.deep_every for plan in plans or ()]
+            if max(every, default=1) == 1:
+                step(self._predict, runs, self._null, halves_apart=halves_apart)
+                return
             deep = self._deep_features()
-            kept = [run.kept for run in shallow if run.kept is not None]
-            deep.recall(torch.cat([guided for guided, _ in kept] + [rows for _, rows in kept]))
-            predict = partial(self._run, deep.shallow)
-            step(predict, shallow, self._null, halves_apart=halves_apart)
+            shallow = partial(self._run, deep.shallow)
+            step_reusing(deep, self._predict, shallow, runs, every, self._null, halves_apart=halves_apart)
 
     def _deep_features(self) -> DeepFeatures:
         if self._deep is None:
@@ -414,7 +378,10 @@ class LatentDecoder(ABC):
 
     def _predict(self, latents: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
         """Run the denoising network; each row has its own timestep."""
-        return self._run(self._network, latents, timesteps, conditions)
+        # Compiled code knows nothing of hooks, by which LoRA and deep features work.
+        hooked = not self._worn.nothing or (self._deep is not None and self._deep.is_recording)
+        network = self._network if hooked or self._compiled is None else self._compiled
+        return self._run(network, latents, timesteps, conditions)
 
     def complete(
         self, latents: Tensor, plans: Sequence[Plan], *, thrift: Thrift = Thrift.NONE
@@ -544,15 +511,6 @@ class LatentDecoder(ABC):
             raise ValueError(
                 f"The source is {medium.modality}; this decoder starts from {self.modality} only."
             )
-
-
-def _keep(runs: Sequence[Denoising], keeping: Sequence[Denoising], features: Tensor) -> None:
-    """Give each run that keeps features its own: those of all guided rows come first, as in ``step``."""
-    guided = [len(run.guided) for run in runs]
-    parts = features.split([*guided, *(len(run.latents) for run in runs)])
-    for place, run in enumerate(runs):
-        if run in keeping:
-            run.kept = parts[place], parts[len(runs) + place]
 
 
 def clip_states(encoder: Any, inputs: Any) -> Tensor:

@@ -193,6 +193,11 @@ class WornLora:
         self._hooked: set[str] = set()
         self._worn: DecoderLora | None = None
 
+    @property
+    def nothing(self) -> bool:
+        """Whether the network is as it is without LoRA."""
+        return self._worn is None
+
     @contextmanager
     def wearing(self, lora: DecoderLora | None) -> Iterator[None]:
         """Let every call of the network in this context have ``lora``."""

@@ -1,8 +1,7 @@
 """The engine of a whole pipeline: many callers, one request at a time, stopped within one step.
 
-Whoever waits for a request may vanish at any moment, but a thread cannot be killed. So one thread does all
-the work, a request that runs is stopped by a flag that it looks at after each step, and its stream closes
-only when the thread is rid of it. Who is next is decided as in :mod:`decoders.engine`: by user, by seconds.
+One thread does all the work; a request that runs is stopped by a flag that it looks at after each step. Who
+is next is decided as in :mod:`decoders.engine`: by user, by seconds.
 """
 
 from __future__ import annotations
@@ -12,8 +11,10 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from torch import Tensor
@@ -24,8 +25,9 @@ from decoders.denoising import Cancelled
 from decoders.engine import EngineConfig, EngineStats, Heard, StepDone, is_out_of_memory
 from decoders.failures import DecoderOutOfMemory, QueueFull
 from decoders.fair_queue import FairQueue, Work
-from decoders.latent_decoder import Decoded
 from decoders.lora import DecoderLora
+from decoders.plan import Decoded
+from decoders.request_stream import RequestStream
 from decoders.settings import DecodeSettings
 from decoders.thrift import release
 from decoders.whole_pipeline import PipelinePlan, WholePipeline
@@ -35,22 +37,13 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class _End:
-    """The stream is over; ``error`` is raised on the other side."""
-
-    error: BaseException | None
-
-
 @dataclass(eq=False, slots=True)
 class _Job:
-    """One request; ``ended`` is done when the thread will not touch it again."""
+    """One request on its way."""
 
     plan: PipelinePlan
     work: Work
-    tell: Callable[[Heard | _End], None]
-    stop: threading.Event = field(default_factory=threading.Event)
-    ended: Future[None] = field(default_factory=Future)
+    stream: RequestStream[Heard]
 
 
 class PipelineEngine:
@@ -79,7 +72,6 @@ class PipelineEngine:
         settings: DecodeSettings | None = None,
         *,
         source: Tensor | None = None,
-        strength: float = 0.6,
         lora: DecoderLora | None = None,
         user: str = "",
         preview_every: int = 0,
@@ -94,35 +86,15 @@ class PipelineEngine:
 
         """
         if source is not None:
-            raise ValueError(
-                f"A source was given, with strength {strength:g}; this decoder always starts from noise. "
-                f"Leave it out."
-            )
+            raise ValueError("A source was given; this decoder always starts from noise. Leave it out.")
         if lora is not None:
             raise ValueError(f"LoRA {lora.name!r} was given; a whole pipeline wears none. Leave it out.")
         plan = self.decoder.plan(condition, settings)
-        loop = asyncio.get_running_loop()
-        heard: asyncio.Queue[Heard | _End] = asyncio.Queue()
-
-        def tell(value: Heard | _End) -> None:
-            if not job.stop.is_set():
-                try:
-                    loop.call_soon_threadsafe(heard.put_nowait, value)
-                except RuntimeError:  # the loop is closed
-                    job.stop.set()
-
-        job = _Job(plan, Work(user, plan.shape, plan.rows, plan.steps), tell)
+        job = _Job(plan, Work(user, plan.shape, plan.rows, plan.steps), RequestStream())
         self._admit(job)
-        try:
-            while True:
-                value = await heard.get()
-                if isinstance(value, _End):
-                    if value.error is not None:
-                        raise value.error
-                    return
+        async with aclosing(job.stream.listen(partial(self._leave, job))) as heard:
+            async for value in heard:
                 yield value
-        finally:
-            await self._leave(job)
 
     async def call(self, work: Callable[[], T]) -> T:
         """Run ``work``, such as encoding a caption, beside the request that runs; return what it returns."""
@@ -131,7 +103,8 @@ class PipelineEngine:
     def calibrate(self) -> None:
         """Measure what steps and media cost, by making one. Not while requests are under way."""
         plan = self.decoder.plan(self.decoder.encode_caption(""), DecodeSettings(seed=0, steps=3))
-        self._timed(_Job(plan, Work("", plan.shape, plan.rows, plan.steps), lambda value: None))
+        work = Work("", plan.shape, plan.rows, plan.steps)
+        self._timed(plan, work, lambda value: None, threading.Event())
 
     def stats(self) -> EngineStats:
         """Return what the engine is doing now."""
@@ -149,8 +122,7 @@ class PipelineEngine:
         """End every request with :class:`Cancelled`, and the thread after its step."""
         with self._lock:
             for job in list(self._jobs.values()):
-                job.tell(_End(Cancelled("The decoder was closed.")))
-                job.stop.set()
+                job.stream.end(Cancelled("The decoder was closed."))
                 if job is not self._running:
                     self._drop(job)
         self._pool.shutdown(wait=False)
@@ -169,26 +141,19 @@ class PipelineEngine:
             if not self._turning:
                 self._pool.submit(self._turn)
                 self._turning = True
-            job.tell(StepDone(0, work.steps_left, done_in_s if self.cost.known else None))
+            job.stream.say(StepDone(0, work.steps_left, done_in_s if self.cost.known else None))
 
-    async def _leave(self, job: _Job) -> None:
-        """Stop a request and wait until the thread is rid of it, however often the waiter is cancelled."""
+    def _leave(self, job: _Job) -> None:
+        """Let go of a request that has been stopped, unless it runs: then it is dropped after its step."""
         with self._lock:
-            job.stop.set()
             if job.work in self._jobs and job is not self._running:
                 self._drop(job)
-        ended = asyncio.wrap_future(job.ended)
-        while not ended.done():
-            try:
-                await asyncio.shield(ended)
-            except asyncio.CancelledError:
-                continue
 
     def _drop(self, job: _Job) -> None:
         """Forget a request that is not running. The lock is held."""
         del self._jobs[job.work]
         self._queue.remove(job.work)
-        job.ended.set_result(None)
+        job.stream.gone.set_result(None)
 
     def _turn(self) -> None:
         """Serve one request and ask for the next turn."""
@@ -199,10 +164,10 @@ class PipelineEngine:
         began = time.perf_counter()
         if job is not None:
             try:
-                job.tell(self._timed(job))
-                job.tell(_End(None))
+                job.stream.say(self._timed(job.plan, job.work, job.stream.say, job.stream.stop))
+                job.stream.end()
             except BaseException as error:  # noqa: BLE001  (raised again in the stream of the request)
-                job.tell(_End(_told(error)))
+                job.stream.end(_told(error))
         with self._lock:
             self._running = None
             if job is not None:
@@ -212,18 +177,27 @@ class PipelineEngine:
             if self._turning:
                 self._pool.submit(self._turn)
 
-    def _timed(self, job: _Job) -> Decoded:
+    def _timed(
+        self, plan: PipelinePlan, work: Work, say: Callable[[Heard], None], stop: threading.Event
+    ) -> Decoded:
         """Make a medium, with less memory if there is not enough, and learn what it cost."""
         try:
-            return self._make(job, frugal=False)
+            return self._make(plan, work, say, stop, frugal=False)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
         release(self.decoder.folder.device)
-        return self._make(job, frugal=True)
+        return self._make(plan, work, say, stop, frugal=True)
 
-    def _make(self, job: _Job, *, frugal: bool) -> Decoded:
-        work = job.work
+    def _make(
+        self,
+        plan: PipelinePlan,
+        work: Work,
+        say: Callable[[Heard], None],
+        stop: threading.Event,
+        *,
+        frugal: bool,
+    ) -> Decoded:
         began = self._step_began = time.perf_counter()
         stepping_s = 0.0
 
@@ -237,9 +211,9 @@ class PipelineEngine:
                     self.cost.observe_step(work.shape, work.rows, seconds)
                 work.steps_left = total - done
                 left_s = self._left_s(work)
-            job.tell(StepDone(done, total, left_s))
+            say(StepDone(done, total, left_s))
 
-        decoded = self.decoder.run(job.plan, on_step, job.stop, frugal=frugal)
+        decoded = self.decoder.run(plan, on_step, stop, frugal=frugal)
         if not frugal and self.cost.known:
             self.cost.observe_finish(work.shape, 1, max(1e-6, time.perf_counter() - began - stepping_s))
         return decoded

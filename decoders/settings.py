@@ -18,6 +18,9 @@ _INTEGERS = {
     "num_frames": (1, 512),
     "deep_every": (1, 16),
 }
+USUAL_STRENGTH = 0.6
+"""How far a decoder goes away from a source where nobody says."""
+
 _NUMBERS = {"guidance_scale": (0.0, 50.0), "duration_s": (0.05, 120.0), "fps": (0.1, 240.0)}
 
 
@@ -28,6 +31,9 @@ def _check(name: str, value: object) -> None:
     if name == "lora":
         if not isinstance(value, str) or not value:
             raise ValueError(f"lora is {value!r}; it must be the name of an adapter. Leave it out for none.")
+        return
+    if name == "strength":
+        check_strength(value)
         return
     if name == "scheduler":
         if value not in SCHEDULER_NAMES:
@@ -50,6 +56,14 @@ def _check(name: str, value: object) -> None:
         )
 
 
+def check_strength(value: object) -> None:
+    """Raise ValueError unless ``value`` is a number in (0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(
+            f"strength is {value!r}; it must be above 0 (keep the source) and at most 1 (ignore it)."
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeSettings:
     """The wishes of one request; None means the decoder's default (a drawn seed, for ``seed``).
@@ -58,7 +72,8 @@ class DecodeSettings:
     ``duration_s`` in seconds (sound only), ``num_frames`` for video only. ``deep_every`` n above 1 computes
     the deep features of a 2-D U-Net in every n-th step only, which is faster and less exact (see
     :mod:`decoders.deep_features`); nothing else turns that on. ``lora`` names LoRA that the network wears
-    for this request (see :mod:`decoders.lora`). Immutable; checked when made.
+    for this request (see :mod:`decoders.lora`). ``strength``, in (0, 1], is how far to go away from a source
+    that the request starts from; only that part of the steps is taken. Immutable; checked when made.
     """
 
     seed: int | None = None
@@ -71,6 +86,7 @@ class DecodeSettings:
     duration_s: float | None = None
     deep_every: int | None = None
     lora: str | None = None
+    strength: float | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):

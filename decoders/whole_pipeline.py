@@ -26,9 +26,9 @@ from torch import Tensor
 from decoders.condition import Condition, ConditionSpec, digest
 from decoders.condition_layouts import condition_layout
 from decoders.denoising import OnStep, check_stop
-from decoders.latent_decoder import Decoded
 from decoders.lora import DecoderLora
 from decoders.pipeline_folder import DEFAULTS_FILE, PipelineFolder
+from decoders.plan import Decoded
 from decoders.settings import DecoderDefaults, DecodeSettings
 from decoders.text_readers import READERS
 from encoders.media import Audio, Image, Medium, Modality, Video
@@ -227,6 +227,23 @@ class WholePipeline:
             f"expected one for a pipeline that is taken apart. Merge it into the pipeline's folder instead."
         )
 
+    def compile(self) -> None:
+        """Raise ValueError: pipelines that are not taken apart are not compiled here."""
+        raise ValueError(
+            f"{self.folder.path}: a {self.folder.pipeline_class} runs as a whole and is not compiled here. "
+            f"Take compile out of the preset."
+        )
+
+    def encode_source(self, medium: Medium, settings: DecodeSettings | None = None) -> Tensor:
+        """Raise ValueError: pipelines that are not taken apart always start from noise."""
+        raise self._no_source()
+
+    def _no_source(self) -> ValueError:
+        return ValueError(
+            f"strength asks for a start from an earlier {self.modality.value}; a "
+            f"{self.folder.pipeline_class} runs as a whole, from noise. Leave strength out."
+        )
+
     def move(self, device: torch.device | str) -> None:
         """Move all weights to ``device``. Before anything is decoded they must be on the decoder's own."""
         self.pipeline.to(device)
@@ -288,6 +305,8 @@ class WholePipeline:
                 f"{self.folder.pipeline_class} keeps its own scheduler and computes every step. "
                 f"Leave both out."
             )
+        if wishes.strength is not None:
+            raise self._no_source()
         chosen = replace(
             wishes,
             seed=secrets.randbelow(2**32) if wishes.seed is None else wishes.seed,

@@ -49,8 +49,11 @@ class AsyncEngine:
         dialogue: Dialogue,
         options: GenerationOptions | None = None,
         lora: RequestLora | None = None,
+        user: str = "",
     ) -> AsyncGenerator[GenerationEvent, None]:
         """Yield the events of a reply, spoken with ``lora`` if there is one; the last is ``Finished``.
+
+        Users share the engine: where slots are short, the one for whom least was done is next.
 
         Closing the stream, or cancelling the task that reads it, ends the request with the step that
         runs now. The request's error is raised here.
@@ -61,7 +64,7 @@ class AsyncEngine:
             RuntimeError: the engine is closed.
 
         """
-        request = await asyncio.to_thread(self._engine.prepare, dialogue, options, lora)
+        request = await asyncio.to_thread(self._engine.prepare, dialogue, options, lora, user)
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
         self._send(request, stream)
         ended = False

@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from llm.fair_line import FairLine
 from llm.model import LanguageModel
 from llm.reply import GenerationEvent, GenerationOptions, Reply
 from llm.request_lora import LoraRows, RequestLora
@@ -50,6 +51,7 @@ class Request:
     keys: list[int]
     ids: list[int]
     lora: RequestLora | None = None
+    user: str = ""
     cancelled: bool = False
 
 
@@ -103,7 +105,7 @@ class Engine:
 
     Args:
         model: in evaluation mode; its weights stay as they are while the engine is used.
-        slots: how many requests run at the same time; more wait in order of arrival.
+        slots: how many requests run at the same time; of more, the user for whom least was done is next.
         context: positions per slot, prompt and reply; the model's own context by default.
         step_tokens: the most positions that one step feeds, except that all running replies always get
             their next token or block. What they leave over is for prompts, the oldest request first.
@@ -138,9 +140,19 @@ class Engine:
         self._sampler = Sampler(model.tokenizer, model.device)
         self._slots = [Slot() for _ in range(slots)]
         self._num_running = 0  # these are the first slots
-        self._waiting: deque[Request] = deque()
+        self._waiting: FairLine[Request] = FairLine()
         self._clock = itertools.count()
         self._requests = self._steps = self._passes = self._prompt_tokens = self._reused_tokens = 0
+
+    def compile(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compile steps of running replies, but not prompts, blocks and what has LoRA; before any request.
+
+        Raises:
+            RuntimeError: it cannot be compiled, for want of a C++ compiler for instance. The engine goes on
+                uncompiled.
+
+        """
+        self._slot_model.compile(backend)
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -149,8 +161,9 @@ class Engine:
         dialogue: Dialogue,
         options: GenerationOptions | None = None,
         lora: RequestLora | None = None,
+        user: str = "",
     ) -> Request:
-        """Lay out a request. Any thread may call this. ``lora`` is on the model's device.
+        """Lay out a request of ``user``. Any thread may call this. ``lora`` is on the model's device.
 
         Raises:
             ContextTooLong: the dialogue does not fit.
@@ -165,12 +178,12 @@ class Engine:
             keys[slot.start : slot.start + slot.length] = self._media_keys(slot)
         if lora is not None:
             keys[0] = -int(lora.digest, 16) - 1
-        return Request(row, reply, keys, list(row.ids), lora)
+        return Request(row, reply, keys, list(row.ids), lora, user)
 
     def submit(self, request: Request) -> None:
-        """Let a request run as soon as a slot is free; its first event comes with a later step."""
+        """Let a request run as soon as a slot is its user's; its first event comes with a later step."""
         self._requests += 1
-        self._waiting.append(request)
+        self._waiting.add(request.user, request)
 
     def cancel(self, request: Request) -> None:
         """End a request at the beginning of the next step. Any thread may call this."""
@@ -179,7 +192,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether a step would do something."""
-        return bool(self._num_running or self._waiting)
+        return bool(self._num_running or len(self._waiting))
 
     @property
     def stats(self) -> EngineStats:
@@ -234,12 +247,11 @@ class Engine:
                 events += [(slot.request, event) for event in slot.request.reply.finish("cancelled")]
                 self._retire(slot)
         if any(request.cancelled for request in self._waiting):
-            for request in self._waiting:
-                if request.cancelled:
-                    events += [(request, event) for event in request.reply.finish("cancelled")]
-            self._waiting = deque(request for request in self._waiting if not request.cancelled)
+            for request in self._waiting.drop(lambda request: request.cancelled):
+                events += [(request, event) for event in request.reply.finish("cancelled")]
 
     def _retire(self, slot: Slot) -> None:
+        self._waiting.leave(slot.running.user)
         slot.keys = slot.running.keys[: slot.fed]
         slot.request, slot.media = None, []
         slot.last_used = next(self._clock)
@@ -254,8 +266,8 @@ class Engine:
     # --- slots ------------------------------------------------------------------------------------
 
     def _admit(self, events: list[tuple[Request, StepEvent]]) -> None:
-        while self._waiting and self._num_running < len(self._slots):
-            request = self._waiting.popleft()
+        while len(self._waiting) and self._num_running < len(self._slots):
+            request = self._waiting.next()
             self._prompt_tokens += len(request.row.ids)
             slot, reused = self._place(request)
             slot.request, slot.keys, slot.fed = request, [], reused
@@ -343,8 +355,10 @@ class Engine:
         shares = [(self._slots[row], counts.get(id(self._slots[row]), 0)) for row in rows]
         try:
             embeddings = self._embed(shares, length)  # (B, T, D)
-            with self._lora_rows.over([slot.running.lora if count else None for slot, count in shares]):
-                hidden = self._slot_model.run(embeddings, rows, [slot.fed for slot, _ in shares])  # (B, T, D)
+            loras = [slot.running.lora if count else None for slot, count in shares]
+            starts = [slot.fed for slot, _ in shares]
+            with self._lora_rows.over(loras):
+                hidden = self._slot_model.run(embeddings, rows, starts, plain=any(loras))  # (B, T, D)
         except Exception as error:  # noqa: BLE001  (one request's error must not end the others)
             if len(group) == 1:
                 self._fail(group[0][0], error, events)
@@ -358,6 +372,7 @@ class Engine:
             if not count:
                 continue
             slot.fed += count
+            self._waiting.charge(slot.running.user, count)
             slot.media = [(start, values) for start, values in slot.media if start + len(values) > slot.fed]
             if slot.pending:
                 continue

@@ -11,7 +11,7 @@ Shape letters in this file:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -198,9 +198,31 @@ class SlotModel:
             "sliding_attention" if w.is_sliding else "full_attention": w.window for w in self.cache.kept
         }
         self._steps = torch.arange(context + 1, device=self._device)
+        self._compiled: Any = None
+
+    def compile(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compile passes that feed one position per row, unless they are to be ``plain``.
+
+        Takes such passes, so that what cannot be compiled is known at once. What slots hold is lost.
+
+        Raises:
+            RuntimeError: it cannot be compiled; passes go on uncompiled.
+
+        """
+        self._compiled = torch.compile(self._base, dynamic=True, backend=backend)
+        width = self.model.embed(torch.tensor([[0]], device=self._device)).shape[-1]
+        try:
+            for rows in {1, min(2, self.cache.kept[0].num_slots)}:  # one row is a case of its own
+                row = torch.zeros(rows, 1, width, device=self._device)
+                self.run(row, range(rows), [0] * rows)
+        except Exception:
+            self._compiled = None
+            raise
 
     @torch.inference_mode()
-    def run(self, embeddings: Tensor, rows: Sequence[int], starts: Sequence[int]) -> Tensor:
+    def run(
+        self, embeddings: Tensor, rows: Sequence[int], starts: Sequence[int], *, plain: bool = False
+    ) -> Tensor:
         """Feed some slots and return their last hidden states.
 
         Args:
@@ -209,6 +231,7 @@ class SlotModel:
                 overwritten.
             rows: the B slots, ascending. One pass over neighbours copies no cache.
             starts: for each row, how many of its positions came before.
+            plain: keep out of compiled code, which knows nothing of hooks.
 
         Returns:
             ``(B, T, D)`` after the final norm, in the dtype of the base; an inference tensor.
@@ -225,7 +248,8 @@ class SlotModel:
         places = (slots * self.cache.num_positions + at.clamp(max=spare)).view(-1)
         near = rows[-1] - rows[0] == len(rows) - 1
         self.cache.aim(places, slice(rows[0], rows[-1] + 1) if near else slots[:, 0], seen)
-        output = self._base(
+        base = self._base if plain or length > 1 or self._compiled is None else self._compiled
+        output = base(
             inputs_embeds=embeddings.to(self._dtype),
             attention_mask=self._mask(at, seen),
             position_ids=positions,

@@ -9,10 +9,9 @@ import asyncio
 import itertools
 import logging
 import secrets
-import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -24,142 +23,34 @@ from services.boxes import (
     Counts,
     DecodeBox,
     EncodeBox,
-    Encoded,
     Finished,
     GenerateBox,
-    Made,
     Preview,
     Progress,
     PromptMessage,
-    PromptPart,
     SpeechOptions,
-    SpokenEarlier,
     SpokenSignal,
     Words,
 )
-from services.errors import BadRequest, ServiceError, TooLarge, Unavailable, translate
+from services.errors import BadRequest, ServiceError, Unavailable, translate
 from services.events import (
     Event,
-    PartDone,
-    PartFailed,
     PartPreview,
     PartProgress,
     PartStarted,
-    TextDelta,
     TurnDone,
     TurnFailed,
     TurnStarted,
-    new_turn_id,
 )
-from services.making import Making, Order, PartFailure, Told, changed, kept
-from services.messages import (
-    MEDIA,
-    MediaPart,
-    Message,
-    Role,
-    SpokenPart,
-    TextPart,
-    TurnOptions,
-)
+from services.making import Making, Order, Told, changed, kept
+from services.messages import MEDIA, Message, TurnOptions
 from services.presets import AdapterPreset, CostLimits, GenerationDefaults, Limits
+from services.reading import Reader
+from services.turn_state import MediumState, SpeechEnded, TurnState
 
 logger = logging.getLogger(__name__)
 
 Number = TypeVar("Number", int, float)
-
-
-@dataclass(frozen=True)
-class _SpeechEnded:
-    """The language model is done; ``error`` says why if it was not its own choice."""
-
-    error: ServiceError | None
-
-
-@dataclass
-class _MediaBeingMade:
-    """A medium that was spoken: what it is, and its last event once there is one."""
-
-    modality: Modality
-    caption: str
-    started_s: float
-    done_s: float | None = None
-    outcome: PartDone | PartFailed | None = None
-
-    def settle(self, index: int, item: Made | PartFailure, now_s: float = 0.0) -> None:
-        """Note how it ended."""
-        self.done_s = now_s
-        if isinstance(item, Made):
-            self.outcome = PartDone(
-                index=index,
-                modality=self.modality,
-                caption=self.caption,
-                artefact=item.artefact,
-                manifest=item.manifest,
-            )
-        else:
-            self.outcome = PartFailed(
-                index=index,
-                modality=self.modality,
-                caption=self.caption,
-                code=item.error.code,
-                message=item.error.message,
-            )
-
-
-@dataclass
-class _Reply:
-    """The state of one turn while it runs."""
-
-    turn: str = field(default_factory=new_turn_id)
-    began: float = field(default_factory=time.monotonic)
-    queue: asyncio.Queue[tuple[int, Any]] = field(default_factory=asyncio.Queue)
-    tasks: list[asyncio.Task[None]] = field(default_factory=list)
-    media: dict[int, _MediaBeingMade] = field(default_factory=dict)
-    waiting: list[int] = field(default_factory=list)  # media not yet told of, in the order spoken
-    num_parts: int = 0
-    text_index: int | None = None
-    held_space: str = ""
-
-    def now(self) -> float:
-        """Seconds since the turn began."""
-        return round(time.monotonic() - self.began, 4)
-
-    def tell(self, index: int, item: object) -> None:
-        """Hand something to the turn: of the medium ``index``, or -1 for the language model."""
-        self.queue.put_nowait((index, item))
-
-    def words(self, text: str) -> TextDelta | None:
-        """Return the event for some more text.
-
-        White space at either edge of a text part is dropped, so it is held back until more follows.
-        """
-        if self.text_index is None:
-            text = text.lstrip()
-            if not text:
-                return None
-            self.text_index = self.num_parts
-            self.num_parts += 1
-        text = self.held_space + text
-        kept = text.rstrip()
-        self.held_space = text[len(kept) :]
-        return TextDelta(index=self.text_index, text=kept) if kept else None
-
-    def next_medium(self, signal: SpokenSignal) -> int:
-        """Open the part of a medium and return its index."""
-        index = self.num_parts
-        self.num_parts += 1
-        self.text_index, self.held_space = None, ""
-        self.media[index] = _MediaBeingMade(signal.modality, signal.caption, self.now())
-        self.waiting.append(index)
-        return index
-
-    def ready(self) -> list[Event]:
-        """Return the outcomes that may be told now: those with no unfinished medium before them."""
-        events: list[Event] = []
-        while self.waiting and (outcome := self.media[self.waiting[0]].outcome) is not None:
-            self.waiting.pop(0)
-            events.append(outcome)
-        return events
 
 
 class Agent:
@@ -179,10 +70,10 @@ class Agent:
         adapters: Mapping[str, AdapterPreset] | None = None,
     ) -> None:
         self.encode = encode
+        self.reader = Reader(encode, inputs, limits or Limits())
         self.generate = generate
         self.decode = decode
         self.store = store
-        self.inputs = tuple(inputs)
         self.generation = generation or GenerationDefaults()
         self.limits = limits or Limits()
         self.cost_limits = cost_limits or {}
@@ -232,23 +123,18 @@ class Agent:
     async def _retried(
         self, turn: str, index: int, wishes: DecodeSettings, user: str | None, previews: int
     ) -> AsyncGenerator[Event, None]:
-        signal, settings = await asyncio.to_thread(kept, self.store, turn, index)
-        modality = signal.modality
+        order = await asyncio.to_thread(kept, self.store, turn, index)
+        signal, modality = order.signal, order.signal.modality
+        settings = changed(order.settings, wishes)
+        await self._check_source(settings, modality, order.source, "")
         if modality in self.cost_limits:
             self.cost_limits[modality].check(wishes, modality, place="")
         if wishes.lora is not None:
             self._check_adapter(wishes.lora, modality, "lora")
         self._check_up([modality], await self.outputs(), param=None)
-        order = Order(
-            turn=turn,
-            index=index,
-            signal=signal,
-            settings=changed(settings, wishes),
-            user=_user(user, turn),
-            previews=previews,
-        )
+        order = replace(order, settings=settings, user=_user(user, turn), previews=previews)
         told: asyncio.Queue[Told] = asyncio.Queue()
-        medium = _MediaBeingMade(modality, signal.caption, 0.0)
+        medium = MediumState(modality, signal.caption, 0.0)
         task = self.making.start(order, told.put_nowait, again=True)
         try:
             yield PartStarted(index=index, modality=modality, caption=signal.caption)
@@ -265,12 +151,16 @@ class Agent:
     async def _events(
         self, conversation: Sequence[Message], options: TurnOptions
     ) -> AsyncGenerator[Event, None]:
-        reply = _Reply()
-        self._check_conversation(conversation)
+        reply = TurnState()
+        self.reader.check(conversation)
         options, adapter = self._adapted(options)
         allowed = self._allowed(options, await self.outputs())
         seed = secrets.randbelow(2**31) if options.seed is None else options.seed
-        prompt = await self._prompt(conversation)
+        read = await self.reader.read(conversation)
+        for modality, wishes in options.decoders.items():
+            await self._check_source(
+                wishes, modality, read.newest.get(modality), f"decoders.{modality.value}."
+            )
         timings: dict[str, Any] = {"encode_s": reply.now()}
         speech = SpeechOptions(
             allowed=allowed,
@@ -287,12 +177,13 @@ class Agent:
             stop=options.stop,
             seed=seed,
             adapter=adapter,
+            user=_user(options.user, reply.turn),
         )
         yield TurnStarted(id=reply.turn, seed=seed)
 
-        reply.tasks.append(asyncio.create_task(self._speak(reply, prompt, speech)))
+        reply.tasks.append(asyncio.create_task(self._speak(reply, read.prompt, speech)))
         finished: Finished | None = None
-        ended: _SpeechEnded | None = None
+        ended: SpeechEnded | None = None
         try:
             while ended is None or reply.waiting:
                 index, item = await reply.queue.get()
@@ -303,10 +194,10 @@ class Agent:
                             yield delta
                     case SpokenSignal():
                         timings.setdefault("first_signal_s", reply.now())
-                        yield self._start_decoder(reply, item, options, seed)
+                        yield self._start_decoder(reply, item, options, seed, read.newest)
                     case Finished():
                         finished = item
-                    case _SpeechEnded():
+                    case SpeechEnded():
                         ended = item
                         timings["text_s"] = reply.now()
                     case Progress() | Preview():
@@ -335,7 +226,7 @@ class Agent:
             timings=timings,
         )
 
-    async def _speak(self, reply: _Reply, prompt: Sequence[PromptMessage], options: SpeechOptions) -> None:
+    async def _speak(self, reply: TurnState, prompt: Sequence[PromptMessage], options: SpeechOptions) -> None:
         error: ServiceError | None = None
         try:
             async with aclosing(self.generate.generate(prompt, options)) as stream:
@@ -345,10 +236,15 @@ class Agent:
             error = translate(caught)
             if error.status == 500:
                 logger.exception("The language model failed.")
-        reply.tell(-1, _SpeechEnded(error))
+        reply.tell(-1, SpeechEnded(error))
 
     def _start_decoder(
-        self, reply: _Reply, signal: SpokenSignal, options: TurnOptions, seed: int
+        self,
+        reply: TurnState,
+        signal: SpokenSignal,
+        options: TurnOptions,
+        seed: int,
+        newest: Mapping[Modality, str],
     ) -> PartStarted:
         nth = sum(medium.modality is signal.modality for medium in reply.media.values())
         index = reply.next_medium(signal)
@@ -362,39 +258,10 @@ class Agent:
             settings=settings,
             user=_user(options.user, reply.turn),
             previews=options.previews,
+            source=newest.get(signal.modality),
         )
         reply.tasks.append(self.making.start(order, partial(reply.tell, index)))
         return PartStarted(index=index, modality=signal.modality, caption=signal.caption)
-
-    def _check_conversation(self, conversation: Sequence[Message]) -> None:
-        if not conversation or conversation[-1].role is not Role.USER:
-            raise BadRequest(
-                "The last message must be the user's. Add one that says what is wanted.",
-                code="invalid_conversation",
-                param="messages",
-            )
-        last = conversation[-1]
-        if not any(not isinstance(part, TextPart) or part.text.strip() for part in last.parts):
-            raise BadRequest(
-                "The message is empty. Write something, or attach a picture, a video or a sound.",
-                code="empty_message",
-                param=f"messages[{len(conversation) - 1}].content",
-            )
-        if len(conversation) > self.limits.max_messages:
-            raise TooLarge(
-                f"The conversation has {len(conversation)} messages; at most {self.limits.max_messages} are "
-                "read. Leave out the oldest.",
-                code="too_many_messages",
-                param="messages",
-            )
-        num_media = sum(isinstance(part, MediaPart) for message in conversation for part in message.parts)
-        if num_media > self.limits.max_media:
-            raise TooLarge(
-                f"The conversation holds {num_media} media; at most {self.limits.max_media} are read. "
-                "Leave out the oldest.",
-                code="media_limit_exceeded",
-                param="messages",
-            )
 
     def _adapted(self, options: TurnOptions) -> tuple[TurnOptions, str | None]:
         """Return options whose decoders have their adapters, and the adapter of the language model."""
@@ -408,6 +275,25 @@ class Agent:
                 settings = decoders.get(modality, DecodeSettings())
                 decoders[modality] = replace(settings, lora=chosen[modality.value])
         return replace(options, decoders=decoders), chosen.get("language_model")
+
+    async def _check_source(
+        self, settings: DecodeSettings, modality: Modality, source: str | None, place: str
+    ) -> None:
+        """Raise a ServiceError for a strength where there is nothing to start from."""
+        if settings.strength is None:
+            return
+        param = f"{place}strength"
+        if source is None:
+            raise BadRequest(
+                f"strength is {settings.strength:g}, and the conversation holds no {modality.value} to start "
+                f"from. Show or make one first, or leave strength out.",
+                code="no_source",
+                param=param,
+            )
+        try:
+            await asyncio.to_thread(self.store.get, source)
+        except ServiceError as error:
+            raise error.at(param) from error
 
     def _check_adapter(self, name: str, modality: Modality, place: str) -> None:
         if name not in self.adapters or self.adapters[name].box != modality.value:
@@ -443,35 +329,6 @@ class Agent:
                     retry_after_s=5,
                 )
 
-    async def _prompt(self, conversation: Sequence[Message]) -> list[PromptMessage]:
-        prompt = []
-        for number, message in enumerate(conversation):
-            parts: list[PromptPart] = []
-            for place, part in enumerate(message.parts):
-                match part:
-                    case TextPart(text=text):
-                        parts.append(text)
-                    case SpokenPart(modality=modality, caption=caption):
-                        if caption and not (parts and isinstance(parts[-1], str) and parts[-1].strip()):
-                            parts.append(caption)
-                        parts.append(SpokenEarlier(modality))
-                    case MediaPart():
-                        try:
-                            parts.append(await self._encoded(part))
-                        except (ServiceError, ValueError) as error:
-                            raise translate(error).at(f"messages[{number}].content[{place}]") from error
-            prompt.append(PromptMessage(message.role, tuple(parts)))
-        return prompt
-
-    async def _encoded(self, part: MediaPart) -> Encoded:
-        if part.modality is not None and part.modality not in self.inputs:
-            raise BadRequest(
-                f"This model cannot read {part.modality.value}; it reads "
-                f"{', '.join(('text', *(known.value for known in self.inputs)))}. Leave it out.",
-                code="unsupported_modality",
-            )
-        return await self.encode.encode(part.artefact_id, part.modality)
-
 
 async def _told(events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
     """Number the events, and end with :class:`TurnFailed` where they end with an error."""
@@ -496,7 +353,7 @@ def _step_event(index: int, step: Progress | Preview) -> PartProgress | PartPrev
 
 
 def _user(name: str | None, turn: str) -> str:
-    """Return who shares the decoders with others; nobody can take another's name by leaving his own out."""
+    """Return who shares the models with others; nobody can take another's name by leaving his own out."""
     return f"turn {turn}" if name is None else f"user {name}"
 
 

@@ -2,7 +2,7 @@
 
 The values hold numpy arrays and ids: small, and readable in a process that never loads torch.
 There are two sets of implementations, :mod:`services.local` in this process and
-:mod:`services.deployments` behind Ray Serve handles.
+:mod:`services.remote_boxes` behind Ray Serve handles.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class PromptMessage:
 class SpeechOptions:
     """How the language model speaks. ``allowed`` are the media it may choose to make.
 
-    ``adapter`` names LoRA of the preset.
+    ``adapter`` names LoRA of the preset. ``user`` is who shares the model with others: where slots are short,
+    the user for whom least was done is next.
     """
 
     allowed: frozenset[Modality]
@@ -75,6 +76,7 @@ class SpeechOptions:
     stop: tuple[str, ...] = ()
     seed: int
     adapter: str | None = None
+    user: str = ""
 
 
 @dataclass(frozen=True)
@@ -173,12 +175,19 @@ class DecodeBox(Protocol):
         ...
 
     def decode(
-        self, signal: SpokenSignal, settings: DecodeSettings, *, user: str = "", previews: int = 0
+        self,
+        signal: SpokenSignal,
+        settings: DecodeSettings,
+        *,
+        user: str = "",
+        previews: int = 0,
+        source: str | None = None,
     ) -> AsyncGenerator[Step, None]:
         """Stream progress and, last, the medium; closing the stream stops within one step.
 
         Users share the box fairly: those who ask for equally much get equally much of it. At most
-        ``previews`` previews come, evenly spread.
+        ``previews`` previews come, evenly spread. ``source`` is the artefact of a medium of the same kind to
+        start from, as far from it as the strength of ``settings`` says.
         """
         ...
 

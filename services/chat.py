@@ -7,18 +7,22 @@ import json
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from decoders.settings import DecodeSettings, check_strength
 from encoders.media import Modality
-from services.errors import BadRequest, ServiceError
+from services.errors import BadRequest, ServiceError, translate
 from services.events import Event, PartDone, PartFailed, PartStarted, TextDelta
 from services.presets import load_preset
 from services.session import Reply, ReplyPart, Session
 
 SUFFIXES = {Modality.IMAGE: "png", Modality.VIDEO: "mp4", Modality.AUDIO: "wav"}
-HELP = "Attach with /image FILE, /audio FILE or /video FILE. Leave with /quit or Ctrl-D."
+HELP = (
+    "Attach with /image FILE, /audio FILE or /video FILE. /strength image 0.5 makes pictures start from the "
+    "newest one, /strength image off anew. Leave with /quit or Ctrl-D."
+)
 
 
 def say_once(args: argparse.Namespace) -> int:
@@ -28,7 +32,8 @@ def say_once(args: argparse.Namespace) -> int:
     session, load_s = _open(args.preset)
     with session:
         printer = None if args.json else _Printer()
-        reply = session.chat(messages, on_event=printer, seed=args.seed, adapters=args.lora)
+        wishes = _wishes(args.strength)
+        reply = session.chat(messages, on_event=printer, seed=args.seed, adapters=args.lora, decoders=wishes)
     parts = [_written(part, out) for part in reply.parts]
     if args.json:
         print(json.dumps({"parts": parts, "timings": {"load_s": load_s, **reply.timings}}))
@@ -41,6 +46,7 @@ def converse(args: argparse.Namespace) -> int:
     """Talk until the person leaves."""
     messages = _earlier(args.messages)
     attached = _attachments(args)
+    strengths = dict(args.strength)
     out = _folder(args.out)
     session, _ = _open(args.preset)
     with session:
@@ -52,21 +58,54 @@ def converse(args: argparse.Namespace) -> int:
                     attached.append(_attachment(command[1], command[2].strip()))
                     print(f"attached {command[2].strip()}")
                     continue
+                if command := re.fullmatch(r"/strength\s+(\w+)\s+(\S+)", line):
+                    modality, strength = read_strength(f"{command[1]}={command[2]}")
+                    strengths[modality] = strength
+                    continue
                 if line == "/quit":
                     break
                 if line.startswith("/"):
                     print(HELP)
                     continue
                 said = [*messages, _user(line, attached)]
-                reply = session.chat(said, on_event=_Printer(), seed=args.seed, adapters=args.lora)
-            except ServiceError as error:
-                print(f"patchbay: {error.message}", file=sys.stderr)
+                wishes = _wishes(strengths.items())
+                reply = session.chat(
+                    said, on_event=_Printer(), seed=args.seed, adapters=args.lora, decoders=wishes
+                )
+            except (ServiceError, ValueError) as error:
+                print(f"patchbay: {translate(error).message}", file=sys.stderr)
                 continue
             _list_media([_written(part, out) for part in reply.parts])
             _report_failures(reply)
             messages += [_user(line, attached), _assistant(reply)]
             attached = []
     return 0
+
+
+def read_strength(text: str) -> tuple[Modality, float | None]:
+    """Read ``image=0.5``, or ``image=off``; raise ValueError for anything else."""
+    name, _, value = text.partition("=")
+    if name not in SUFFIXES:
+        raise ValueError(
+            f"{text!r} names no medium that can be made; expected image=, video= or audio= and a number "
+            f"above 0 up to 1, or off."
+        )
+    if value == "off":
+        return Modality(name), None
+    try:
+        strength = float(value)
+    except ValueError:
+        raise ValueError(f"{text!r} has no number; expected {name}=0.5 or {name}=off.") from None
+    check_strength(strength)
+    return Modality(name), strength
+
+
+def _wishes(strengths: Iterable[tuple[Modality, float | None]]) -> dict[Modality, DecodeSettings]:
+    return {
+        modality: DecodeSettings(strength=strength)
+        for modality, strength in strengths
+        if strength is not None
+    }
 
 
 class _Printer:
@@ -153,7 +192,12 @@ def _assistant(reply: Reply) -> dict[str, Any]:
     parts: list[dict[str, Any]] = [
         {"type": "text", "text": part.text}
         if part.text is not None
-        else {"type": part.type.value, "caption": part.caption or "", "error": part.error}
+        else {
+            "type": part.type.value,
+            "caption": part.caption or "",
+            "file_id": part.file_id,
+            "error": part.error,
+        }
         for part in reply.parts
     ]
     return {"role": "assistant", "parts": parts}

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import math
 import os
 import secrets
 import tempfile
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    aclosing,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,15 +25,11 @@ from fastapi import FastAPI
 from encoders.media import Modality
 from services.client import Client
 from services.errors import BadRequest, ServiceError
+from services.page_reply import AGAIN, CANCEL, NAMES, Json, Shelf, Shown, problem, remade, replied
 from services.presets import Preset
 
-Json = dict[str, Any]
-Shown = list[Json]
-
-NAMES = {Modality.IMAGE: "picture", Modality.VIDEO: "video", Modality.AUDIO: "sound"}
 PREVIEWS = 6
-SHOWN_EVERY_S = 0.1  # a browser that is told of every step falls behind
-SUFFIXES = {"image": ".png", "video": ".mp4", "audio": ".wav"}
+COMMON, PER_DECODER = 3, 3  # components of the settings
 CSS = """
 #chat [data-testid] img, #chat video { width: 224px !important; object-fit: contain; border-radius: 8px; }
 #chat audio { min-width: 280px; }
@@ -71,97 +71,6 @@ def build_page(preset: Preset, base_url: str, lifespan: Lifespan | None = None) 
     return mounted
 
 
-@dataclass
-class Shelf:
-    """The reply while it arrives: what is shown, and what the next turn will say was said."""
-
-    folder: Path
-    shown: Shown
-    parts: dict[int, Json] = field(default_factory=dict)
-    text_index: int = 0
-
-    def take(self, chunk: Json) -> list[tuple[int, str]]:
-        """Take one chunk; return (index, URL) of the media that are to be fetched."""
-        if not chunk["choices"]:
-            return []
-        delta = chunk["choices"][0]["delta"]
-        wanted = []
-        if text := delta.get("content"):
-            part = self.parts.setdefault(self.text_index, {"type": "text", "text": ""})
-            part["text"] = (part["text"] + text).lstrip("\n")
-        for told in delta.get("parts", ()):
-            index = told["index"]
-            part = self.parts.setdefault(index, {"type": told["type"]})
-            part.update(told)
-            self.text_index = max(self.text_index, index + 1)
-            if told["status"] == "preview":
-                self._show(part)
-            if told["status"] == "done":
-                wanted.append((index, told["url"]))
-        return wanted
-
-    def put(self, index: int, data: bytes) -> None:
-        """Keep the bytes of a medium in a file that the page can show."""
-        part = self.parts[index]
-        self._drop_preview(part)
-        path = self.folder / f"{part['file_id']}{SUFFIXES[part['type']]}"
-        path.write_bytes(data)
-        part["path"] = str(path)
-
-    def _show(self, part: Json) -> None:
-        """Keep a preview in a file in place of the one before; a new name, or browsers show the old one."""
-        data = part["preview"]["image_url"]["url"].partition(",")[2]
-        self._drop_preview(part)
-        path = self.folder / f"preview-{secrets.token_hex(8)}.jpg"
-        path.write_bytes(base64.b64decode(data))
-        part["preview_path"] = str(path)
-
-    @staticmethod
-    def _drop_preview(part: Json) -> None:
-        if "preview_path" in part:
-            Path(part.pop("preview_path")).unlink(missing_ok=True)
-
-    def messages(self) -> Shown:
-        """Return the conversation as the page shows it."""
-        reply = [bubble for index in sorted(self.parts) for bubble in _bubbles(self.parts[index])]
-        return [*self.shown, *reply]
-
-    def assistant(self) -> Json:
-        """Return the reply as the next request repeats it."""
-        parts: list[Json] = []
-        for index in sorted(self.parts):
-            part = self.parts[index]
-            if part["type"] == "text":
-                parts.append({"type": "text", "text": part["text"]})
-            elif part["status"] == "done":
-                parts.append({name: part[name] for name in ("type", "file_id", "caption")})
-        return {"role": "assistant", "parts": parts}
-
-
-def _bubbles(part: Json) -> Shown:
-    if part["type"] == "text":
-        return [{"role": "assistant", "content": part["text"]}]
-    name = NAMES[Modality(part["type"])]
-    if "path" in part:
-        return [_file(part["path"], part.get("caption", ""))]
-    if part["status"] == "failed":
-        title = {"title": f"The {name} could not be made", "status": "done"}
-        return [{"role": "assistant", "content": part["error"]["message"], "metadata": title}]
-    progress = "waiting for its decoder"
-    if "step" in part:
-        left = "" if part.get("eta_s") is None else f", about {part['eta_s']:.0f} s left"
-        progress = f"step {part['step']} of {part['total']}{left}"
-    title = {"title": f"Making a {name}: {progress}", "status": "pending"}
-    pending = {"role": "assistant", "content": part.get("caption", ""), "metadata": title}
-    if "preview_path" not in part:
-        return [pending]
-    return [pending, _file(part["preview_path"], f"preview of the {name}")]
-
-
-def _file(path: str, alt_text: str) -> Json:
-    return {"role": "assistant", "content": {"path": path, "alt_text": alt_text}}
-
-
 def _blocks(preset: Preset, base_url: str, folder: Path) -> gr.Blocks:
     with gr.Blocks(title="Patchbay", fill_height=True, analytics_enabled=False) as blocks:
         gr.Markdown(f"## Patchbay · {preset.name}\n{preset.description}")
@@ -188,8 +97,13 @@ def _blocks(preset: Preset, base_url: str, folder: Path) -> gr.Blocks:
             autofocus=True,
         )
         history = gr.State([])
+        latest = gr.State(None)  # the reply that has buttons
+        chosen = gr.State(None)
         pending = gr.State(None)
         settings = _settings(preset)
+
+        def busy(**values: Any) -> gr.MultimodalTextbox:
+            return gr.MultimodalTextbox(submit_btn=False, stop_btn=True, **values)
 
         async def take(value: Json | None, messages: Shown) -> tuple[Any, Shown, Json | None]:
             if not value or not (str(value.get("text") or "").strip() or value.get("files")):
@@ -197,123 +111,95 @@ def _blocks(preset: Preset, base_url: str, folder: Path) -> gr.Blocks:
             user: Shown = [{"role": "user", "content": {"path": path}} for path in _paths(value)]
             if text := str(value.get("text") or "").strip():
                 user.append({"role": "user", "content": text})
-            busy = gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True)
-            return busy, [*messages, *user], value
+            return busy(value=None), [*messages, *user], value
 
         async def take_example(messages: Shown, event: gr.SelectData) -> tuple[Any, Shown, Json | None]:
             return await take(event.value, messages)
 
         async def reply(
             request: gr.Request, value: Json | None, messages: Shown, earlier: list[Json], *wishes: Any
-        ) -> AsyncGenerator[tuple[Shown, list[Json]], None]:
+        ) -> AsyncGenerator[tuple[Any, Any, Any], None]:
             if value is None:
-                yield messages, earlier
+                yield messages, earlier, gr.skip()
                 return
             try:
                 body = settings.body(wishes)
             except BadRequest as error:
-                yield [*messages, _problem(error)], earlier
+                yield [*messages, problem(error.message)], earlier, None
                 return
-            stop = stops[request.session_hash] = asyncio.Event()
-            try:
-                turn = _turn(base_url, folder, value, messages, earlier, body, stop)
+            words = str(value.get("text") or "").strip(), _paths(value)
+            with _stoppable(request) as stop:
+                turn = replied(base_url, folder, words, messages, earlier, body, stop)
                 async with aclosing(turn) as states:
                     async for state in states:
                         yield state
-            finally:
-                stops.pop(request.session_hash, None)
 
-        def ready() -> gr.MultimodalTextbox:
+        async def cancel(shelf: Shelf | None, event: gr.SelectData) -> None:
+            deed, index = event.value.split()
+            if shelf is not None and deed == CANCEL:
+                async with Client(base_url) as client:
+                    with suppress(ServiceError):  # it is done by now; the reply shows how
+                        await client.cancel_part(shelf.reply_id, int(index))
+
+        async def choose(event: gr.SelectData) -> tuple[Any, int | None]:
+            deed, index = event.value.split()
+            return (busy(), int(index)) if deed == AGAIN else (gr.skip(), None)
+
+        async def again(
+            request: gr.Request, index: int | None, shelf: Shelf | None, *wishes: Any
+        ) -> AsyncGenerator[tuple[Any, Any, Any], None]:
+            if index is None or shelf is None:
+                yield gr.skip(), gr.skip(), gr.skip()
+                return
+            try:
+                body = settings.again(wishes, Modality(shelf.parts[index]["type"]))
+            except BadRequest as error:
+                yield [*shelf.messages(), problem(error.message)], gr.skip(), shelf
+                return
+            with _stoppable(request) as stop:
+                async with aclosing(remade(base_url, shelf, index, body, stop)) as states:
+                    async for state in states:
+                        yield state
+
+        def ready(request: gr.Request) -> Any:
+            if request.session_hash in stops:  # a reply goes on
+                return gr.skip()
             return gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
 
         async def stop(request: gr.Request) -> None:
             if request.session_hash in stops:
                 stops[request.session_hash].set()
 
-        inputs = [pending, shown, history, *settings.components]
+        @contextmanager
+        def _stoppable(request: gr.Request) -> Iterator[asyncio.Event]:
+            event = stops[request.session_hash] = asyncio.Event()
+            try:
+                yield event
+            finally:
+                stops.pop(request.session_hash, None)
+
         stops: dict[str | None, asyncio.Event] = {}  # of the replies under way, by browser session
-        for trigger, first, first_inputs in (
-            (said.submit, take, [said, shown]),
-            (shown.example_select, take_example, [shown]),
+        outputs = [shown, history, latest]
+        spoken, after = [said, shown, pending], [pending, shown, history]
+        for trigger, first, first_inputs, first_outputs, then, then_inputs in (
+            (said.submit, take, [said, shown], spoken, reply, after),
+            (shown.example_select, take_example, [shown], spoken, reply, after),
+            (shown.option_select, choose, [], [said, chosen], again, [chosen, latest]),
         ):
-            taken = trigger(
-                first, first_inputs, [said, shown, pending], queue=False, api_visibility="private"
-            )
+            taken = trigger(first, first_inputs, first_outputs, queue=False, api_visibility="private")
             answered = taken.then(
-                reply, inputs, [shown, history], api_visibility="private", show_progress="hidden"
+                then,
+                [*then_inputs, *settings.components],
+                outputs,
+                api_visibility="private",
+                show_progress="hidden",
             )
             answered.then(ready, None, [said], queue=False, api_visibility="private")
+        shown.option_select(cancel, [latest], None, queue=False, api_visibility="private")
         said.stop(stop, None, None, queue=False, api_visibility="private")
-        shown.clear(lambda: [], None, [history], queue=False, api_visibility="private")
+        shown.clear(lambda: ([], None), None, [history, latest], queue=False, api_visibility="private")
     blocks.queue(default_concurrency_limit=16)
     return cast(gr.Blocks, blocks)
-
-
-async def _turn(
-    base_url: str,
-    folder: Path,
-    value: Json,
-    messages: Shown,
-    earlier: list[Json],
-    body: Json,
-    stop: asyncio.Event,
-) -> AsyncGenerator[tuple[Shown, list[Json]], None]:
-    """Send what was said and show the reply while it comes; yields what is shown and the history.
-
-    When ``stop`` is set, the request is dropped, and what there is of the reply stays.
-    """
-    shelf = Shelf(folder, messages)
-    try:
-        async with Client(base_url) as client:
-            content: list[Json] = [
-                {"type": "file", "file": {"file_id": await client.upload(Path(path))}}
-                for path in _paths(value)
-            ]
-            if text := str(value.get("text") or "").strip():
-                content.append({"type": "text", "text": text})
-            history = [*earlier, {"role": "user", "content": content}]
-            async with (
-                aclosing(client.stream(history, **body)) as chunks,
-                aclosing(_until(stop, chunks)) as wanted,
-            ):
-                shown_at = -math.inf
-                async for chunk in wanted:
-                    for index, url in shelf.take(chunk):
-                        shelf.put(index, await client.download(url))
-                    if time.monotonic() - shown_at >= SHOWN_EVERY_S:
-                        shown_at = time.monotonic()
-                        yield shelf.messages(), [*history, shelf.assistant()]
-            messages = shelf.messages()
-            shown = [_stopped(message) for message in messages] if stop.is_set() else messages
-            yield shown, [*history, shelf.assistant()]
-    except ServiceError as error:
-        yield [*shelf.messages(), _problem(error)], earlier
-
-
-async def _until(stop: asyncio.Event, chunks: AsyncIterator[Json]) -> AsyncGenerator[Json, None]:
-    """Yield ``chunks`` until ``stop`` is set; the one that is being waited for is then given up."""
-    stopped = asyncio.ensure_future(stop.wait())
-    following: asyncio.Future[Json] | None = None
-    try:
-        while not stop.is_set():
-            following = asyncio.ensure_future(anext(chunks))
-            await asyncio.wait({following, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            if following.done():
-                try:
-                    yield following.result()
-                except StopAsyncIteration:
-                    return
-    finally:
-        stopped.cancel()
-        if following is not None and not following.done():
-            following.cancel()
-            with suppress(asyncio.CancelledError, StopAsyncIteration):
-                await following
-
-
-def _problem(error: ServiceError) -> Json:
-    title = {"title": "There is no answer", "status": "done"}
-    return {"role": "assistant", "content": error.message, "metadata": title}
 
 
 @dataclass
@@ -325,24 +211,41 @@ class Settings:
 
     def body(self, values: Sequence[Any]) -> Json:
         """Return the part of a request that ``values`` ask for; what is empty is left out."""
-        seed, temperature, shows_previews, *rest = values
-        options: Json = {"include_progress": True}
-        if shows_previews:
-            options["previews"] = PREVIEWS
-        body: Json = {"temperature": temperature, "stream_options": options}
+        seed, temperature, _, *_ = values
+        body: Json = {"temperature": temperature, "stream_options": self._told(values)}
         if (number := _number(seed, "Seed", int)) is not None:
             body["seed"] = number
-        decoders: Json = {}
-        for place, modality in enumerate(self.modalities):
-            name = NAMES[modality].capitalize()
-            steps, guidance = rest[2 * place : 2 * place + 2]
-            wishes = {
-                "num_inference_steps": _number(steps, f"{name}: steps", int),
-                "guidance_scale": _number(guidance, f"{name}: guidance", float),
-            }
-            if wishes := {key: value for key, value in wishes.items() if value is not None}:
-                decoders[modality.value] = wishes
-        return {**body, "decoders": decoders} if decoders else body
+        decoders = {modality.value: self._wishes(values, modality) for modality in self.modalities}
+        if decoders := {name: wishes for name, wishes in decoders.items() if wishes}:
+            body["decoders"] = decoders
+        return body
+
+    def again(self, values: Sequence[Any], modality: Modality) -> Json:
+        """Return the request that makes one medium again: with another seed, unless one is filled in."""
+        seed = _number(values[0], "Seed", int)
+        return {
+            **self._wishes(values, modality),
+            "seed": secrets.randbelow(2**31) if seed is None else seed,
+            "stream_options": self._told(values),
+        }
+
+    @staticmethod
+    def _told(values: Sequence[Any]) -> Json:
+        options: Json = {"include_progress": True}
+        if values[2]:
+            options["previews"] = PREVIEWS
+        return options
+
+    def _wishes(self, values: Sequence[Any], modality: Modality) -> Json:
+        start = COMMON + self.modalities.index(modality) * PER_DECODER
+        steps, guidance, strength = values[start : start + PER_DECODER]
+        name = NAMES[modality].capitalize()
+        wishes = {
+            "num_inference_steps": _number(steps, f"{name}: steps", int),
+            "guidance_scale": _number(guidance, f"{name}: guidance", float),
+            "strength": strength or None,
+        }
+        return {key: value for key, value in wishes.items() if value is not None}
 
 
 def _number(text: str | None, name: str, kind: type[int] | type[float]) -> float | None:
@@ -376,6 +279,16 @@ def _settings(preset: Preset) -> Settings:
                 components.append(
                     gr.Textbox(label=f"{name}: guidance", placeholder="as usual; 0 to 50", max_lines=1)
                 )
+                components.append(
+                    gr.Slider(
+                        0,
+                        1,
+                        0,
+                        step=0.05,
+                        label=f"{name}: strength",
+                        info=f"0: a new {NAMES[modality]}; else the newest one, changed so much",
+                    )
+                )
     return Settings(tuple(preset.decoders), components)
 
 
@@ -398,10 +311,3 @@ def _paths(value: Mapping[str, Any]) -> list[str]:
     """Return the paths of attached files, which Gradio gives in several forms."""
     files = value.get("files") or []
     return [file if isinstance(file, str) else file["path"] for file in files]
-
-
-def _stopped(message: Json) -> Json:
-    metadata = message.get("metadata") or {}
-    if metadata.get("status") != "pending":
-        return message
-    return {**message, "metadata": {"title": "Stopped", "status": "done"}}

@@ -18,6 +18,7 @@ from services.loading import hush
 from services.presets import load_preset, shipped_presets
 
 if TYPE_CHECKING:
+    from encoders.media import Modality
     from services.doctor import Survey
 
 PARTS = ("image", "video", "audio", "encoder", "language_model")
@@ -75,6 +76,15 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--seed", type=_seed, help="the same seed makes the same reply")
     chat.add_argument(
         "--lora", metavar="NAME", action="append", default=[], help="adapter of the preset to use; repeatable"
+    )
+    chat.add_argument(
+        "--strength",
+        metavar="MEDIUM=S",
+        type=_strength,
+        action="append",
+        default=[],
+        help="make an image, video or audio from the newest one of the conversation, and go so far from it: "
+        "above 0 up to 1; repeatable",
     )
     chat.add_argument("--json", action="store_true", help="print one JSON object instead of the reply")
     chat.add_argument("text", nargs="?", help="what the person says; without it, a conversation")
@@ -262,6 +272,15 @@ def _bytes(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write one like 24GB")
     number, prefix, binary = found.groups()
     return int(float(number) * (1024 if binary else 1000) ** (" KMG".index(prefix.upper())))
+
+
+def _strength(text: str) -> tuple[Modality, float | None]:
+    from services.chat import read_strength
+
+    try:
+        return read_strength(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _seed(text: str) -> int:

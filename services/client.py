@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -55,8 +56,28 @@ class Client:
     ) -> AsyncGenerator[dict[str, Any], None]:
         """Stream the chunks of a chat completion; closing the stream stops the service's work."""
         request = {"messages": list(messages), "stream": True, **body}
+        async with aclosing(self._chunks("/v1/chat/completions", request)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def cancel_part(self, reply_id: str, index: int) -> None:
+        """Stop one medium of a reply while it is made."""
         with _lost():
-            async with self.http.stream("POST", "/v1/chat/completions", json=request) as answer:
+            answer = await self.http.post(f"/v1/responses/{reply_id}/parts/{index}/cancel")
+        _checked(answer)
+
+    async def retry_part(
+        self, reply_id: str, index: int, **body: Any
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """Make one medium of a reply again; stream the chunks that a chat completion has for it."""
+        path = f"/v1/responses/{reply_id}/parts/{index}/retry"
+        async with aclosing(self._chunks(path, {"stream": True, **body})) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def _chunks(self, path: str, request: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        with _lost():
+            async with self.http.stream("POST", path, json=request) as answer:
                 if answer.is_error:
                     await answer.aread()
                     _checked(answer)

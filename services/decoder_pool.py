@@ -37,7 +37,7 @@ class DecoderKey:
 
     ``waits_in`` is where weights go that are put aside: to the memory of the ``cpu``, else they are only on
     the disk. Without a budget that is as soon as nobody uses them, unless they wait on the ``device``.
-    ``vae`` is how the VAE is used.
+    ``vae`` is how the VAE is used, ``compile`` whether the network is compiled.
     """
 
     folder: Path
@@ -45,6 +45,7 @@ class DecoderKey:
     dtype: torch.dtype
     vae: str = "whole"
     waits_in: WaitsIn = "device"
+    compile: bool = False
 
 
 @dataclass(eq=False)

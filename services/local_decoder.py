@@ -15,20 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from decoders.denoising import steps_run
 from decoders.engine import DenoisingEngine, EngineConfig, Heard, StepDone
 from decoders.engine import Preview as EnginePreview
-from decoders.latent_decoder import Decoded, LatentDecoder
+from decoders.latent_decoder import LatentDecoder
 from decoders.lora import DecoderLora
 from decoders.pipeline_engine import PipelineEngine
 from decoders.pipeline_folder import PipelineFolder
+from decoders.plan import Decoded
 from decoders.settings import DecodeSettings
 from decoders.whole_pipeline import WholePipeline
 from decoders.writing import to_jpeg, to_mp4, to_png, to_wav
-from encoders.media import Audio, Image, Medium, Modality, Video
+from encoders.media import Audio, Image, Medium, Modality, Video, read_media
 from services.adapters import AdapterShelf
 from services.artefacts import ArtefactStore
 from services.boxes import LOCAL, Counts, Made, Preview, Progress, SpokenSignal, Step
+from services.compiling import compile_if_possible
 from services.decoder_pool import DecoderKey, DecoderPool
 from services.footprint import decoder_bytes
 from services.links import CaptionLink, Link, SignalLink
@@ -54,6 +58,7 @@ class LocalDecoder:
             dtype=getattr(torch, self.chosen.dtype or "float32"),
             vae=self.chosen.vae,
             waits_in=self.chosen.waits_in,
+            compile=self.chosen.compile,
         )
         self._projecting: SignalLink | None = None
 
@@ -83,6 +88,8 @@ class LocalDecoder:
         with loading(f"{self.modality.value} decoder"):
             decoder = load_decoder(self.modality, self.key.folder, self.key.device, self.key.dtype)
             decoder.use_vae(self.chosen.vae)
+            if self.chosen.compile:
+                compile_if_possible(f"{self.modality.value} decoder", decoder.compile)
             if isinstance(decoder, WholePipeline):
                 return PipelineEngine(decoder, config)
             decoder.forget_text_encoder()
@@ -121,7 +128,13 @@ class LocalDecoder:
         return {LOCAL: counts}
 
     async def decode(
-        self, signal: SpokenSignal, settings: DecodeSettings, *, user: str = "", previews: int = 0
+        self,
+        signal: SpokenSignal,
+        settings: DecodeSettings,
+        *,
+        user: str = "",
+        previews: int = 0,
+        source: str | None = None,
     ) -> AsyncGenerator[Step, None]:
         """Stream progress, previews and the medium."""
         need = await asyncio.to_thread(lambda: self._need)
@@ -130,15 +143,27 @@ class LocalDecoder:
         async with self.pool.use(self.key, need, self._engine) as engine:
             link = await asyncio.to_thread(self.link, engine)
             condition = await engine.call(lambda: link.condition(signal))
-            steps = settings.steps or engine.decoder.defaults.steps
+            start = None if source is None else await self._start(engine, settings, source)
+            steps = steps_run(settings.steps or engine.decoder.defaults.steps, settings.strength or 1.0)
             every = math.ceil(steps / (previews + 1)) if previews else 0
             with self.adapters.holding(name) if name else nullcontext():
                 read = engine.decoder.read_lora
                 lora = await asyncio.to_thread(self.adapters.get, name, read) if name else None
-                work = engine.decode(condition, settings, user=user, preview_every=every, lora=lora)
+                work = engine.decode(
+                    condition, settings, source=start, user=user, preview_every=every, lora=lora
+                )
                 async with aclosing(self._steps(signal, work)) as steps_taken:
                     async for step in steps_taken:
                         yield step
+
+    async def _start(
+        self, engine: DenoisingEngine | PipelineEngine, settings: DecodeSettings, source: str
+    ) -> Tensor:
+        """Return the latents of the artefact ``source``, for a medium of the size that is wanted."""
+        budget = self.preset.limits.media.budget()
+        data = await asyncio.to_thread(self.store.read, source)
+        medium = await asyncio.to_thread(read_media, data, budget, self.modality)
+        return await engine.call(lambda: engine.decoder.encode_source(medium, settings))
 
     async def _steps(
         self, signal: SpokenSignal, work: AsyncGenerator[Heard, None]

@@ -38,6 +38,7 @@ from services.boxes import (
     SpokenSignal,
     Words,
 )
+from services.compiling import compile_if_possible
 from services.errors import BadRequest
 from services.loading import loading
 from services.presets import Preset
@@ -72,6 +73,8 @@ class LocalLanguageModel:
                 engine = Engine(
                     model, slots=options.slots, context=options.context, step_tokens=options.step_tokens
                 )
+                if options.compile:
+                    compile_if_possible("language model", engine.compile)
                 self.engine = AsyncEngine(engine, "language-model")
 
     def warm_up(self) -> None:
@@ -133,7 +136,7 @@ class LocalLanguageModel:
         with self.adapters.holding(name) if name else nullcontext():
             lora = await asyncio.to_thread(self.adapters.get, name, self._read) if name else None
             try:
-                async with aclosing(engine.stream(_dialogue(prompt), wishes, lora)) as stream:
+                async with aclosing(engine.stream(_dialogue(prompt), wishes, lora, options.user)) as stream:
                     async for said in stream:
                         yield _speech(said)
             except ContextTooLong as error:

@@ -39,14 +39,18 @@ Told = Progress | Preview | Made | PartFailure
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """One medium that is to be made: part ``index`` of the reply of ``turn``."""
+    """One medium that is to be made: part ``index`` of the reply of ``turn``.
+
+    ``source`` is the artefact that a strength in the settings starts from.
+    """
 
     turn: str
     index: int
     signal: SpokenSignal
     settings: DecodeSettings
-    user: str
+    user: str = ""
     previews: int = 0
+    source: str | None = None
 
 
 class Making:
@@ -98,7 +102,11 @@ class Making:
             if not again:
                 await asyncio.to_thread(keep, self.store, order)
             work = self.decode[modality].decode(
-                order.signal, order.settings, user=order.user, previews=order.previews
+                order.signal,
+                order.settings,
+                user=order.user,
+                previews=order.previews,
+                source=None if order.settings.strength is None else order.source,
             )
             async with aclosing(work) as stream:
                 made: Made | None = None
@@ -131,13 +139,13 @@ def keep(store: ArtefactStore, order: Order) -> None:
         purpose=SIGNAL_PURPOSE,
         modality=order.signal.modality,
         caption=order.signal.caption,
-        manifest={"settings": asdict(order.settings)},
+        manifest={"settings": asdict(order.settings), "source": order.source},
         artefact_id=_signal_id(order.turn, order.index),
     )
 
 
-def kept(store: ArtefactStore, turn: str, index: int) -> tuple[SpokenSignal, DecodeSettings]:
-    """Return what a medium was made from.
+def kept(store: ArtefactStore, turn: str, index: int) -> Order:
+    """Return what a medium was made from, and how; for whom, it does not say.
 
     Raises:
         NotFound: there was no such medium, or it was so long ago that its files have expired.
@@ -158,7 +166,10 @@ def kept(store: ArtefactStore, turn: str, index: int) -> tuple[SpokenSignal, Dec
         signal = SpokenSignal(
             artefact.modality, artefact.caption or "", arrays["hidden"], arrays["embeddings"]
         )
-    return signal, DecodeSettings(**artefact.manifest["settings"])
+    settings = DecodeSettings(**artefact.manifest["settings"])
+    return Order(
+        turn=turn, index=index, signal=signal, settings=settings, source=artefact.manifest.get("source")
+    )
 
 
 def changed(settings: DecodeSettings, wishes: DecodeSettings) -> DecodeSettings:

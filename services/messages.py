@@ -78,7 +78,7 @@ class TurnOptions:
     """How the reply is wanted. None leaves it to the preset.
 
     ``modalities`` None allows everything that is up; a list is a promise that must be kept. ``previews``
-    of each medium come while it is made. ``user`` is whose request it is: users share the decoders
+    of each medium come while it is made. ``user`` is whose request it is: users share the models
     fairly, and a turn of nobody known is a user of its own. ``adapters`` are names of LoRA, at most one
     for each box.
     """

@@ -66,7 +66,9 @@ class LanguageModelPreset(BoxPreset):
     has to be trained to it.
     ``context`` None is all that the model sees; less saves memory. ``step_tokens`` is the most that one
     step of the engine reads; more answers long prompts sooner, less keeps running replies steadier.
-    ``quantization`` keeps the weights in 8 or 4 bits, see :mod:`llm.quantization`.
+    ``quantization`` keeps the weights in 8 or 4 bits, see :mod:`llm.quantization`. ``compile`` has
+    torch.compile make code for the steps of running replies, which takes a while at the start and a C++
+    compiler; `patchbay bench compile` says whether it pays.
     """
 
     folder: str = "llm"
@@ -75,6 +77,7 @@ class LanguageModelPreset(BoxPreset):
     slots: int = Field(default=8, ge=1, description="replies that are made at the same time")
     context: int | None = Field(default=None, ge=1, description="positions of a conversation and its reply")
     step_tokens: int = Field(default=256, ge=2)
+    compile: bool = False
 
 
 class CostLimits(_Strict):
@@ -115,7 +118,8 @@ class DecoderPreset(BoxPreset):
     ``sliced`` sends pictures and frames through the VAE one at a time, ``tiled`` also in tiles where they are
     larger than it was made for, which shows a little.
     ``deep_every`` above 1 makes media faster and less exact where a request does not say (see
-    :mod:`decoders.deep_features`); `patchbay bench decode` measures both.
+    :mod:`decoders.deep_features`); `patchbay bench decode` measures both. ``compile`` is that of
+    :class:`LanguageModelPreset`, for the denoising network.
     """
 
     waits_in: Literal["device", "cpu", "disk"] = "device"
@@ -130,6 +134,7 @@ class DecoderPreset(BoxPreset):
     num_frames: int | None = Field(default=None, ge=1)
     duration_s: float | None = Field(default=None, gt=0)
     deep_every: int | None = Field(default=None, ge=1, le=16)
+    compile: bool = False
     limits: CostLimits = CostLimits()
 
     def fill(self, settings: DecodeSettings) -> DecodeSettings:

@@ -49,6 +49,7 @@ class DecoderRequest(BaseModel):
     num_frames: int | None = None
     seconds: float | None = None
     lora: Annotated[str | None, Field(min_length=1, description="name of an adapter for this decoder")] = None
+    strength: Annotated[float | None, Field(description="start from the newest medium of this kind")] = None
 
     def settings(self) -> DecodeSettings:
         """Return the same wishes as the decoder understands them."""
@@ -63,6 +64,7 @@ class DecoderRequest(BaseModel):
             num_frames=self.num_frames,
             duration_s=self.seconds,
             lora=self.lora,
+            strength=self.strength,
         )
 
 

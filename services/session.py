@@ -28,13 +28,17 @@ from services.requests import read_messages
 
 @dataclass(frozen=True, kw_only=True)
 class ReplyPart:
-    """One part of a reply: ``text`` for words, else ``data``, or the ``error`` that prevented it."""
+    """One part of a reply: ``text`` for words, else ``data``, or the ``error`` that prevented it.
+
+    ``file_id`` names a medium in later messages to the same session.
+    """
 
     type: Modality
     text: str | None = None
     data: bytes | None = field(default=None, repr=False)
     caption: str | None = None
     manifest: Mapping[str, Any] | None = None
+    file_id: str | None = None
     error: str | None = None
 
 
@@ -111,6 +115,7 @@ class Session:
                             data=self.store.read(event.artefact.id),
                             caption=event.caption,
                             manifest=event.manifest,
+                            file_id=event.artefact.id,
                         )
                     case PartFailed():
                         parts[event.index] = ReplyPart(

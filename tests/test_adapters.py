@@ -287,7 +287,8 @@ class Replicas:
 
 
 async def test_a_command_reaches_every_replica_of_the_box(preset: Preset, tmp_path: Path) -> None:
-    from services.deployments import AgentReplica, DecoderReplica, RemoteAgent, ReplicaArgs
+    from services.deployments import AgentReplica, DecoderReplica, ReplicaArgs
+    from services.remote_boxes import RemoteAgent
 
     def decoder() -> DecoderReplica:
         replica = object.__new__(DecoderReplica)

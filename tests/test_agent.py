@@ -98,6 +98,7 @@ class FakeDecoder:
         self.settings: list[DecodeSettings] = []
         self.signals: list[SpokenSignal] = []
         self.users: list[str] = []
+        self.sources: list[str | None] = []
         self.steps_taken = 0
         self.stopped = False
 
@@ -105,12 +106,19 @@ class FakeDecoder:
         return self.up
 
     async def decode(
-        self, signal: SpokenSignal, settings: DecodeSettings, *, user: str = "", previews: int = 0
+        self,
+        signal: SpokenSignal,
+        settings: DecodeSettings,
+        *,
+        user: str = "",
+        previews: int = 0,
+        source: str | None = None,
     ) -> AsyncGenerator[Step, None]:
         self.began.append(time.monotonic())
         self.settings.append(settings)
         self.signals.append(signal)
         self.users.append(user)
+        self.sources.append(source)
         try:
             for step in range(self.steps):
                 await asyncio.sleep(self.step_s)
@@ -468,6 +476,49 @@ async def test_a_part_that_cannot_be_made_again_says_why(store: ArtefactStore) -
     assert await refusal(turn, 1, steps=11) == "decoder_limit_exceeded"
     decoder.up = False
     assert await refusal(turn, 1) == "decoder_unavailable"
+
+
+async def test_an_edit_starts_from_the_newest_medium_of_its_kind(store: ArtefactStore) -> None:
+    shown, made, sound = (store.put(b"x", media_type="image/png", filename="a.png").id for _ in range(3))
+    conversation = [
+        Message(Role.USER, (MediaPart(shown, IMAGE), TextPart("make it red"))),
+        Message(Role.ASSISTANT, (TextPart("Here."), SpokenPart(IMAGE, "Here.", made))),
+        Message(Role.USER, (MediaPart(sound, VIDEO), TextPart("and now blue"))),
+    ]
+    decoder = FakeDecoder(store, IMAGE)
+    the_agent = agent(store, FakeSpeaker(signal(IMAGE), Finished("stop")), decoder)
+    wishes = {IMAGE: DecodeSettings(strength=0.5)}
+
+    await events_of(the_agent, conversation, decoders=wishes)
+    turn = turn_of(await events_of(the_agent, conversation))
+    await events_of(the_agent, [conversation[0]], decoders=wishes)
+
+    assert decoder.sources == [made, None, shown]
+    assert decoder.settings[0].strength == 0.5
+
+    again = [event async for event in the_agent.retry_part(turn, 0, wishes[IMAGE])]
+    assert isinstance(again[-1], PartDone)
+    assert decoder.sources[-1] == made
+
+
+async def test_an_edit_without_anything_to_start_from_is_refused(store: ArtefactStore) -> None:
+    decoder = FakeDecoder(store, IMAGE)
+    speaker = FakeSpeaker(signal(IMAGE), Finished("stop"))
+    the_agent = agent(store, speaker, decoder)
+    wishes = {IMAGE: DecodeSettings(strength=0.5)}
+
+    failed = failure(await events_of(the_agent, decoders=wishes))
+    assert (failed["code"], failed["param"]) == ("no_source", "decoders.image.strength")
+    assert "the conversation holds no image to start from" in failed["message"]
+    assert not speaker.prompt
+
+    gone = [Message(Role.ASSISTANT, (SpokenPart(IMAGE, "Here.", "file-" + "0" * 32),)), *said()]
+    failed = failure(await events_of(the_agent, gone, decoders=wishes))
+    assert (failed["code"], failed["param"]) == ("file_not_found", "decoders.image.strength")
+
+    turn = turn_of(await events_of(the_agent))
+    failed = failure([event async for event in the_agent.retry_part(turn, 0, wishes[IMAGE])])
+    assert (failed["code"], failed["param"]) == ("no_source", "strength")
 
 
 async def test_a_retry_can_be_cancelled_or_dropped(store: ArtefactStore) -> None:

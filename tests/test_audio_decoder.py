@@ -172,7 +172,7 @@ def test_a_source_of_any_rate_and_length_becomes_latents(mel_decoder: AudioDecod
 
     assert short.shape == long.shape == (4, 8, 32)
     decoded = mel_decoder.decode(
-        mel_decoder.encode_caption(CAPTION), DecodeSettings(steps=4), source=short, strength=0.5
+        mel_decoder.encode_caption(CAPTION), DecodeSettings(steps=4, strength=0.5), source=short
     )
     assert decoded.manifest["strength"] == 0.5
     assert len(decoded.medium.samples) == 2560

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import os
 import shutil
@@ -9,16 +10,18 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
 from encoders.media import Modality
-from services.chat_page import Settings, Shelf
-from services.errors import BadRequest
+from services import page_reply
+from services.chat_page import Settings
+from services.errors import BadRequest, TooManyRequests
+from services.page_reply import Shelf, remade, replied
 from tests.test_cluster import ROOT, free_port
 
 if TYPE_CHECKING:
@@ -28,7 +31,7 @@ CHROMIUM = shutil.which("chromium")
 
 
 def chunk(**delta: Any) -> dict[str, Any]:
-    return {"choices": [{"index": 0, "delta": delta}]}
+    return {"id": "chatcmpl-1", "choices": [{"index": 0, "delta": delta}]}
 
 
 def told(index: int, status: str, **rest: Any) -> dict[str, Any]:
@@ -85,25 +88,163 @@ def test_a_failed_medium_says_why_and_is_not_repeated(tmp_path: Path) -> None:
     shelf.take(told(0, "failed", error={"code": "x", "message": "Too big."}))
     (bubble,) = shelf.messages()
     assert bubble["content"] == "Too big."
+    assert bubble["metadata"]["title"] == "The picture could not be made"
     assert shelf.assistant()["parts"] == []
 
 
 def test_settings_send_what_is_filled_in_only() -> None:
     settings = Settings((Modality.IMAGE, Modality.AUDIO), [])
     progress = {"include_progress": True}
-    assert settings.body(["", 0.0, False, "", "", "", ""]) == {"temperature": 0.0, "stream_options": progress}
-    assert settings.body([" 7", 0.5, True, "4", "", None, "2.5"]) == {
+    values: list[Any] = ["", 0.0, False, "", "", 0, "", "", 0]
+    assert settings.body(values) == {"temperature": 0.0, "stream_options": progress}
+    values = [" 7", 0.5, True, "4", "", 0.25, None, "2.5", 0]
+    assert settings.body(values) == {
         "temperature": 0.5,
         "stream_options": {**progress, "previews": 6},
         "seed": 7,
-        "decoders": {"image": {"num_inference_steps": 4}, "audio": {"guidance_scale": 2.5}},
+        "decoders": {
+            "image": {"num_inference_steps": 4, "strength": 0.25},
+            "audio": {"guidance_scale": 2.5},
+        },
     }
+    told = {**progress, "previews": 6}
+    assert settings.again(values, Modality.AUDIO) == {
+        "guidance_scale": 2.5,
+        "seed": 7,
+        "stream_options": told,
+    }
+    others = {settings.again(["", *values[1:]], Modality.AUDIO)["seed"] for _ in range(4)}
+    assert len(others) > 1  # what is made again is to be another
 
 
 def test_a_setting_that_is_no_number_is_named() -> None:
     settings = Settings((Modality.IMAGE,), [])
     with pytest.raises(BadRequest, match="Picture: steps is 'many'; expected a whole number"):
-        settings.body(["", 0.0, False, "many", ""])
+        settings.body(["", 0.0, False, "many", "", 0])
+
+
+def options(shelf: Shelf) -> list[tuple[str, str]]:
+    """Return the buttons below the chat: Gradio shows those of the last bubble."""
+    assert not any("options" in bubble for bubble in shelf.messages()[:-1])
+    return [(option["label"], option["value"]) for option in shelf.messages()[-1].get("options", [])]
+
+
+def test_media_can_be_cancelled_while_they_are_made_and_made_again_afterwards(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, [])
+    shelf.take(chunk(content="Two."))
+    assert options(shelf) == []
+    for index in (1, 2):
+        shelf.take(told(index, "started", caption=""))
+    assert options(shelf) == [("Cancel picture 1", "cancel 1"), ("Cancel picture 2", "cancel 2")]
+    shelf.take(told(1, "failed", error={"code": "part_cancelled", "message": "It was cancelled."}))
+    shelf.take(told(2, "working", step=1, total=2, eta_s=None))
+    assert options(shelf) == [("Cancel picture 2", "cancel 2")]
+    shelf.take(told(2, "done", caption="", file_id="file-1", url="http://x/y"))
+    shelf.put(2, b"png")
+    assert options(shelf) == []
+    assert shelf.end() is None
+    assert options(shelf) == [("Make picture 1 again", "again 1"), ("Make picture 2 again", "again 2")]
+
+
+def test_what_a_stopped_reply_lacks_can_be_made_after_all(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, [])
+    shelf.take(told(0, "working", caption="A bell.", step=1, total=2, eta_s=None))
+    shelf.end()
+    (bubble,) = shelf.messages()
+    assert bubble["metadata"] == {"title": "Stopped", "status": "done"}
+    assert options(shelf) == [("Make the picture again", "again 0")]
+
+
+class FakeClient:
+    """Answers with chunks, the last of which may be an error; notes what it was asked."""
+
+    chunks: ClassVar[list[Any]] = []
+    asked: ClassVar[list[Any]] = []
+
+    def __init__(self, base_url: str) -> None:
+        self.base_url = base_url
+
+    async def __aenter__(self) -> FakeClient:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        return None
+
+    async def download(self, url: str) -> bytes:
+        return url.encode()
+
+    async def stream(self, messages: list[Any], **body: Any) -> AsyncGenerator[dict[str, Any], None]:
+        self.asked.append((messages, body))
+        async for each in self._answer():
+            yield each
+
+    async def retry_part(self, *args: Any, **body: Any) -> AsyncGenerator[dict[str, Any], None]:
+        self.asked.append((args, body))
+        async for each in self._answer():
+            yield each
+
+    async def _answer(self) -> AsyncGenerator[dict[str, Any], None]:
+        for each in self.chunks:
+            await asyncio.sleep(0)
+            if isinstance(each, Exception):
+                raise each
+            yield each
+
+
+def finished(number: int) -> dict[str, Any]:
+    return told(0, "done", caption="A bell.", file_id=f"file-{number}", url=f"http://x/{number}")
+
+
+async def last(states: AsyncGenerator[Any, None]) -> Any:
+    return [state async for state in states][-1]
+
+
+async def test_a_medium_that_is_made_again_takes_the_place_of_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_reply, "Client", FakeClient)
+    monkeypatch.setattr(FakeClient, "asked", [])
+    monkeypatch.setattr(FakeClient, "chunks", [told(0, "started", caption="A bell."), finished(1)])
+    never = asyncio.Event()
+    _, history, shelf = await last(replied("http://x", tmp_path, ("draw", []), [], [], {"seed": 1}, never))
+    said = {"role": "user", "content": [{"type": "text", "text": "draw"}]}
+    assert FakeClient.asked == [([said], {"seed": 1})]
+    assert history[-1]["parts"] == [{"type": "image", "file_id": "file-1", "caption": "A bell."}]
+
+    monkeypatch.setattr(FakeClient, "chunks", [told(0, "started", caption="A bell."), finished(2)])
+    shown, history, _ = await last(remade("http://x", shelf, 0, {"seed": 2}, never))
+    assert FakeClient.asked[-1] == (("chatcmpl-1", 0), {"seed": 2})
+    assert history == [said, {"role": "assistant", "parts": [
+        {"type": "image", "file_id": "file-2", "caption": "A bell."}
+    ]}]  # fmt: skip
+    assert [Path(bubble["content"]["path"]).read_bytes() for bubble in shown] == [b"http://x/2"]
+
+
+@pytest.mark.parametrize("how", ["failed", "cancelled", "stopped", "refused"])
+async def test_a_medium_that_cannot_be_made_again_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(page_reply, "Client", FakeClient)
+    shelf = Shelf(tmp_path, [])
+    shelf.take(finished(1))
+    shelf.put(0, b"png")
+    shelf.end()
+    before, stop = shelf.messages(), asyncio.Event()
+    code = "decoder_oom" if how == "failed" else "part_cancelled"
+    end: Any = told(0, "failed", error={"code": code, "message": "Too big."})
+    if how == "refused":
+        end = TooManyRequests("Full.", code="queue_full")
+    monkeypatch.setattr(FakeClient, "chunks", [told(0, "started", caption="A bell."), end])
+    if how == "stopped":
+        stop.set()
+
+    shown, history, _ = await last(remade("http://x", shelf, 0, {}, stop))
+
+    assert shown[:1] == before
+    assert [bubble["content"] for bubble in shown[1:]] == {"failed": ["Too big."], "refused": ["Full."]}.get(
+        how, []
+    )
+    assert history[-1]["parts"][0]["file_id"] == "file-1"
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +325,24 @@ def test_an_example_works_at_one_click_and_a_reply_can_be_stopped(page: Page) ->
     page.wait_for_timeout(1500)
     expect(page.locator("#chat")).to_contain_text("Stopped")
     expect(page.locator("#chat [data-testid='bot'] img")).to_have_count(0)
+
+
+@pytest.mark.browser
+def test_one_medium_is_cancelled_and_made_again_with_buttons(page: Page) -> None:
+    from playwright.sync_api import expect
+
+    page.get_by_text("Settings").click()
+    page.get_by_label("Picture: steps").fill("1000")
+    say(page, "draw, play and film a bell")
+    page.get_by_role("button", name="Cancel the picture").click()
+    expect(page.locator("#chat")).to_contain_text("The picture was cancelled")
+    expect(page.locator("#chat video").first).to_be_attached(timeout=90_000)
+    expect(page.locator("#chat audio").first).to_be_attached()
+    expect(page.locator("#chat [data-testid='bot'] img")).to_have_count(0)
+    page.get_by_label("Picture: steps").fill("2")
+    page.get_by_role("button", name="Make the picture again").click()
+    expect(page.locator("#chat [data-testid='bot'] img")).to_be_visible(timeout=90_000)
+    expect(page.locator("#said .submit-button")).to_be_visible()
 
 
 @pytest.mark.browser

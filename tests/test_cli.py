@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from decoders.settings import DecodeSettings
 from encoders.media import Modality, read_media
 from services import cli
+from services.session import Reply, ReplyPart
 from tests.test_gateway import PNG
 
 Captured = pytest.CaptureFixture[str]
@@ -85,6 +87,43 @@ def test_a_conversation_goes_on_until_the_person_leaves(
     assert "nowhere.png cannot be read" in captured.err
 
 
+class FakeSession:
+    """Makes the same picture each time, and notes what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, Any]] = []
+
+    def __enter__(self) -> "FakeSession":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+    def chat(self, messages: Any, *, decoders: Any, **rest: object) -> Reply:
+        self.asked.append((messages, decoders))
+        picture = ReplyPart(type=Modality.IMAGE, data=PNG, caption="a bell", manifest={}, file_id="file-1")
+        return Reply(parts=(picture,), finish_reason="stop", usage={}, timings={})
+
+
+def test_a_conversation_edits_the_newest_picture_for_as_long_as_it_is_wished(
+    chat: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    session = FakeSession()
+    monkeypatch.setattr("services.chat._open", lambda preset: (session, 0.0))
+    said = ["draw", "/strength image 0.5", "/strength image 2", "redder", "/strength image off", "anew"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(said)))
+
+    assert run(*chat) == 0
+    assert run(*chat, "--strength", "image=0.25", "--strength", "audio=1", "once") == 0
+
+    half, quarter = (DecodeSettings(strength=strength) for strength in (0.5, 0.25))
+    once = {Modality.IMAGE: quarter, Modality.AUDIO: DecodeSettings(strength=1.0)}
+    assert [decoders for _, decoders in session.asked] == [{}, {Modality.IMAGE: half}, {}, once]
+    earlier = session.asked[1][0][1]["parts"][0]
+    assert (earlier["type"], earlier["file_id"]) == ("image", "file-1")
+    assert "strength is 2.0; it must be above 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
@@ -93,6 +132,7 @@ def test_a_conversation_goes_on_until_the_person_leaves(
         (["--messages", "nowhere.json", "hi"], "nowhere.json cannot be read"),
         ([""], "The message is empty"),
         (["--out", "/dev/null/x", "hi"], "/dev/null/x cannot be made"),
+        (["--strength", "image=0.5", "draw a bell"], "the conversation holds no image to start from"),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_1(
@@ -113,6 +153,8 @@ def test_an_error_is_one_line_and_exit_code_1(
         ["sing"],
         ["serve", "--port", "0"],
         ["chat", "--seed", "x", "hi"],
+        ["chat", "--strength", "image=much", "hi"],
+        ["chat", "--strength", "words=0.5", "hi"],
         ["eval", "moon"],
         ["chat", "a", "b"],
     ],

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from decoders.engine import DenoisingEngine, EngineConfig
 from decoders.image import ImageDecoder
-from decoders.latent_decoder import Decoded
 from decoders.lora import DecoderLora, WornLora
+from decoders.plan import Decoded
 from decoders.settings import DecodeSettings
 from decoders.video import VideoDecoder
 from encoders.media import Image

@@ -14,7 +14,8 @@ from decoders.condition import Condition
 from decoders.deep_features import DeepFeatures
 from decoders.engine import DenoisingEngine
 from decoders.image import ImageDecoder
-from decoders.latent_decoder import Decoded, LatentDecoder
+from decoders.latent_decoder import LatentDecoder
+from decoders.plan import Decoded
 from decoders.settings import DecodeSettings
 from decoders.thrift import Thrift
 from decoders.video import VideoDecoder

@@ -26,7 +26,8 @@ from decoders.engine import (
 )
 from decoders.failures import DecoderOutOfMemory, QueueFull
 from decoders.image import ImageDecoder
-from decoders.latent_decoder import Decoded, LatentDecoder
+from decoders.latent_decoder import LatentDecoder
+from decoders.plan import Decoded
 from decoders.settings import SCHEDULER_NAMES, DecodeSettings
 from decoders.video import VideoDecoder
 from tests import tiny_pipelines
@@ -198,13 +199,13 @@ async def test_a_start_from_a_source_equals_the_decoder_alone(
     kept = kept_latents(decoder, monkeypatch)
     expected = []
     for wish, source in zip(wishes, sources, strict=True):
-        manifest = decoder.decode(condition(decoder), wish, source=source, strength=0.5).manifest
+        manifest = decoder.decode(condition(decoder), replace(wish, strength=0.5), source=source).manifest
         expected.append((kept.pop(wish.seed or 0), manifest))
     engine = DenoisingEngine(decoder)
 
     results = await asyncio.gather(
         *(
-            made(engine, condition(decoder), wish, source=source, strength=0.5)
+            made(engine, condition(decoder), replace(wish, strength=0.5), source=source)
             for wish, source in zip(wishes, sources, strict=True)
         )
     )
@@ -644,7 +645,9 @@ async def test_a_request_that_does_not_fit_the_decoder_is_refused_before_it_wait
     with pytest.raises(ValueError, match="width_px is 25"):
         await made(engine, condition(engine.decoder), DecodeSettings(width_px=25))
     with pytest.raises(ValueError, match="strength is 0"):
-        await made(engine, condition(engine.decoder), source=torch.zeros(4, 8, 8), strength=0.0)
+        await made(engine, condition(engine.decoder), DecodeSettings(strength=0.0))
+    with pytest.raises(ValueError, match="there is no source to keep anything of"):
+        await made(engine, condition(engine.decoder), DecodeSettings(strength=0.5))
     with pytest.raises(ValueError, match="preview_every is -1"):
         await made(engine, condition(engine.decoder), preview_every=-1)
 

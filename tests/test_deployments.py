@@ -18,19 +18,16 @@ from encoders.media import Modality
 from services.agent import Agent
 from services.artefacts import ArtefactStore
 from services.boxes import Finished, Made, Preview, SpokenSignal
-from services.deployments import (
-    AgentReplica,
+from services.deployments import AgentReplica, DecoderReplica, EncoderReplica, LanguageModelReplica
+from services.events import PartDone, PartFailed, PartPreview, PartProgress, TurnStarted
+from services.messages import TurnOptions
+from services.remote_boxes import (
     ClusterStatus,
-    DecoderReplica,
-    EncoderReplica,
-    LanguageModelReplica,
     RemoteAgent,
     RemoteDecoder,
     RemoteEncoder,
     RemoteLanguageModel,
 )
-from services.events import PartDone, PartFailed, PartPreview, PartProgress, TurnStarted
-from services.messages import TurnOptions
 from tests.test_agent import FakeDecoder, FakeEncoder, FakeSpeaker, said
 
 IMAGE = Modality.IMAGE
@@ -124,14 +121,19 @@ def remote_agent(store: ArtefactStore, decoder: FakeDecoder) -> RemoteAgent:
     return RemoteAgent(Handle(shell))  # type: ignore[arg-type]
 
 
-async def test_the_user_and_the_wish_for_previews_reach_the_decoder(store: ArtefactStore) -> None:
+async def test_the_user_the_source_and_the_wish_for_previews_reach_the_decoder(store: ArtefactStore) -> None:
     decoder = FakeDecoder(store, IMAGE, steps=3)
     zeros = np.zeros((2, 4), np.float32)
     work = remote_decoder(decoder).decode(
-        SpokenSignal(IMAGE, "a bell", zeros, zeros), DecodeSettings(seed=1), user="ann", previews=1
+        SpokenSignal(IMAGE, "a bell", zeros, zeros),
+        DecodeSettings(seed=1, strength=0.5),
+        user="ann",
+        previews=1,
+        source="file-1",
     )
     steps = [step async for step in work]
     assert decoder.users == ["ann"]
+    assert decoder.sources == ["file-1"]  # by its id: no medium travels through a handle
     assert [step for step in steps if isinstance(step, Preview)] == [Preview(1, 3, b"look", "image/jpeg")]
     assert isinstance(steps[-1], Made)
 

@@ -289,7 +289,9 @@ async def test_options_reach_the_agent(preset: Preset, store: ArtefactStore) -> 
         "frequency_penalty": -1,
         "stop": ["a", "b"],
         "user": "ann",
-        "extra_body": {"decoders": {"image": {"seed": 2, "num_inference_steps": 4, "size": "64x32"}}},
+        "extra_body": {
+            "decoders": {"image": {"seed": 2, "num_inference_steps": 4, "size": "64x32", "strength": 0.5}}
+        },
     }
     await ask(agent, preset, store, body(**wishes))
     assert agent.options == TurnOptions(
@@ -303,7 +305,7 @@ async def test_options_reach_the_agent(preset: Preset, store: ArtefactStore) -> 
         presence_penalty=0.25,
         frequency_penalty=-1,
         stop=("a", "b"),
-        decoders={IMAGE: DecodeSettings(seed=2, steps=4, width_px=64, height_px=32)},
+        decoders={IMAGE: DecodeSettings(seed=2, steps=4, width_px=64, height_px=32, strength=0.5)},
         user="ann",
     )
     await ask(agent, preset, store, body(stop="a", stream=True, stream_options={"previews": 3}))
@@ -387,6 +389,7 @@ REFUSED: list[tuple[dict[str, Any], int, str, str | None]] = [
     (body(modalities=["text", "smell"]), 400, "invalid_value", "modalities.1"),
     (body(decoders={"image": {"stesp": 3}}), 400, "invalid_value", "decoders.image.stesp"),
     (body(decoders={"image": {"num_inference_steps": 0}}), 400, "invalid_value", "decoders.image"),
+    (body(decoders={"image": {"strength": 0}}), 400, "invalid_value", "decoders.image"),
     (body(temperature=3), 400, "invalid_value", "temperature"),
     (body(top_p=0), 400, "invalid_value", "top_p"),
     (body(top_k=-1), 400, "invalid_value", "top_k"),

@@ -1,6 +1,7 @@
 import json
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -269,8 +270,8 @@ def test_a_weak_edit_stays_nearer_to_the_source_than_a_strong_one(decoder: Image
     source = decoder.encode_source(made)
     settings = DecodeSettings(seed=4, steps=10, guidance_scale=1.0)
 
-    weak = decoder.decode(condition, settings, source=source, strength=0.1)
-    strong = decoder.decode(condition, settings, source=source, strength=1.0)
+    weak = decoder.decode(condition, replace(settings, strength=0.1), source=source)
+    strong = decoder.decode(condition, replace(settings, strength=1.0), source=source)
     unchanged = decoder._media(source[None], [settings])[0]
 
     def distance(image: Image) -> float:
@@ -297,7 +298,7 @@ def test_sources_that_do_not_fit_are_refused(decoder: ImageDecoder) -> None:
         decoder.decode(condition, source=torch.zeros(4, 4, 4))
     for strength in (0.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="strength is"):
-            decoder.decode(condition, source=torch.zeros(4, 8, 8), strength=strength)
+            DecodeSettings(strength=strength)
 
 
 def test_defaults_come_from_the_folder(copy: Path) -> None:

@@ -183,6 +183,30 @@ def ended(events: list[Any]) -> bool:
     return bool(events) and isinstance(events[-1], (Finished, Exception))
 
 
+def test_a_user_who_floods_the_engine_delays_another_by_no_more_than_one_turn_of_a_slot() -> None:
+    model = tiny_model()
+    engine = Engine(model, slots=2, context=128, step_tokens=32)
+    options = GenerationOptions(max_new_tokens=6, seed=0)
+    flood = [engine.prepare([user(f"draw a bell {i}")], options, user="ann") for i in range(50)]
+    other = engine.prepare([user("and how?")], options, user="bob")
+    for request in flood:
+        engine.submit(request)
+    ended: list[Request] = []
+    while len(ended) < 5:
+        ended += [request for request, event in engine.step() if isinstance(event, Finished)]
+    before = len(ended)
+
+    engine.submit(other)
+    while not any(slot.request is other for slot in engine._slots):
+        ended += [request for request, event in engine.step() if isinstance(event, Finished)]
+
+    assert len(ended) - before <= 2  # the two that ran, if they ended in one step; 45 more of hers wait
+    while engine.busy:
+        ended += [request for request, event in engine.step() if isinstance(event, Finished)]
+    assert len(ended) == 51
+    assert ended.index(other) < 10
+
+
 def test_a_cancel_ends_a_running_and_a_waiting_request_with_the_next_step() -> None:
     model = eager_model()
     engine = Engine(model, slots=1)
@@ -310,7 +334,7 @@ def test_a_request_that_fails_takes_no_other_with_it(monkeypatch: pytest.MonkeyP
             raise RuntimeError("unreadable")
         return project(slot)
 
-    def broken_pass(embeddings: Tensor, rows: list[int], starts: list[int]) -> Tensor:
+    def broken_pass(embeddings: Tensor, rows: list[int], starts: list[int], *, plain: bool) -> Tensor:
         if any(engine._slots[row].request is bad for row in rows):
             raise RuntimeError("poisoned")
         return step(embeddings, rows, starts)
@@ -337,7 +361,7 @@ def test_numbers_that_are_none_end_one_reply_and_stay_in_no_slot(monkeypatch: py
     step = engine._slot_model.run
 
     @torch.inference_mode()
-    def broken_pass(embeddings: Tensor, rows: list[int], starts: list[int]) -> Tensor:
+    def broken_pass(embeddings: Tensor, rows: list[int], starts: list[int], *, plain: bool) -> Tensor:
         hidden = step(embeddings, rows, starts)
         for i, row in enumerate(rows):
             if engine._slots[row].request is bad:

@@ -10,8 +10,8 @@ import pytest
 
 from decoders.engine import EngineConfig
 from decoders.settings import DecodeSettings
-from decoders.writing import read_manifest
-from encoders.media import Image, Modality, read_media
+from decoders.writing import read_manifest, to_png, to_wav
+from encoders.media import Audio, Image, Modality, read_media
 from services.artefacts import ArtefactStore
 from services.boxes import Made, Preview, Progress, SpokenSignal, Step
 from services.errors import PresetProblem, translate
@@ -65,6 +65,46 @@ async def steps_in_order(box: LocalDecoder, *demands: tuple[str, int, int]) -> l
     tasks = [asyncio.create_task(ask(user, steps)) for user, media, steps in demands for _ in range(media)]
     await asyncio.gather(*tasks)
     return order
+
+
+async def test_an_edit_takes_its_part_of_the_steps_only_and_stays_near_its_source(box: LocalDecoder) -> None:
+    pixels = np.full((40, 24, 3), 200, np.uint8)
+    pixels[:20] = 30
+    source = box.store.put(to_png(Image(pixels), {}), media_type="image/png", filename="a.png").id
+
+    async def edited(strength: float) -> tuple[list[tuple[int, int]], float, Made]:
+        settings = DecodeSettings(seed=1, steps=10, guidance_scale=1.0, strength=strength)
+        *progress, made = await heard(box, 0, settings, source=source)
+        assert isinstance(made, Made)
+        image = read_media(box.store.read(made.artefact.id))
+        assert isinstance(image, Image)
+        wanted = np.where(np.arange(16)[:, None, None] < 8, 30.0, 200.0)
+        steps = [(step.step, step.total) for step in progress if isinstance(step, Progress)]
+        return steps, float(np.abs(image.pixels - wanted).mean()), made
+
+    few, near, made = await edited(0.2)
+    many, far, _ = await edited(1.0)
+
+    assert few == [(0, 2), (1, 2), (2, 2)]
+    assert many[-1] == (10, 10)
+    assert near < far
+    assert (made.manifest["steps"], made.manifest["strength"]) == (10, 0.2)
+
+
+async def test_the_previews_of_an_edit_are_spread_over_the_steps_that_it_takes(box: LocalDecoder) -> None:
+    picture = to_png(Image(np.zeros((16, 16, 3), np.uint8)), {})
+    source = box.store.put(picture, media_type="image/png", filename="a.png").id
+    settings = DecodeSettings(seed=1, steps=8, strength=0.5)
+    heard_of = await heard(box, 0, settings, source=source, previews=1)
+    assert [(look.step, look.total) for look in heard_of if isinstance(look, Preview)] == [(2, 4)]
+
+
+async def test_a_source_of_another_kind_is_refused(box: LocalDecoder) -> None:
+    sound = to_wav(Audio(np.zeros(1600, np.float32), 16_000), {})
+    source = box.store.put(sound, media_type="audio/wav", filename="a.wav").id
+    with pytest.raises(ValueError, match="audio") as refused:
+        await heard(box, 0, DecodeSettings(strength=0.5), source=source)
+    assert translate(refused.value).status == 400
 
 
 async def test_several_media_are_made_at_the_same_time_and_stored(box: LocalDecoder) -> None:

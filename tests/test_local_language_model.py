@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from encoders.media import Modality
 from services.boxes import Finished, PromptMessage, Speech, SpeechOptions, SpokenSignal, Words
@@ -14,6 +19,7 @@ from services.errors import BadRequest, PresetProblem
 from services.local_language_model import LocalLanguageModel
 from services.messages import Role
 from services.presets import load_preset
+from tests.tiny import with_adapters
 
 OPTIONS = SpeechOptions(
     allowed=frozenset({Modality.IMAGE, Modality.VIDEO, Modality.AUDIO}),
@@ -87,3 +93,35 @@ def test_engine_sizes_that_cannot_be_are_a_problem_of_the_preset(tiny_preset: Pa
     box = LocalLanguageModel(preset.model_copy(update={"language_model": options}))
     with pytest.raises(PresetProblem, match=r"language model cannot be loaded: step_tokens is 9"):
         box.load()
+
+
+def test_the_models_own_lora_is_merged_at_load() -> None:
+    preset = load_preset("toybox")
+    box = LocalLanguageModel(preset)
+    box.load()
+    assert box._lm is not None
+    lora = load_file(preset.bridge_folder / "adapter" / "adapter_model.safetensors")
+    settings = json.loads((preset.bridge_folder / "adapter" / "adapter_config.json").read_text())
+    base = AutoModelForCausalLM.from_pretrained(preset.base_folder)
+    downs = [name for name in lora if name.endswith("lora_A.weight")]
+    assert downs
+    assert not [name for name, _ in box._lm.named_parameters() if "lora" in name]
+    for down in downs:
+        name = down.removeprefix("base_model.model.").replace("lora_A.weight", "weight")
+        up = down.replace("lora_A", "lora_B")
+        product = lora[up].float() @ lora[down].float() * settings["lora_alpha"] / settings["r"]
+        assert product.abs().max() > 0
+        merged = base.get_parameter(name).float() + product
+        torch.testing.assert_close(box._lm.get_parameter(name), merged, atol=1e-5, rtol=1e-4)
+
+
+async def test_lora_of_requests_stays_beside_the_weights_that_all_share(tiny_preset: Path) -> None:
+    box = LocalLanguageModel(load_preset(str(with_adapters(tiny_preset))))
+    box.load()
+    assert box._lm is not None
+    before = {name: weight.clone() for name, weight in box._lm.state_dict().items()}
+    for name in ("pirate", "poet"):
+        spoken = box.generate(prompt("hello"), replace(OPTIONS, adapter=name))
+        assert isinstance([speech async for speech in spoken][-1], Finished)
+    assert [state.name for state in box.adapters.states() if state.loaded] == ["pirate", "poet"]
+    torch.testing.assert_close(dict(box._lm.state_dict()), before, rtol=0, atol=0)

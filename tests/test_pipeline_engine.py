@@ -13,8 +13,8 @@ from decoders.condition import Condition
 from decoders.denoising import Cancelled
 from decoders.engine import EngineConfig, StepDone
 from decoders.failures import DecoderOutOfMemory, QueueFull
-from decoders.latent_decoder import Decoded
 from decoders.pipeline_engine import PipelineEngine
+from decoders.plan import Decoded
 from decoders.settings import DecodeSettings
 from decoders.whole_pipeline import PipelinePlan, WholePipeline
 from tests import tiny_pipelines

@@ -246,8 +246,8 @@ def test_a_source_keeps_its_frames_in_order(decoder: VideoDecoder) -> None:
 
     assert source.shape == (4, 8, 8, 8)
     torch.testing.assert_close(source.flip(1), reversed_source)
-    settings = DecodeSettings(seed=1, steps=4)
-    decoded = decoder.decode(decoder.encode_caption(CAPTION), settings, source=source, strength=0.5)
+    settings = DecodeSettings(seed=1, steps=4, strength=0.5)
+    decoded = decoder.decode(decoder.encode_caption(CAPTION), settings, source=source)
     assert decoded.manifest["strength"] == 0.5
 
 

@@ -1,0 +1,59 @@
+"""A request with nothing left open, and what comes of it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from decoders.condition import Condition
+from decoders.denoising import steps_run
+from decoders.lora import DecoderLora
+from decoders.settings import DecodeSettings
+from encoders.media import Medium
+
+SHALLOW_SHARE = 0.5
+"""What a step with kept features costs of a whole one, about."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Decoded:
+    """A medium and how it was made: enough to make it again with the same weights and condition."""
+
+    medium: Medium
+    manifest: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Plan:
+    """One request with every choice made; made by :meth:`LatentDecoder.plan`.
+
+    ``settings`` have seed, steps, guidance and scheduler, and with a ``source`` a strength; ``shape`` is that
+    of the latents, ``source`` and ``lora`` are those of :meth:`LatentDecoder.decode`.
+    """
+
+    condition: Condition
+    settings: DecodeSettings
+    shape: tuple[int, ...]
+    source: Tensor | None
+    lora: DecoderLora | None = None
+
+    @property
+    def strength(self) -> float:
+        """The share of the schedule that runs."""
+        return self.settings.strength or 1.0
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps that will run."""
+        return steps_run(self.settings.steps or 1, self.strength)
+
+    @property
+    def deep_every(self) -> int:
+        """In every how many steps deep features are computed; 1 is always."""
+        return self.settings.deep_every or 1
+
+    @property
+    def rows(self) -> float:
+        """Rows that a step takes in the network: 2 with guidance, else 1; fewer if features are reused."""
+        halves = 2 if (self.settings.guidance_scale or 0) > 1 else 1
+        return halves * (1 + SHALLOW_SHARE * (self.deep_every - 1)) / self.deep_every
