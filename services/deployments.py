@@ -24,6 +24,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
+from alignment.chatter import hush
 from decoders.settings import DecodeSettings
 from encoders.media import Modality
 from services.adapters import AdapterShelf, AdapterState
@@ -41,7 +42,6 @@ from services.boxes import (
 )
 from services.errors import ServiceError, Unavailable, translate
 from services.events import Event, TurnFailed
-from services.loading import hush
 from services.messages import Message, TurnOptions
 from services.presets import Preset, load_preset
 
