@@ -85,7 +85,7 @@ class AudioDecoder(LatentDecoder):
     def _media(
         self, latents: Tensor, settings: Sequence[DecodeSettings], *, sliced: bool = False
     ) -> Sequence[Audio]:
-        waveforms = self._finish(latents).cpu().numpy()  # (B, T)
+        waveforms = self.finish(latents).cpu().numpy()  # (B, T)
         rate = self.vocoder.config.sampling_rate
         lengths = [round(self._seconds(wish) * rate) for wish in settings]
         return [
@@ -93,7 +93,7 @@ class AudioDecoder(LatentDecoder):
             for waveform, length in zip(waveforms, lengths, strict=True)
         ]
 
-    def _finish(self, latents: Tensor, *, sliced: bool = False) -> Tensor:
+    def finish(self, latents: Tensor, *, sliced: bool = False) -> Tensor:
         mels = self.vae.decode(latents / self.vae.config.scaling_factor).sample[:, 0]  # (B, N, M)
         waveforms: Tensor = self.vocoder(mels).float().clamp(-1, 1)  # (B, T)
         return waveforms

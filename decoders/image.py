@@ -62,9 +62,9 @@ class ImageDecoder(LatentDecoder):
     def _media(
         self, latents: Tensor, settings: Sequence[DecodeSettings], *, sliced: bool = False
     ) -> Sequence[Image]:
-        return [Image(pixels) for pixels in to_arrays(self._finish(latents, sliced=sliced))]
+        return [Image(pixels) for pixels in to_arrays(self.finish(latents, sliced=sliced))]
 
-    def _finish(self, latents: Tensor, *, sliced: bool = False) -> Tensor:
+    def finish(self, latents: Tensor, *, sliced: bool = False) -> Tensor:
         return decode_pictures(self.vae, latents, sliced=sliced)
 
     def _sizes(self, medium: Image) -> dict[str, Any]:

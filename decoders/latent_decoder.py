@@ -518,7 +518,7 @@ class LatentDecoder(ABC):
         """Turn clean latents ``(B, ...)`` into one medium per request."""
 
     @abstractmethod
-    def _finish(self, latents: Tensor, *, sliced: bool = False) -> Tensor:
+    def finish(self, latents: Tensor, *, sliced: bool = False) -> Tensor:
         """Turn clean latents ``(B, ...)`` into pictures or samples, on the device."""
 
     def _still(self, latents: Tensor) -> Tensor:

@@ -97,11 +97,11 @@ class VideoDecoder(LatentDecoder):
         self, latents: Tensor, settings: Sequence[DecodeSettings], *, sliced: bool = False
     ) -> Sequence[Video]:
         frames = latents.shape[2]
-        pixels = to_arrays(self._finish(latents, sliced=sliced))  # (B * F, H, W, 3)
+        pixels = to_arrays(self.finish(latents, sliced=sliced))  # (B * F, H, W, 3)
         fps = self.defaults.fps or self._usual_fps
         return [Video(clip, fps) for clip in pixels.reshape(len(latents), frames, *pixels.shape[1:])]
 
-    def _finish(self, latents: Tensor, *, sliced: bool = False) -> Tensor:
+    def finish(self, latents: Tensor, *, sliced: bool = False) -> Tensor:
         flat = latents.transpose(1, 2).flatten(0, 1)  # (B * F, C, h, w)
         return decode_pictures(self.vae, flat, sliced=sliced)
 

@@ -226,10 +226,7 @@ def _decoder(preset: Preset, modality: Modality) -> Box:
 
 def _configured(preset: Preset, folder: Path, name: str = "config.json") -> dict[str, Any]:
     """Return a configuration from beside the weights, else from the preset; empty if there is none."""
-    values = _json(folder / name)
-    if values or preset.sizes_folder is None or not folder.is_relative_to(preset.weights_folder):
-        return values
-    return _json(preset.sizes_folder / folder.relative_to(preset.weights_folder) / name)
+    return _json(preset.described_in(folder, name) / name)
 
 
 def _json(path: Path) -> dict[str, Any]:

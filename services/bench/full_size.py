@@ -186,7 +186,7 @@ def medium_work(decoder: LatentDecoder, wish: DecodeSettings) -> Work:
     conditions = torch.empty(rows, spec.tokens, spec.width, dtype=dtype, device=device)
     times = torch.empty(rows, device=device)
     a_step = _flop(lambda: owner._predict(latents, times, conditions))
-    finish = _flop(lambda: owner._finish(latents[:1]))
+    finish = _flop(lambda: decoder.finish(latents[:1]))
     network = _size(owner._network)
     last = _size(owner.vae.decoder) + (_size(owner.vocoder) if hasattr(owner, "vocoder") else 0)
     return Work(plan.steps * a_step + finish, float(plan.steps * network + last))
