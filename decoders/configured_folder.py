@@ -43,7 +43,7 @@ class ConfiguredFolder(PipelineFolder):
                     built = model_class.from_config(values)
         finally:
             torch.set_default_dtype(usual)
-        module: nn.Module = built.to(self.dtype)
+        module = nn.Module.to(built, self.dtype)  # that of diffusers has something to say about dtypes
         return module.eval().requires_grad_(False)
 
     def autoencoder(self) -> Any:

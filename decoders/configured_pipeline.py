@@ -4,16 +4,16 @@ Its networks are on the meta device; text encoders are left out, as conditions c
 instead of its scheduler there is one that takes one step and computes next to nothing.
 """
 
-import importlib
 import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from decoders.condition import ConditionSpec
 from decoders.condition_layouts import condition_layout
@@ -46,17 +46,16 @@ class ConfiguredPipeline:
 
     def use_vae(self, how: str) -> None:
         """Choose how latents become pictures, as :meth:`decoders.whole_pipeline.WholePipeline.use_vae` does."""
-        if how != "whole":
-            self._pipeline.vae.enable_slicing()
-        if how == "tiled":
-            self._pipeline.vae.enable_tiling()
+        for name, wanted in (("enable_slicing", how != "whole"), ("enable_tiling", how == "tiled")):
+            if wanted and not hasattr(self._pipeline.vae, name):
+                raise ValueError(f"{self.folder}: the VAE of this pipeline knows no {name}.")
+            if wanted:
+                getattr(self._pipeline.vae, name)()
 
-    def make(self, settings: DecodeSettings) -> None:
-        """Make one medium in one step; what comes out holds no numbers.
+    def work(self, settings: DecodeSettings) -> Callable[[], None]:
+        """Return what makes one medium in one step, once its conditions are there.
 
-        Raises:
-            ValueError: the pipeline looked into numbers that are not there.
-
+        It raises ValueError where the pipeline looks into numbers, as there are none.
         """
         arguments: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "output_type": "pt"}
         guided = (settings.guidance_scale or 0) > 1
@@ -68,13 +67,17 @@ class ConfiguredPipeline:
             value = 1 if setting == "steps" else getattr(settings, setting, None)
             if argument is not None and value is not None:
                 arguments[argument] = value
-        try:
-            self._pipeline(**arguments)
-        except (RuntimeError, NotImplementedError) as error:
-            raise ValueError(
-                f"{self.folder}: a {type(self._pipeline).__name__} looks into its numbers and cannot be "
-                f"counted without them: {error}"
-            ) from error
+
+        def make() -> None:
+            try:
+                self._pipeline(**arguments)
+            except (RuntimeError, NotImplementedError) as error:
+                raise ValueError(
+                    f"{self.folder}: a {type(self._pipeline).__name__} looks into its numbers and cannot be "
+                    f"counted without them: {error}"
+                ) from error
+
+        return make
 
     def _part(self, name: str, entry: Any) -> Any:
         if not isinstance(entry, list):
@@ -83,9 +86,11 @@ class ConfiguredPipeline:
             return OneStep()
         if not entry[1] or name.startswith(("text_encoder", "tokenizer")):
             return None
-        kind = getattr(diffusers, entry[1], None) or getattr(importlib.import_module("transformers"), entry[1])
+        kind = getattr(diffusers, entry[1], None)
+        if kind is None or not hasattr(kind, "from_config"):
+            raise ValueError(f"{self.folder} has a {entry[1]} as {name}, which is not counted.")
         with torch.device("meta"):
-            return kind.from_config(self._json(f"{name}/config.json")).to(self.dtype).eval()
+            return nn.Module.to(kind.from_config(self._json(f"{name}/config.json")), self.dtype).eval()
 
     def _condition(self, name: str, spec: ConditionSpec) -> Tensor:
         if name.endswith("mask"):

@@ -183,7 +183,7 @@ def _decoder_bytes(
     if found.pipeline_class not in known.pipelines:
         whole = ConfiguredPipeline(folder, getattr(torch, dtype))
         whole.use_vae(vae)
-        return peak_bytes(lambda: whole.make(wish))
+        return peak_bytes(whole.work(wish))
     decoder = known(found)
     decoder.use_vae(vae)
     return most(decoder_work(decoder, wish, sliced=vae != "whole"))
