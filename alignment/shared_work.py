@@ -65,7 +65,7 @@ def share(
 def _prepare(pickled: bytes) -> None:
     hush()  # before the modules that the worker needs are imported, which is when it is unpickled
     torch.set_num_threads(1)
-    make_worker: Callable[[], Callable[[Any], Any]] = pickle.loads(pickled)  # noqa: S301  (our own)
+    make_worker: Callable[[], Callable[[Any], Any]] = pickle.loads(pickled)
     _worker_here.append(make_worker())
 
 

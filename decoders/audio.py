@@ -94,6 +94,7 @@ class AudioDecoder(LatentDecoder):
         ]
 
     def finish(self, latents: Tensor, *, sliced: bool = False) -> Tensor:
+        """Turn clean latents into samples ``(B, T)`` on the device; nothing is sliced."""
         mels = self.vae.decode(latents / self.vae.config.scaling_factor).sample[:, 0]  # (B, N, M)
         waveforms: Tensor = self.vocoder(mels).float().clamp(-1, 1)  # (B, T)
         return waveforms

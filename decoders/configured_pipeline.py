@@ -127,7 +127,13 @@ class OneStep:
         return sample
 
     def step(
-        self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, return_dict: bool = True, **_: Any
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        *args: Any,
+        return_dict: bool = True,
+        **_: Any,
     ) -> Any:
         """Take the step."""
         latents = sample - model_output

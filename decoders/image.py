@@ -65,6 +65,7 @@ class ImageDecoder(LatentDecoder):
         return [Image(pixels) for pixels in to_arrays(self.finish(latents, sliced=sliced))]
 
     def finish(self, latents: Tensor, *, sliced: bool = False) -> Tensor:
+        """Turn clean latents into pictures ``(B, 3, H, W)`` uint8 on the device."""
         return decode_pictures(self.vae, latents, sliced=sliced)
 
     def _sizes(self, medium: Image) -> dict[str, Any]:

@@ -102,6 +102,7 @@ class VideoDecoder(LatentDecoder):
         return [Video(clip, fps) for clip in pixels.reshape(len(latents), frames, *pixels.shape[1:])]
 
     def finish(self, latents: Tensor, *, sliced: bool = False) -> Tensor:
+        """Turn clean latents into frames ``(B * F, 3, H, W)`` uint8 on the device."""
         flat = latents.transpose(1, 2).flatten(0, 1)  # (B * F, C, h, w)
         return decode_pictures(self.vae, flat, sliced=sliced)
 

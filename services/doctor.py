@@ -230,7 +230,9 @@ class Survey:
             lines += [f"to fit: {words}" for words in self.plan.words]
             enough = "which fits" if self.plan.fits else "which is still too much"
             lines.append(f"to fit: then {_gb(self.plan.needed)} are needed, {enough}")
-        lines.append("Counted from shapes, for one medium at a time per decoder; each one more takes as much again.")
+        lines.append(
+            "Counted from shapes, for one medium at a time per decoder; each one more takes as much again."
+        )
         for box in self.boxes:
             for origin in box.origins:
                 use = "" if origin.commercial else "; NOT for commercial use"

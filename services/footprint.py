@@ -134,7 +134,9 @@ def boxes_of(preset: Preset) -> list[Box]:
     """Look at every box of ``preset``. Nothing is loaded; files that are not there are named."""
     boxes = [_encoder(preset), _language_model(preset)]
     boxes += [_decoder(preset, modality) for modality in preset.decoders]
-    return [replace(box, adapters=_adapters(preset, box), working=working_bytes(preset, box)) for box in boxes]
+    return [
+        replace(box, adapters=_adapters(preset, box), working=working_bytes(preset, box)) for box in boxes
+    ]
 
 
 def _adapters(preset: Preset, box: Box) -> int:

@@ -56,9 +56,7 @@ def folders_of(preset: Preset, link: Any = None) -> Folders:
         links={modality: link or decoder.link for modality, decoder in preset.decoders.items()},
         base=preset.base_folder,
         bridge=preset.bridge_folder,
-        settings={
-            modality: decoder.fill(DecodeSettings()) for modality, decoder in preset.decoders.items()
-        },
+        settings={modality: decoder.fill(DecodeSettings()) for modality, decoder in preset.decoders.items()},
     )
 
 

@@ -76,7 +76,9 @@ def _tower_bytes(configs: tuple[tuple[str, str], ...], numbers: TowerNumbers, dt
         own = values.get(f"{name}_config", values)
         with torch.device("meta"):
             if name == VISION:
-                works.append(vision_work(SiglipVisionModel(SiglipVisionConfig(**own)).to(dtype).eval(), numbers))
+                works.append(
+                    vision_work(SiglipVisionModel(SiglipVisionConfig(**own)).to(dtype).eval(), numbers)
+                )
             else:
                 config = ClapAudioConfig(**own)
                 works.append(audio_work(ClapAudioModelWithProjection(config).to(dtype).eval(), numbers))
@@ -168,7 +170,9 @@ def decoder_bytes(preset: Preset, modality: Modality) -> int:
     """Count what one medium takes, of the size and with the guidance that the preset asks for."""
     chosen = preset.decoders[modality]
     folder = preset.described_in(preset.decoder_folder(modality), "model_index.json")
-    configs = tuple(path.read_text() for path in sorted(folder.rglob("*.json")) if path.stat().st_size < 2**16)
+    configs = tuple(
+        path.read_text() for path in sorted(folder.rglob("*.json")) if path.stat().st_size < 2**16
+    )
     return _decoder_bytes(
         folder, configs, modality, chosen.fill(DecodeSettings()), chosen.dtype or "float32", chosen.vae
     )

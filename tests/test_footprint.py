@@ -307,7 +307,11 @@ def test_adapters_of_the_allow_list_are_counted_up_to_what_may_stay(tiny_preset:
     assert found["video decoder"] == 0
     assert needed(preset, boxes_of(preset)) == needed(preset, plain) + sum(found.values())
     assert "image decoder: adapters" in survey(preset).table()
-    few = preset.model_copy(update={"adapters": preset.adapters | dict.fromkeys(
-        (f"more{i}" for i in range(400)), preset.adapters["ink"]
-    ), "limits": preset.limits.model_copy(update={"max_adapter_mb": 1})})
+    few = preset.model_copy(
+        update={
+            "adapters": preset.adapters
+            | dict.fromkeys((f"more{i}" for i in range(400)), preset.adapters["ink"]),
+            "limits": preset.limits.model_copy(update={"max_adapter_mb": 1}),
+        }
+    )
     assert {box.name: box.adapters for box in boxes_of(few)}["image decoder"] == 2**20

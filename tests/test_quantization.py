@@ -117,8 +117,12 @@ def test_lora_of_a_request_is_added_to_the_quantised_weights_of_its_rows_only(
     engine = Engine(model, slots=2)
     requests = [engine.prepare([user("draw a bell")], options, each) for each in (lora, None)]
     events = run(engine, requests)
-    assert end_of(events[requests[0]]).ids == end_of(list(generate(merged, [user("draw a bell")], options))).ids
-    assert end_of(events[requests[1]]).ids == end_of(list(generate(whole, [user("draw a bell")], options))).ids
+    assert (
+        end_of(events[requests[0]]).ids == end_of(list(generate(merged, [user("draw a bell")], options))).ids
+    )
+    assert (
+        end_of(events[requests[1]]).ids == end_of(list(generate(whole, [user("draw a bell")], options))).ids
+    )
 
 
 PROMPTS = (

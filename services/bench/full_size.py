@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 SIZES = SHIPPED / "nextgpt-7b"
 MEMORY, COMPUTE = "memory-bandwidth limit", "compute limit"
+
 
 @dataclass(frozen=True)
 class Device:
