@@ -45,7 +45,7 @@ class ConfiguredPipeline:
         self._pipeline.set_progress_bar_config(disable=True)
 
     def use_vae(self, how: str) -> None:
-        """Choose how latents become pictures, as :meth:`decoders.whole_pipeline.WholePipeline.use_vae` does."""
+        """Choose how latents become pictures, as :meth:`WholePipeline.use_vae` does."""
         for name, wanted in (("enable_slicing", how != "whole"), ("enable_tiling", how == "tiled")):
             if wanted and not hasattr(self._pipeline.vae, name):
                 raise ValueError(f"{self.folder}: the VAE of this pipeline knows no {name}.")

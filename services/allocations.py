@@ -32,7 +32,7 @@ class _Allocations(TorchDispatchMode):
     """Follows the storages that operations make, from their making to the end of their last tensor."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.most = 0
         self._sizes: dict[int, int] = {}
 

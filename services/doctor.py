@@ -231,7 +231,7 @@ class Survey:
             enough = "which fits" if self.plan.fits else "which is still too much"
             lines.append(f"to fit: then {_gb(self.plan.needed)} are needed, {enough}")
         lines.append(
-            "Counted from shapes, for one medium at a time per decoder; each one more takes as much again."
+            "Counted from shapes, one medium at a time per decoder; each one more takes as much again."
         )
         for box in self.boxes:
             for origin in box.origins:

@@ -11,9 +11,10 @@ import json
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -40,6 +41,7 @@ from services.local_decoder import decoder_class
 from services.presets import Preset
 
 Work = Callable[[], object]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def most(works: Iterator[Work]) -> int:
@@ -76,13 +78,18 @@ def _tower_bytes(configs: tuple[tuple[str, str], ...], numbers: TowerNumbers, dt
         own = values.get(f"{name}_config", values)
         with torch.device("meta"):
             if name == VISION:
-                works.append(
-                    vision_work(SiglipVisionModel(SiglipVisionConfig(**own)).to(dtype).eval(), numbers)
-                )
+                vision = SiglipVisionModel(SiglipVisionConfig(**own))
+                works.append(vision_work(_ready(vision, dtype), numbers))
             else:
-                config = ClapAudioConfig(**own)
-                works.append(audio_work(ClapAudioModelWithProjection(config).to(dtype).eval(), numbers))
+                audio = ClapAudioModelWithProjection(ClapAudioConfig(**own))
+                works.append(audio_work(_ready(audio, dtype), numbers))
     return most(iter(works))
+
+
+def _ready(model: Model, dtype: torch.dtype) -> Model:
+    nn.Module.to(model, dtype)  # that of transformers is typed as if it took a model
+    model.eval()
+    return model
 
 
 def vision_work(model: SiglipVisionModel, numbers: TowerNumbers) -> Work:
@@ -171,7 +178,7 @@ def decoder_bytes(preset: Preset, modality: Modality) -> int:
     chosen = preset.decoders[modality]
     folder = preset.described_in(preset.decoder_folder(modality), "model_index.json")
     configs = tuple(
-        path.read_text() for path in sorted(folder.rglob("*.json")) if path.stat().st_size < 2**16
+        path.read_text() for path in sorted(folder.rglob("*.json")) if not path.name.startswith("tokenizer")
     )
     return _decoder_bytes(
         folder, configs, modality, chosen.fill(DecodeSettings()), chosen.dtype or "float32", chosen.vae

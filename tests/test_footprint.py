@@ -197,7 +197,7 @@ def test_doctor_says_what_the_published_preset_lacks_and_what_to_type(
     assert "imagebind_huge.pth; no revision is known" in captured.out
     assert "From lmsys/vicuna-7b-delta-v0; revision 142d4e179e45304c430e5bf2cf5f9816f1c2be7a" in captured.out
     (working,) = [line for line in lines if line.startswith("video decoder: at work")]
-    assert working.split()[3:5] == ["3.91", "GB"]
+    assert working.split()[4:6] == ["3.91", "GB"]
     steps = [line for line in lines if line.startswith("next: ")]
     assert any(
         step.endswith(

@@ -113,16 +113,12 @@ def test_lora_of_a_request_is_added_to_the_quantised_weights_of_its_rows_only(
     torch.testing.assert_close(mixed[1], plain[1], atol=1e-4, rtol=1e-3)
     assert (worn - plain).abs().max() > 0.05
 
-    options = GenerationOptions(max_new_tokens=12, max_signals=1)
+    dialogue, options = [user("draw a bell")], GenerationOptions(max_new_tokens=12, max_signals=1)
     engine = Engine(model, slots=2)
-    requests = [engine.prepare([user("draw a bell")], options, each) for each in (lora, None)]
+    requests = [engine.prepare(dialogue, options, each) for each in (lora, None)]
     events = run(engine, requests)
-    assert (
-        end_of(events[requests[0]]).ids == end_of(list(generate(merged, [user("draw a bell")], options))).ids
-    )
-    assert (
-        end_of(events[requests[1]]).ids == end_of(list(generate(whole, [user("draw a bell")], options))).ids
-    )
+    for request, like in zip(requests, (merged, whole), strict=True):
+        assert end_of(events[request]).ids == end_of(list(generate(like, dialogue, options))).ids
 
 
 PROMPTS = (
