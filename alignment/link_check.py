@@ -99,7 +99,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 def _measurer(folders: Folders) -> Callable[[Wish], dict[str, Any]]:
     trained: dict[Any, LinkName] = {
-        modality: "signal" if (folders.projections / str(modality)).is_dir() else "caption"
+        modality: "signal" if folders.projections[modality].is_dir() else "caption"
         for modality in folders.links
     }
     return partial(_measure, System(replace(folders, links=trained)), dict(folders.links))

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
+from alignment.chatter import hush
 from alignment.embedded import pools
 from alignment.fitting import as_time
 from alignment.toybox.world import IMAGE_SIDE_PX, VIDEO_FRAMES
@@ -88,7 +89,7 @@ def estimate(stage: str, options: TrainOptions) -> list[Estimate]:
         context = multiprocessing.get_context("spawn")
         for step in track(in_order(wanted), description="rehearsing", transient=True):
             # A process of its own: memory is what it had at its peak.
-            with ProcessPoolExecutor(1, context) as alone:
+            with ProcessPoolExecutor(1, context, hush) as alone:
                 found[step] = alone.submit(_rehearse, step, work, options.threads).result()
     clip_bytes = options.pool_sizes.clips * VIDEO_FRAMES * IMAGE_SIDE_PX**2 * 3
     rendering = Estimate("pools", 0, rendering_s, 0.0, clip_bytes)  # the largest is rendered in memory

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any, TypeVar
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from alignment.chatter import hush
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -51,7 +54,7 @@ def share(
                 torch.set_num_threads(threads)
         else:
             context = multiprocessing.get_context("spawn")  # forks of a process with threads may hang
-            with ProcessPoolExecutor(jobs, context, _prepare, (make_worker,)) as pool:
+            with ProcessPoolExecutor(jobs, context, _prepare, (pickle.dumps(make_worker),)) as pool:
                 running = {pool.submit(_work, task): index for index, task in enumerate(tasks)}
                 for done in as_completed(running):
                     results[running[done]] = done.result()
@@ -59,8 +62,10 @@ def share(
     return [results[index] for index in range(len(tasks))]
 
 
-def _prepare(make_worker: Callable[[], Callable[[Any], Any]]) -> None:
+def _prepare(pickled: bytes) -> None:
+    hush()  # before the modules that the worker needs are imported, which is when it is unpickled
     torch.set_num_threads(1)
+    make_worker: Callable[[], Callable[[Any], Any]] = pickle.loads(pickled)
     _worker_here.append(make_worker())
 
 

@@ -10,6 +10,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+from alignment.chatter import hush
+
 Needs = Mapping[str, Sequence[str]]
 
 
@@ -36,7 +38,7 @@ def run_in_order(needs: Needs, work: Callable[[str], None], jobs: int, logs: Pat
     context = multiprocessing.get_context("spawn")  # forks of a process with threads may hang
     left, ended = list(needs), set[str]()
     running: dict[Future[float], str] = {}
-    with ProcessPoolExecutor(jobs, context, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(jobs, context, hush, max_tasks_per_child=1) as pool:
         while left or running:
             ready = [step for step in left if ended.issuperset(needs[step])][: jobs - len(running)]
             if not ready and not running:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +17,7 @@ from decoders.latent_decoder import LatentDecoder
 from decoders.projection import OutputProjection
 from decoders.settings import DecodeSettings
 from decoders.video import VideoDecoder
-from encoders.imagebind_encoder import ImageBindEncoder
+from encoders.encoder import load_encoder
 from encoders.media import Medium, Modality
 from llm.generate import ALL_MEDIA, Finished, GenerationOptions, SignalReady, TextDelta, generate
 from llm.model import LanguageModel
@@ -37,13 +37,19 @@ DECODERS: Mapping[Modality, type[LatentDecoder]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Folders:
-    """Where the parts of a preset lie."""
+    """Where the parts of a preset lie, and what it asks of its decoders where nobody asks otherwise.
+
+    ``base`` and ``bridge`` take the place of those in ``language_model``.
+    """
 
     encoder: Path
     language_model: Path
-    projections: Path
+    projections: Mapping[Modality, Path]
     decoders: Mapping[Modality, Path]
     links: Mapping[Modality, LinkName]
+    base: Path | None = None
+    bridge: Path | None = None
+    settings: Mapping[Modality, DecodeSettings] = field(default_factory=dict)
 
     @classmethod
     def of_weights(cls, weights: Path, link: LinkName = "signal") -> Folders:
@@ -51,7 +57,7 @@ class Folders:
         return cls(
             encoder=weights / "encoder",
             language_model=weights / "llm",
-            projections=weights / "projections",
+            projections={modality: weights / "projections" / str(modality) for modality in DECODERS},
             decoders={modality: weights / str(modality) for modality in DECODERS},
             links=dict.fromkeys(DECODERS, link),
         )
@@ -70,12 +76,13 @@ class System:
 
     def __init__(self, folders: Folders) -> None:
         self.links = folders.links
-        self.encoder = ImageBindEncoder.load(folders.encoder)
-        self.llm = LanguageModel.load(folders.language_model)
+        self.settings = folders.settings
+        self.encoder = load_encoder(folders.encoder)
+        self.llm = LanguageModel.load(folders.language_model, base=folders.base, bridge=folders.bridge)
         self.llm.merge_adapter()
         self.decoders = {m: DECODERS[m].load(folder) for m, folder in folders.decoders.items()}
         self.projections = {
-            m: OutputProjection.load(folders.projections / str(m))
+            m: OutputProjection.load(folders.projections[m])
             for m, link in folders.links.items()
             if link == "signal"
         }
@@ -121,11 +128,11 @@ class System:
         seed: int | Sequence[int],
         settings: DecodeSettings | None = None,
     ) -> list[Medium]:
-        """Decode conditions of one modality in batches.
+        """Decode conditions of one modality in batches, by default as the preset asks.
 
         Medium i has the seed ``seed + i``, or ``seed[i]`` where there is one for each.
         """
-        wish = settings or DecodeSettings()
+        wish = settings or self.settings.get(modality, DecodeSettings())
         seeds = [seed + i for i in range(len(conditions))] if isinstance(seed, int) else seed
         media: list[Medium] = []
         for start in range(0, len(conditions), DECODE_BATCH):

@@ -85,14 +85,19 @@ class AudioDecoder(LatentDecoder):
     def _media(
         self, latents: Tensor, settings: Sequence[DecodeSettings], *, sliced: bool = False
     ) -> Sequence[Audio]:
-        mels = self.vae.decode(latents / self.vae.config.scaling_factor).sample[:, 0]  # (B, N, M)
-        waveforms = self.vocoder(mels).float().clamp(-1, 1).cpu().numpy()  # (B, T)
+        waveforms = self.finish(latents).cpu().numpy()  # (B, T)
         rate = self.vocoder.config.sampling_rate
         lengths = [round(self._seconds(wish) * rate) for wish in settings]
         return [
             Audio(np.ascontiguousarray(waveform[:length]), rate)
             for waveform, length in zip(waveforms, lengths, strict=True)
         ]
+
+    def finish(self, latents: Tensor, *, sliced: bool = False) -> Tensor:
+        """Turn clean latents into samples ``(B, T)`` on the device; nothing is sliced."""
+        mels = self.vae.decode(latents / self.vae.config.scaling_factor).sample[:, 0]  # (B, N, M)
+        waveforms: Tensor = self.vocoder(mels).float().clamp(-1, 1)  # (B, T)
+        return waveforms
 
     def _shown(self, pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
         mel = pixels[:, ::-1, 0].T  # (M, N), low tones at the bottom

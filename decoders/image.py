@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from decoders.latent_decoder import LatentDecoder, clip_states
-from decoders.pixels import check_multiple, from_pixels, to_pixels
+from decoders.pixels import check_multiple, decode_pictures, from_pixels, to_arrays
 from decoders.settings import DecoderDefaults, DecodeSettings
 from encoders.media import Image, Medium, Modality
 
@@ -62,7 +62,11 @@ class ImageDecoder(LatentDecoder):
     def _media(
         self, latents: Tensor, settings: Sequence[DecodeSettings], *, sliced: bool = False
     ) -> Sequence[Image]:
-        return [Image(pixels) for pixels in to_pixels(self.vae, latents, sliced=sliced)]
+        return [Image(pixels) for pixels in to_arrays(self.finish(latents, sliced=sliced))]
+
+    def finish(self, latents: Tensor, *, sliced: bool = False) -> Tensor:
+        """Turn clean latents into pictures ``(B, 3, H, W)`` uint8 on the device."""
+        return decode_pictures(self.vae, latents, sliced=sliced)
 
     def _sizes(self, medium: Image) -> dict[str, Any]:
         height, width = medium.pixels.shape[:2]

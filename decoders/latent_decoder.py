@@ -484,6 +484,10 @@ class LatentDecoder(ABC):
     ) -> Sequence[Medium]:
         """Turn clean latents ``(B, ...)`` into one medium per request."""
 
+    @abstractmethod
+    def finish(self, latents: Tensor, *, sliced: bool = False) -> Tensor:
+        """Turn clean latents ``(B, ...)`` into pictures or samples, on the device."""
+
     def _still(self, latents: Tensor) -> Tensor:
         """Return the latents ``(C, h, w)`` of one picture to show for those of a medium."""
         return latents

@@ -17,8 +17,8 @@ VAE_BATCH_PIXELS = 2**21
 """Pixels that go through the VAE's decoder at once; more are split, to bound its memory."""
 
 
-def to_pixels(vae: Any, latents: Tensor, *, sliced: bool = False) -> NDArray[np.uint8]:
-    """Decode latents ``(N, C, h, w)`` of a StableDiffusion VAE into uint8 ``(N, H, W, 3)``.
+def decode_pictures(vae: Any, latents: Tensor, *, sliced: bool = False) -> Tensor:
+    """Decode latents ``(N, C, h, w)`` of a StableDiffusion VAE into uint8 ``(N, 3, H, W)`` on its device.
 
     ``sliced`` decodes one picture at a time.
     """
@@ -29,7 +29,12 @@ def to_pixels(vae: Any, latents: Tensor, *, sliced: bool = False) -> NDArray[np.
         [vae.decode(part / vae.config.scaling_factor).sample for part in latents.split(at_once)]
     )  # (N, 3, H, W)
     images = (images / 2 + 0.5).clamp(0, 1) * 255
-    pixels: NDArray[np.uint8] = images.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return images.round().to(torch.uint8)
+
+
+def to_arrays(pictures: Tensor) -> NDArray[np.uint8]:
+    """Return pictures ``(N, 3, H, W)`` as arrays ``(N, H, W, 3)`` in main memory."""
+    pixels: NDArray[np.uint8] = pictures.permute(0, 2, 3, 1).cpu().numpy()
     return pixels
 
 

@@ -17,7 +17,7 @@ from transformers import CLIPTextModel
 
 from decoders.denoising import make_scheduler
 from decoders.latent_decoder import LatentDecoder, clip_states
-from decoders.pixels import check_multiple, from_pixels, to_pixels
+from decoders.pixels import check_multiple, decode_pictures, from_pixels, to_arrays
 from decoders.settings import DecoderDefaults, DecodeSettings
 from decoders.stacked_video import predict_stacked
 from encoders.media import Medium, Modality, Video
@@ -97,10 +97,14 @@ class VideoDecoder(LatentDecoder):
         self, latents: Tensor, settings: Sequence[DecodeSettings], *, sliced: bool = False
     ) -> Sequence[Video]:
         frames = latents.shape[2]
-        flat = latents.transpose(1, 2).flatten(0, 1)  # (B * F, C, h, w)
-        pixels = to_pixels(self.vae, flat, sliced=sliced)  # (B * F, H, W, 3)
+        pixels = to_arrays(self.finish(latents, sliced=sliced))  # (B * F, H, W, 3)
         fps = self.defaults.fps or self._usual_fps
         return [Video(clip, fps) for clip in pixels.reshape(len(latents), frames, *pixels.shape[1:])]
+
+    def finish(self, latents: Tensor, *, sliced: bool = False) -> Tensor:
+        """Turn clean latents into frames ``(B * F, 3, H, W)`` uint8 on the device."""
+        flat = latents.transpose(1, 2).flatten(0, 1)  # (B * F, C, h, w)
+        return decode_pictures(self.vae, flat, sliced=sliced)
 
     def _still(self, latents: Tensor) -> Tensor:
         return latents[:, latents.shape[1] // 2]

@@ -11,6 +11,8 @@ Shape letters in this file:
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin  # diffusers looks for this name here when it loads a pipeline
@@ -47,7 +49,7 @@ class GriffinLimVocoder(ModelMixin, ConfigMixin):
         upsample_rates: tuple[int, ...] = (5, 4, 2, 2, 2),
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        hop = int(torch.tensor(upsample_rates).prod())
+        hop = math.prod(upsample_rates)
         if (sampling_rate, model_in_dim, hop) != (RATE_HZ, NUM_BANDS, HOP):
             raise ValueError(
                 f"the vocoder was asked for {model_in_dim} bands and a hop of {hop} samples at "

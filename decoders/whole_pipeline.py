@@ -11,7 +11,7 @@ import inspect
 import math
 import secrets
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,66 +27,15 @@ from decoders.condition import Condition, ConditionSpec, digest
 from decoders.condition_layouts import condition_layout
 from decoders.denoising import OnStep, check_stop
 from decoders.lora import DecoderLora
+from decoders.pipeline_arguments import ARGUMENTS, ENCODED, argument_names, modality_of
 from decoders.pipeline_folder import DEFAULTS_FILE, PipelineFolder
 from decoders.plan import Decoded
 from decoders.settings import DecoderDefaults, DecodeSettings
 from decoders.text_readers import READERS
 from encoders.media import Audio, Image, Medium, Modality, Video
 
-ENCODED: Mapping[str, tuple[str, ...]] = {
-    "AnimateDiffPipeline": ("prompt_embeds", "negative_prompt_embeds"),
-    "CogVideoXPipeline": ("prompt_embeds", "negative_prompt_embeds"),
-    "Flux2KleinPipeline": ("prompt_embeds", "text_ids"),
-    "FluxPipeline": ("prompt_embeds", "pooled_prompt_embeds", "text_ids"),
-    "LTXPipeline": (
-        "prompt_embeds",
-        "prompt_attention_mask",
-        "negative_prompt_embeds",
-        "negative_prompt_attention_mask",
-    ),
-    "PixArtSigmaPipeline": (
-        "prompt_embeds",
-        "prompt_attention_mask",
-        "negative_prompt_embeds",
-        "negative_prompt_attention_mask",
-    ),
-    "StableDiffusion3Pipeline": (
-        "prompt_embeds",
-        "negative_prompt_embeds",
-        "pooled_prompt_embeds",
-        "negative_pooled_prompt_embeds",
-    ),
-    "StableDiffusionPipeline": ("prompt_embeds", "negative_prompt_embeds"),
-    "StableDiffusionXLPipeline": (
-        "prompt_embeds",
-        "negative_prompt_embeds",
-        "pooled_prompt_embeds",
-        "negative_pooled_prompt_embeds",
-    ),
-    "WanPipeline": ("prompt_embeds", "negative_prompt_embeds"),
-}
-"""What ``encode_prompt`` of a class returns, mostly by the names that its ``__call__`` takes.
-
-A class that is neither here nor in :mod:`decoders.text_readers` is conditioned on words: it encodes them anew
-for each request.
-"""
-
 _SCHEDULERS: Mapping[str, str] = {"CosineDPMSolverMultistepScheduler": "EDMDPMSolverMultistepScheduler"}
 """Schedulers that need a further library, and those that solve the same equation without noise."""
-
-_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
-    "steps": ("num_inference_steps",),
-    "guidance_scale": ("guidance_scale", "true_cfg_scale"),
-    "width_px": ("width",),
-    "height_px": ("height",),
-    "num_frames": ("num_frames", "video_length"),
-    "duration_s": ("audio_length_in_s", "audio_end_in_s", "audio_duration", "duration"),
-    "fps": ("frame_rate", "fps"),
-}
-"""What the settings are called in diffusers.
-
-Of the names that a pipeline has, the first with a number for its default counts, or else the first.
-"""
 
 _ANSWERS = {Modality.IMAGE: "images", Modality.VIDEO: "frames", Modality.AUDIO: "audios"}
 _USUAL_FPS = 8.0
@@ -136,8 +85,8 @@ class WholePipeline:
                 f"{folder.path}: a {folder.pipeline_class} takes no prompt, so nobody could say what it "
                 f"should make. Choose a pipeline that makes media of words."
             )
-        self._names = {setting: self._name_of(names) for setting, names in _ARGUMENTS.items()}
-        self.modality = self._modality()
+        self._names = argument_names(self._takes)
+        self.modality = modality_of(self._names)
         self.defaults = self._usual().updated(folder.path / DEFAULTS_FILE)
         encodes = folder.pipeline_class in ENCODED or folder.pipeline_class in READERS
         self._layout = condition_layout(folder.pipeline_class, folder.json) if encodes else {}
@@ -340,16 +289,6 @@ class WholePipeline:
         medium = self._medium(answer, plan.settings)
         return Decoded(medium, self._manifest(medium, plan))
 
-    def _name_of(self, names: Sequence[str]) -> str | None:
-        known = [name for name in names if name in self._takes]
-        numbers = [name for name in known if isinstance(self._takes[name].default, int | float)]
-        return next(iter(numbers or known), None)
-
-    def _modality(self) -> Modality:
-        if self._names["num_frames"]:
-            return Modality.VIDEO
-        return Modality.AUDIO if self._names["duration_s"] else Modality.IMAGE
-
     def _usual(self) -> DecoderDefaults:
         """Return the defaults of the pipeline's own arguments."""
         own: dict[str, Any] = {}
@@ -423,7 +362,7 @@ class WholePipeline:
         return {name: tensor[None] for name, tensor in found.items()}
 
     def _wishes(self, settings: DecodeSettings) -> dict[str, Any]:
-        values = {name: getattr(settings, name, None) for name in _ARGUMENTS} | {"fps": self.defaults.fps}
+        values = {name: getattr(settings, name, None) for name in ARGUMENTS} | {"fps": self.defaults.fps}
         return {
             argument: values[setting]
             for setting, argument in self._names.items()

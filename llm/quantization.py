@@ -65,6 +65,12 @@ def quantized_bytes(rows: int, columns: int, kind: Quantization, dtype_bytes: in
     return rows * columns // 2 + blocks + (factors + 1 + 16) * dtype_bytes  # a mean and 16 levels
 
 
+def whole_again_bytes(rows: int, columns: int, kind: Quantization, dtype_bytes: int) -> int:
+    """Return about how many bytes a product with a quantised weight takes to make the weight whole again."""
+    each = dtype_bytes if kind == "int8" else 2 * dtype_bytes + 2  # nf4: levels are looked up, then scaled
+    return rows * columns * each
+
+
 def is_installed() -> bool:
     """Whether the library that quantises is there."""
     return importlib.util.find_spec(LIBRARY) is not None

@@ -12,9 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignment.chatter import hush
 from services.bench import BENCHES, GPUS, run_bench, run_full_size, table, write_tables
 from services.errors import PresetProblem, ServiceError, translate
-from services.loading import hush
 from services.presets import load_preset, shipped_presets
 
 if TYPE_CHECKING:

@@ -99,7 +99,7 @@ class DecoderPool:
         ticket = self._queued(key, need, load)
         try:
             await asyncio.wrap_future(ticket.granted)
-        except BaseException:
+        except BaseException:  # cancelled too: who does not wait any more must give its ticket back
             self._leave(ticket)
             raise
         try:
@@ -113,7 +113,7 @@ class DecoderPool:
         ticket = self._queued(key, need, load)
         try:
             ticket.granted.result()
-        except BaseException:
+        except BaseException:  # an interrupt too: who does not wait any more must give its ticket back
             self._leave(ticket)
             raise
         try:
@@ -230,7 +230,8 @@ class DecoderPool:
                 _put_aside(entry)
             if coming is not None:
                 _bring(coming)
-        except BaseException as error:  # noqa: BLE001  (handed to everybody who waits for the decoder)
+        # Whatever it is: everybody who waits for the decoder is told, and this thread goes on for the others.
+        except BaseException as error:  # noqa: BLE001
             problem = error
         with self._lock:
             self._moving = False

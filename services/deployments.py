@@ -20,6 +20,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
+from alignment.chatter import hush
 from decoders.settings import DecodeSettings
 from encoders.media import Modality
 from services.adapters import AdapterShelf, AdapterState
@@ -37,7 +38,6 @@ from services.boxes import (
 )
 from services.errors import ServiceError, translate
 from services.events import Event
-from services.loading import hush
 from services.messages import Message, TurnOptions
 from services.presets import Preset, load_preset
 from services.remote_boxes import (

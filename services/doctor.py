@@ -143,17 +143,17 @@ def room_on(device: str, memory: int | None = None) -> int | None:
 
 
 def fitting(device: str, size: int, memory: int | None = None) -> Check:
-    """Say whether ``size`` bytes of weights fit into what is free on ``device``, or into ``memory`` bytes."""
+    """Say whether ``size`` bytes fit into what is free on ``device``, or into ``memory`` bytes."""
     name, room = f"room on {device}", room_on(device, memory)
     if room is None and device != "cpu":
         return Check(name, False, f"{_gb(size)} are needed; there is no CUDA device here")
     if room is None:
         return Check(name, True, f"{_gb(size)} are needed; what is free is unknown on this system")
     there = "free" if memory is None else "given"
-    detail = f"{_gb(size)} are needed for weights and caches, {_gb(room)} are {there}"
+    detail = f"{_gb(size)} are needed, {_gb(room)} are {there}"
     if not fits(size, room):
         short = size - int(room * (1 - LEFT_FREE))
-        detail += f"; {_gb(short)} are short, with {LEFT_FREE:.0%} left to what requests need"
+        detail += f"; {_gb(short)} are short, with {LEFT_FREE:.0%} left to larger batches and to libraries"
     return Check(name, fits(size, room), detail)
 
 
@@ -177,6 +177,8 @@ class Survey:
                     "name": box.name,
                     "in_memory": box.in_memory,
                     "cache": box.cache,
+                    "adapters": box.adapters,
+                    "working": box.working,
                     "origins": [origin.model_dump() for origin in box.origins],
                     "parts": [
                         {
@@ -214,6 +216,10 @@ class Survey:
             if box.cache:
                 slots = self.preset.language_model.slots
                 rows.append((f"{box.name}: cache", "", "", _gb(box.cache), f"{slots} conversations"))
+            if box.adapters:
+                rows.append((f"{box.name}: adapters", "", "", _gb(box.adapters), "those of the allow-list"))
+            working = "unknown" if box.working is None else _gb(box.working)
+            rows.append((f"{box.name}: at work", "", "", working, "one thing at a time"))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = []
         for row in rows:
@@ -224,11 +230,14 @@ class Survey:
             lines += [f"to fit: {words}" for words in self.plan.words]
             enough = "which fits" if self.plan.fits else "which is still too much"
             lines.append(f"to fit: then {_gb(self.plan.needed)} are needed, {enough}")
-        lines.append("What a request needs while it is made comes on top.")
+        lines.append(
+            "Counted from shapes, one medium at a time per decoder; each one more takes as much again."
+        )
         for box in self.boxes:
             for origin in box.origins:
                 use = "" if origin.commercial else "; NOT for commercial use"
-                lines.append(f"{origin.model}: {origin.licence}{use}. From {origin.source}")
+                pinned = f"revision {origin.revision}" if origin.revision else "no revision is known"
+                lines.append(f"{origin.model}: {origin.licence}{use}. From {origin.source}; {pinned}")
         lines += [f"next: {step}" for step in self.next_steps]
         return "\n".join(line.rstrip() for line in lines)
 

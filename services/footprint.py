@@ -7,11 +7,13 @@ that come with the preset. The models are built on the meta device, which holds 
 from __future__ import annotations
 
 import json
+import math
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Box:
-    """A box, its parts, and where they come from. ``cache`` is what full conversations add, in bytes."""
+    """A box, its parts, and where they come from.
+
+    In bytes: ``cache`` is what full conversations add, ``adapters`` what those of the allow-list add when
+    they are loaded, ``working`` what making one thing at a time takes on top; None if that is not known.
+    """
 
     name: str
     parts: tuple[Part, ...]
@@ -73,6 +79,8 @@ class Box:
     cache: int = 0
     modality: Modality | None = None
     """What it makes, if it is a decoder."""
+    adapters: int = 0
+    working: int | None = None
 
     @property
     def in_memory(self) -> int:
@@ -98,20 +106,71 @@ def decoder_bytes(preset: Preset, modality: Modality) -> int:
 
 
 def needed(preset: Preset, boxes: Sequence[Box]) -> int:
-    """Return the bytes that the boxes of ``preset`` take on its device when all of them are in use.
+    """Return the bytes that the boxes of ``preset`` take on its device when all of them work.
 
     With ``decoders_gb`` that is less than their sum, as decoders then make room for each other.
     """
-    every = sum(box.in_memory for box in boxes)
+    every = sum(box.in_memory + box.adapters for box in boxes)
     movable = sum(box.movable for box in boxes)
     budget = movable if preset.decoders_gb is None else int(preset.decoders_gb * 1e9)
-    return every - max(0, movable - budget)
+    return every - max(0, movable - budget) + at_work(preset, boxes)
+
+
+def at_work(preset: Preset, boxes: Sequence[Box]) -> int:
+    """Return the bytes that boxes take beyond what they hold, when each makes one thing at a time.
+
+    With ``decoders_gb`` only those decoders work together whose weights fit into that together.
+    """
+    decoders = [box for box in boxes if box.modality]
+    budget = math.inf if preset.decoders_gb is None else preset.decoders_gb * 1e9
+    together = (some for count in range(len(decoders) + 1) for some in combinations(decoders, count))
+    fitting = [some for some in together if sum(box.movable for box in some) <= budget]
+    return sum(box.working or 0 for box in boxes if not box.modality) + max(
+        sum(box.working or 0 for box in some) for some in fitting
+    )
 
 
 def boxes_of(preset: Preset) -> list[Box]:
     """Look at every box of ``preset``. Nothing is loaded; files that are not there are named."""
     boxes = [_encoder(preset), _language_model(preset)]
-    return boxes + [_decoder(preset, modality) for modality in preset.decoders]
+    boxes += [_decoder(preset, modality) for modality in preset.decoders]
+    return [
+        replace(box, adapters=_adapters(preset, box), working=working_bytes(preset, box)) for box in boxes
+    ]
+
+
+def _adapters(preset: Preset, box: Box) -> int:
+    """Return what the adapters that requests may name take together, as far as they may stay in memory."""
+    name = {"language model": "language_model"}.get(box.name, str(box.modality))
+    folders = [preset.weights_folder / own.folder for own in preset.adapters.values() if own.box == name]
+    each = BYTES[box.parts[0].dtype]
+    return min(sum((_numbers_in(f) or 0) * each for f in folders), preset.limits.max_adapter_mb * 2**20)
+
+
+def working_bytes(preset: Preset, box: Box) -> int | None:
+    """Count what a box takes while it works; None for what cannot be counted from its configurations."""
+    from services import working_memory
+
+    if any(part.parameters is None for part in box.parts):
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of what the libraries themselves use
+            if box.modality is not None:
+                return working_memory.decoder_bytes(preset, box.modality)
+            if box.name == "encoder":
+                return working_memory.encoder_bytes(preset)
+            return working_memory.language_model_bytes(preset) + _whole_again(box.parts[0])
+    except (ImportError, KeyError, OSError, TypeError, ValueError):
+        return None
+
+
+def _whole_again(base: Part) -> int:
+    if base.quantization is None or not base.matrices:
+        return 0
+    from llm.quantization import whole_again_bytes
+
+    return max(whole_again_bytes(*shape, base.quantization, BYTES[base.dtype]) for shape in base.matrices)
 
 
 def missing_files(preset: Preset) -> list[Path]:
@@ -226,10 +285,7 @@ def _decoder(preset: Preset, modality: Modality) -> Box:
 
 def _configured(preset: Preset, folder: Path, name: str = "config.json") -> dict[str, Any]:
     """Return a configuration from beside the weights, else from the preset; empty if there is none."""
-    values = _json(folder / name)
-    if values or preset.sizes_folder is None or not folder.is_relative_to(preset.weights_folder):
-        return values
-    return _json(preset.sizes_folder / folder.relative_to(preset.weights_folder) / name)
+    return _json(preset.described_in(folder, name) / name)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import threading
 from collections.abc import Iterator
@@ -12,16 +11,6 @@ from services.errors import PresetProblem
 
 # While transformers or diffusers build a model, modules that other threads build get no weights.
 LOADING = threading.RLock()
-
-
-# What optional libraries say when they are imported, about machines that this one is not.
-CHATTERERS = ("torchao", "torch.utils._pytree")
-
-
-def hush() -> None:
-    """Let libraries report errors only. Call it before they are imported."""
-    for name in CHATTERERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager

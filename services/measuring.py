@@ -10,6 +10,7 @@ from typing import Any
 from alignment import ability, evaluation, link_check, phrasings
 from alignment.system import Folders
 from alignment.toybox import judge_check
+from decoders.settings import DecodeSettings
 from services.doctor import expect_files
 from services.presets import Preset, load_preset
 
@@ -40,7 +41,7 @@ def measure(args: argparse.Namespace) -> str:
 
 
 def folders_of(preset: Preset, link: Any = None) -> Folders:
-    """Return where the parts of a preset lie; ``link`` is used in place of what it says.
+    """Return where the parts of a preset lie, and its settings; ``link`` is used in place of what it says.
 
     Raises:
         PresetProblem: some weights are missing.
@@ -50,9 +51,12 @@ def folders_of(preset: Preset, link: Any = None) -> Folders:
     return Folders(
         encoder=preset.encoder_folder,
         language_model=preset.language_model_folder,
-        projections=preset.projections_folder,
+        projections={modality: preset.projection_folder(modality) for modality in preset.decoders},
         decoders={modality: preset.decoder_folder(modality) for modality in preset.decoders},
         links={modality: link or decoder.link for modality, decoder in preset.decoders.items()},
+        base=preset.base_folder,
+        bridge=preset.bridge_folder,
+        settings={modality: decoder.fill(DecodeSettings()) for modality, decoder in preset.decoders.items()},
     )
 
 

@@ -1,7 +1,7 @@
 """What of a preset to change so that it fits into less memory, and what each setting takes.
 
-Everything is computed from shapes. Weights and full caches are counted; what a request needs while it is made
-is not known here, and a share of the memory is left to it.
+Everything is computed from shapes: weights, full caches, adapters, and what each box needs while it makes one
+thing at a time. Larger batches and the libraries of a GPU are not; a share of the memory is left to them.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 import yaml
 
 from encoders.media import Modality
-from services.footprint import Box, boxes_of, needed
+from services.footprint import Box, at_work, boxes_of, needed, working_bytes
 from services.presets import Preset
 
 LEFT_FREE = 0.1
-"""Share of the memory that is left to what requests need while they are made."""
+"""Share of the memory that is left to what cannot be counted: larger batches, and what libraries keep."""
 
 FEW_SLOTS = 2
 
@@ -85,6 +85,7 @@ _Step = Callable[[Preset, Sequence[Box]], tuple[Changes, str] | None]
 
 def _steps(spare: int | None) -> Iterator[_Step]:
     yield _in_half
+    yield _one_by_one
     yield lambda preset, boxes: _in_turns(preset, boxes, spare)
     yield _fewer_slots
     yield lambda preset, boxes: _quantized(preset, "int8")
@@ -103,6 +104,20 @@ def _in_half(preset: Preset, boxes: Sequence[Box]) -> tuple[Changes, str] | None
         if (decoder.dtype or "float32") == "float32":
             changes[f"decoders.{modality.value}.dtype"] = half
     return (changes, f"{half} instead of float32") if changes else None
+
+
+def _one_by_one(preset: Preset, boxes: Sequence[Box]) -> tuple[Changes, str] | None:
+    """Slice where that helps: the denoising network of a decoder may take more than its VAE."""
+    changes: dict[str, Any] = {}
+    for box in boxes:
+        if box.modality not in (Modality.IMAGE, Modality.VIDEO) or not box.working:
+            continue
+        if preset.decoders[box.modality].vae == "whole":
+            change = {f"decoders.{box.modality.value}.vae": "sliced"}
+            sliced = working_bytes(changed(preset, change), box)
+            if sliced is not None and sliced < box.working:
+                changes |= change
+    return (changes, "pictures and frames go through the VAE one at a time") if changes else None
 
 
 def _in_turns(preset: Preset, boxes: Sequence[Box], spare: int | None) -> tuple[Changes, str] | None:
@@ -174,13 +189,18 @@ def _apply(values: dict[str, Any], changes: Changes) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """What one setting takes, in bytes. ``language_model`` are weights, ``cache`` is full."""
+    """What one setting takes, in bytes.
+
+    ``language_model`` and ``decoders`` are weights with their adapters, ``cache`` is full, and ``working`` is
+    what all boxes need while each makes one thing at a time.
+    """
 
     setting: str
     encoder: int
     language_model: int
     cache: int
     decoders: int
+    working: int
     total: int
 
 
@@ -198,40 +218,45 @@ def rows(preset: Preset) -> list[Row]:
     in_turns = _in_turns(whole, boxes_of(whole), None)
     turns = dict(in_turns[0]) if in_turns else {}
     few = {"language_model.slots": min(FEW_SLOTS, preset.language_model.slots)}
+    slices = {
+        f"decoders.{modality.value}.vae": "sliced"
+        for modality in preset.decoders
+        if modality is not Modality.AUDIO
+    }
+    fitted = slices | turns | few
     for words, changes in (
-        ("decoders in turns", turns),
-        (f"decoders in turns, {FEW_SLOTS} replies at a time", turns | few),
+        ("VAE sliced", slices),
+        ("VAE sliced, decoders in turns", slices | turns),
+        (f"VAE sliced, decoders in turns, {FEW_SLOTS} replies at a time", fitted),
         ("language model in int8", {"language_model.quantization": "int8"}),
-        (
-            f"int8, decoders in turns, {FEW_SLOTS} replies",
-            turns | few | {"language_model.quantization": "int8"},
-        ),
+        ("all three, and int8", fitted | {"language_model.quantization": "int8"}),
         ("language model in nf4", {"language_model.quantization": "nf4"}),
-        (
-            f"nf4, decoders in turns, {FEW_SLOTS} replies",
-            turns | few | {"language_model.quantization": "nf4"},
-        ),
+        ("all three, and nf4", fitted | {"language_model.quantization": "nf4"}),
     ):
         found.append(_row(f"{half}, {words}", changed(whole, changes)))
     if any(box.modality is Modality.VIDEO for box in boxes) and len(preset.decoders) > 1:
-        least = changed(whole, few | {"language_model.quantization": "nf4", "decoders.video": LEAVE_OUT})
+        slices.pop("decoders.video.vae", None)
+        fewest = slices | few | {"language_model.quantization": "nf4", "decoders.video": LEAVE_OUT}
+        least = changed(whole, fewest)
         again = _in_turns(least, boxes_of(least), None)
         if again:
             least = changed(least, again[0])
-        found.append(_row(f"{half}, nf4, decoders in turns, {FEW_SLOTS} replies, no video", least))
+        found.append(_row(f"{half}, all three, nf4, and no video", least))
     return found
 
 
 def _row(setting: str, preset: Preset) -> Row:
     boxes = boxes_of(preset)
     encoder, speaker, *_ = boxes
-    total = needed(preset, boxes)
+    total, working = needed(preset, boxes), at_work(preset, boxes)
+    thinking = speaker.in_memory + speaker.adapters
     return Row(
         setting,
         encoder.in_memory,
-        speaker.in_memory - speaker.cache,
+        thinking - speaker.cache,
         speaker.cache,
-        total - encoder.in_memory - speaker.in_memory,
+        total - working - encoder.in_memory - thinking,
+        working,
         total,
     )
 
@@ -241,11 +266,11 @@ def table(found: Sequence[Row]) -> str:
     largest = max(row.total for row in found)
     unit, size, digits = ("GB", 1e9, 2) if largest >= 1e9 else ("MB", 1e6, 1)
     lines = [
-        f"| setting | encoder | language model | its cache | decoders | in all, {unit} |",
-        "|---|---|---|---|---|---|",
+        f"| setting | encoder | language model | its cache | decoders | at work | in all, {unit} |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in found:
-        sizes = (row.encoder, row.language_model, row.cache, row.decoders, row.total)
+        sizes = (row.encoder, row.language_model, row.cache, row.decoders, row.working, row.total)
         cells = " | ".join(f"{value / size:.{digits}f}" for value in sizes)
         lines.append(f"| {row.setting} | {cells} |")
     return "\n".join(lines)

@@ -258,6 +258,14 @@ class Preset(_Strict):
         """Where configurations of the boxes are, in the folders that the weights have."""
         return None if self.sizes is None else (self.file.parent / self.sizes).resolve()
 
+    def described_in(self, folder: Path, name: str = "config.json") -> Path:
+        """Return where the configuration of ``folder`` lies: there, or if it is not, among the sizes."""
+        if (folder / name).is_file() or self.sizes_folder is None:
+            return folder
+        if not folder.is_relative_to(self.weights_folder):
+            return folder
+        return self.sizes_folder / folder.relative_to(self.weights_folder)
+
     @property
     def encoder_folder(self) -> Path:
         """The folder of the encoder."""

@@ -69,7 +69,7 @@ class Session:
         self.runner = asyncio.Runner()
         try:
             self.agent: Agent = local_agent(preset, self.store)
-        except BaseException:
+        except BaseException:  # an interrupt while models load too: the folder and the loop must not stay
             self.close()
             raise
 

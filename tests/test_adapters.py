@@ -25,6 +25,7 @@ from services.cli import main
 from services.errors import BadRequest, Conflict, PresetProblem, ServiceError, Unavailable
 from services.local_decoder import LocalDecoder
 from services.local_language_model import LocalLanguageModel
+from services.memory_plan import changed
 from services.messages import Role
 from services.presets import AdapterPreset, Preset, load_preset
 from services.session import Session
@@ -194,6 +195,15 @@ async def test_turns_with_other_adapters_speak_at_once_as_they_do_alone(speaker:
     assert together == alone * 2
     assert alone[0] == alone[3] == "hello!"
     assert len(set(alone)) == 3
+
+
+async def test_a_quantised_language_model_wears_adapters_too(preset: Preset) -> None:
+    box = LocalLanguageModel(changed(preset, {"language_model.quantization": "int8"}))
+    names = ["pirate", None, "pirate"]
+
+    worn, plain, again = await asyncio.gather(*(told(box, name) for name in names))
+
+    assert worn == again != plain == "hello!"
 
 
 async def test_an_adapter_of_a_turn_that_runs_stays(speaker: LocalLanguageModel) -> None:

@@ -17,10 +17,10 @@ from encoders.media import Modality
 from services import footprint
 from services.cli import main
 from services.doctor import fitting, survey
-from services.footprint import boxes_of, missing_files
+from services.footprint import boxes_of, missing_files, needed
 from services.presets import Preset, load_preset
 from services.session import Session
-from tests.tiny import tiny_values
+from tests.tiny import tiny_values, with_adapters
 
 IMAGE, VIDEO, AUDIO = Modality.IMAGE, Modality.VIDEO, Modality.AUDIO
 
@@ -155,8 +155,8 @@ def test_what_does_not_fit_is_said_with_how_much_is_short(monkeypatch: pytest.Mo
 
     assert not short.ok
     assert short.detail == (
-        "24.00 GB are needed for weights and caches, 10.00 GB are free; 15.00 GB are short, with 10% left to "
-        "what requests need"
+        "24.00 GB are needed, 10.00 GB are free; 15.00 GB are short, with 10% left to larger batches and to "
+        "libraries"
     )
     assert fitting("cpu", 9 * 10**9).ok
 
@@ -194,6 +194,10 @@ def test_doctor_says_what_the_published_preset_lacks_and_what_to_type(
     assert "13.48 GB" in row
     assert "ImageBind-Huge: CC-BY-NC-4.0; NOT for commercial use." in captured.out
     assert "NExT-GPT 7B v0: CC-BY-NC-SA-4.0; NOT for commercial use." in captured.out
+    assert "imagebind_huge.pth; no revision is known" in captured.out
+    assert "From lmsys/vicuna-7b-delta-v0; revision 142d4e179e45304c430e5bf2cf5f9816f1c2be7a" in captured.out
+    (working,) = [line for line in lines if line.startswith("video decoder: at work")]
+    assert working.split()[4:6] == ["3.91", "GB"]
     steps = [line for line in lines if line.startswith("next: ")]
     assert any(
         step.endswith(
@@ -203,6 +207,7 @@ def test_doctor_says_what_the_published_preset_lacks_and_what_to_type(
     )
     for revision in (
         "f28bea33714c810ef6cb9b9e440edcddb93297a4",
+        "142d4e179e45304c430e5bf2cf5f9816f1c2be7a",
         "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
         "1f35e3dc3350d649f342bb7618fe34ac8fae5c9e",
         "9707fa44eb3fb539e293ebc682209d0895042aa0",
@@ -284,3 +289,29 @@ def test_every_part_of_the_open_preset_names_its_licence_and_the_one_with_condit
     hub = [origin for origin in origins if origin.get.startswith("hf download")]
     assert len(hub) == 6
     assert all(origin.revision and len(origin.revision) == 40 for origin in hub)
+
+
+def test_adapters_of_the_allow_list_are_counted_up_to_what_may_stay(tiny_preset: Path) -> None:
+    preset = load_preset(str(with_adapters(tiny_preset)))
+    folders = {name: preset.weights_folder / own.folder for name, own in preset.adapters.items()}
+
+    def numbers(*names: str) -> int:
+        files = [path for name in names for path in folders[name].glob("*.safetensors")]
+        return sum(tensor.numel() for path in files for tensor in load_file(path).values())
+
+    plain = boxes_of(load_preset(str(tiny_preset)))
+    found = {box.name: box.adapters for box in boxes_of(preset)}
+
+    assert found["language model"] == 4 * numbers("pirate", "poet", "odd")
+    assert found["image decoder"] == 4 * numbers("ink", "clay") > 0  # there is no file of "gone"
+    assert found["video decoder"] == 0
+    assert needed(preset, boxes_of(preset)) == needed(preset, plain) + sum(found.values())
+    assert "image decoder: adapters" in survey(preset).table()
+    few = preset.model_copy(
+        update={
+            "adapters": preset.adapters
+            | dict.fromkeys((f"more{i}" for i in range(400)), preset.adapters["ink"]),
+            "limits": preset.limits.model_copy(update={"max_adapter_mb": 1}),
+        }
+    )
+    assert {box.name: box.adapters for box in boxes_of(few)}["image decoder"] == 2**20

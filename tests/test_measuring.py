@@ -1,10 +1,22 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
 
+from alignment.system import System
+from decoders.condition import Condition
+from decoders.settings import DecodeSettings
+from encoders.media import Image, Modality
 from services import cli
+from services.measuring import folders_of
+from services.presets import load_preset
+from tests.tiny import tiny_values
 
 Captured = pytest.CaptureFixture[str]
 
@@ -29,6 +41,38 @@ def test_directions_are_measured_on_any_preset_over_several_seeds(
     assert rows["decision"]["decision"]["n"] == 2
     assert rows["chain image"]["drift"]["right"].keys() == {"1", "3", "5", "10"}
     assert rows["text-to-image"]["ceiling"] is not None
+
+
+def test_what_is_measured_is_the_bridge_that_was_trained_for_the_preset_with_its_settings(
+    tiny_preset: Path, tmp_path: Path
+) -> None:
+    values = tiny_values() | {"name": "mine", "weights": str(tiny_preset.parent / "weights")}
+    values["decoders"]["image"] |= {"steps": 2, "guidance_scale": 1.5, "width_px": 24}
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(values))
+    preset = load_preset(str(path))
+    for own, others in (
+        (preset.bridges_folder / "llm", preset.language_model_folder),
+        (preset.bridges_folder / "projections" / "image", preset.projections_folder / "image"),
+    ):
+        own.mkdir(parents=True)
+        for file in others.glob("*.json"):
+            shutil.copy(file, own)
+        for file in others.glob("*.safetensors"):
+            save_file({name: tensor * 0 + 0.5 for name, tensor in load_file(file).items()}, own / file.name)
+
+    system = System(folders_of(preset))
+
+    weights = [*system.projections[Modality.IMAGE].parameters(), system.llm.signal_rows.head]
+    assert all(bool((weight == 0.5).all()) for weight in weights)
+    spec = system.decoders[Modality.IMAGE].condition_spec
+    condition = Condition(torch.randn(spec.tokens, spec.width))
+    wish = DecodeSettings(seed=3, steps=2, guidance_scale=1.5, width_px=24)
+    expected = system.decoders[Modality.IMAGE].decode(condition, wish).medium
+    (made,) = system.make(Modality.IMAGE, [condition], 3)
+    assert isinstance(made, Image)
+    assert isinstance(expected, Image)
+    assert np.array_equal(made.pixels, expected.pixels)
 
 
 def test_links_and_phrasings_are_measured_on_any_preset(tiny_preset: Path, capsys: Captured) -> None:

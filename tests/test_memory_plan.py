@@ -103,17 +103,22 @@ async def spoken(agent: Any) -> None:
 # --- plans --------------------------------------------------------------------------------------------
 
 
+SLICED = "pictures and frames go through the VAE one at a time"
+IN_TURNS = "decoders take turns within 2.99 GB and wait"
+
+
 @pytest.mark.parametrize(
     ("room", "spare", "words"),
     [
         (40, 32, []),
-        (32, 32, ["decoders take turns within 2.99 GB and wait in the memory of the CPU"]),
-        (24, 4, ["decoders take turns within 2.99 GB and wait on the disk", "2 replies at a time"]),
+        (35, 32, [SLICED, f"{IN_TURNS} in the memory of the CPU"]),
+        (30, 4, [SLICED, f"{IN_TURNS} on the disk", "2 replies at a time"]),
         (
-            16,
+            20,
             32,
             [
-                "decoders take turns within 2.99 GB and wait in the memory of the CPU",
+                SLICED,
+                f"{IN_TURNS} in the memory of the CPU",
                 "2 replies at a time",
                 "the language model in 8 bits",
             ],
@@ -131,7 +136,7 @@ def test_a_plan_changes_no_more_than_it_must(
 
 
 def test_a_small_memory_costs_quality_first_and_decoders_last(published: Preset) -> None:
-    plan = plan_for(published, 25 * GB // 2, None)
+    plan = plan_for(published, 16 * GB, None)
     assert plan.fits
     assert plan.preset.language_model.quantization == "nf4"
     assert len(plan.preset.decoders) == 3
@@ -160,19 +165,24 @@ def test_float32_is_the_first_thing_to_go(tiny_preset: Path) -> None:
 def test_a_budget_counts_only_what_it_lets_in(published: Preset) -> None:
     boxes = boxes_of(published)
     movable = sum(box.movable for box in boxes)
-    assert needed(published, boxes) == sum(box.in_memory for box in boxes)
+    working = {box.name: box.working or 0 for box in boxes}
+    held = sum(box.in_memory for box in boxes)
+    assert needed(published, boxes) == held + sum(working.values())
 
-    fitted = changed(published, {"decoders_gb": 3.0})
+    fitted = changed(published, {"decoders_gb": 3.0})  # the largest decoder, or any other, one at a time
 
-    assert needed(fitted, boxes_of(fitted)) == needed(published, boxes) - movable + 3 * GB
+    both = working["encoder"] + working["language model"]
+    at_most = both + working["video decoder"]
+    assert needed(fitted, boxes_of(fitted)) == held - movable + 3 * GB + at_most
 
 
 def test_a_written_plan_is_a_preset_that_runs_from_anywhere(tiny_preset: Path, tmp_path: Path) -> None:
     preset = load_preset(str(tiny_preset))
     half = plan_for(preset, needed(preset, boxes_of(preset)), None)
-    plan = plan_for(preset, int(half.needed / (1 - LEFT_FREE)) - 1, None)
+    sliced = plan_for(preset, int(half.needed / (1 - LEFT_FREE)) - 1, None)
+    plan = plan_for(preset, int(sliced.needed / (1 - LEFT_FREE)) - 1, None)
     assert plan.words[0] == "bfloat16 instead of float32"
-    assert plan.words[1].startswith("decoders take turns within")
+    assert any(words.startswith("decoders take turns within") for words in plan.words[1:])
     assert len(plan.preset.decoders) == 3
     path = tmp_path / "deep" / "fitted.yaml"
     path.parent.mkdir()
@@ -211,16 +221,16 @@ def test_examples_of_a_written_plan_find_their_files(tmp_path: Path) -> None:
 def test_doctor_says_what_would_change_on_another_machine_and_what_to_type(
     published: Preset, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert main(["doctor", "--preset", "nextgpt-7b", "--memory", "16GB", "--port", "8123"]) == 1
+    assert main(["doctor", "--preset", "nextgpt-7b", "--memory", "20GB", "--port", "8123"]) == 1
     out = capsys.readouterr().out
     assert "to fit: the language model in 8 bits" in out
-    assert "next: patchbay doctor --preset nextgpt-7b --memory 16GB --write fitted.yaml" in out
+    assert "next: patchbay doctor --preset nextgpt-7b --memory 20GB --write fitted.yaml" in out
 
     path = tmp_path / "fitted.yaml"
-    assert main(["doctor", "--preset", "nextgpt-7b", "--memory", "16GB", "--write", str(path)]) == 0
+    assert main(["doctor", "--preset", "nextgpt-7b", "--memory", "20GB", "--write", str(path)]) == 0
     fitted = load_preset(str(path))
     assert fitted.language_model.quantization == "int8"
-    assert survey(fitted, 16 * GB).fits.ok
+    assert survey(fitted, 20 * GB).fits.ok
 
     assert main(["doctor", "--preset", "nextgpt-7b", "--memory", "1GB", "--write", str(path)]) == 1
     assert "are needed at the least, and there are 1.00 GB" in capsys.readouterr().err
@@ -237,12 +247,12 @@ def test_a_wrong_size_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'plenty' is not a size; write one like 24GB" in capsys.readouterr().err
 
 
-def test_a_tenth_is_left_to_what_requests_need() -> None:
+def test_a_tenth_is_left_to_what_cannot_be_counted() -> None:
     assert fitting("cpu", 9 * GB, 10 * GB).ok
     short = fitting("cpu", 91 * GB // 10, 10 * GB)
     assert not short.ok
-    assert "9.10 GB are needed for weights and caches, 10.00 GB are given" in short.detail
-    assert "with 10% left to what requests need" in short.detail
+    assert "9.10 GB are needed, 10.00 GB are given" in short.detail
+    assert "with 10% left to larger batches and to libraries" in short.detail
 
 
 def test_training_refuses_to_replace_published_weights(capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,7 +277,7 @@ def test_the_committed_tables_are_what_the_command_prints(
 def test_rows_add_up_and_shrink(published: Preset) -> None:
     found = {row.setting: row for row in rows(published)}
     for row in found.values():
-        assert row.total == row.encoder + row.language_model + row.cache + row.decoders
+        assert row.total == row.encoder + row.language_model + row.cache + row.decoders + row.working
     whole, eight, four = (
         found[name]
         for name in ("float16", "float16, language model in int8", "float16, language model in nf4")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,10 @@ import torch
 from torch import nn
 
 from llm.adapters import is_adapter_name
+from llm.engine import Engine
+from llm.generate import GenerationOptions, generate
 from llm.quantization import Quantization, quantizable, quantize, quantized_bytes
+from llm.request_lora import LoraRows, read_request_lora
 from services.boxes import PromptMessage, SpeechOptions, SpokenSignal, Words
 from services.errors import PresetProblem
 from services.footprint import boxes_of
@@ -17,7 +21,9 @@ from services.memory_plan import changed
 from services.messages import Role
 from services.presets import load_preset
 from tests.held import held_bytes
-from tests.tiny_llm import llama, qwen2, tiny_model
+from tests.lora_files import add_to, write_lm_lora
+from tests.test_language_engine import end_of, run
+from tests.tiny_llm import llama, qwen2, tiny_model, user
 
 KINDS: tuple[Quantization, ...] = ("int8", "nf4")
 
@@ -81,6 +87,38 @@ def test_without_the_library_the_error_says_what_to_install(
 
     with pytest.raises(PresetProblem, match=r"needs torchao.*pip install 'patchbay\[quantize\]'"):
         LocalLanguageModel(preset).load()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lora_of_a_request_is_added_to_the_quantised_weights_of_its_rows_only(
+    kind: Quantization, tmp_path: Path
+) -> None:
+    model = tiny_model()
+    added = write_lm_lora(model.causal_lm, tmp_path, seed=1)
+    whole = copy.deepcopy(model)  # gets the weights that the quantised ones stand for
+    quantize(model.causal_lm, kind)
+    lora = read_request_lora("pirate", tmp_path, model.causal_lm, model.causal_lm.dtype)
+    for name, layer in quantizable(model.causal_lm):
+        stands_for = layer(torch.eye(layer.in_features)).detach().T.contiguous()
+        whole.causal_lm.get_submodule(name).weight = nn.Parameter(stands_for)  # type: ignore[assignment]
+    merged = copy.deepcopy(whole)
+    add_to(merged.causal_lm, added)
+    rows, embeddings = LoraRows(model.causal_lm), torch.randn(3, 7, model.width)
+
+    with torch.no_grad(), rows.over([lora, None, lora]):
+        mixed = model.run(embeddings)
+        plain, worn = whole.run(embeddings), merged.run(embeddings)
+
+    torch.testing.assert_close(mixed[[0, 2]], worn[[0, 2]], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(mixed[1], plain[1], atol=1e-4, rtol=1e-3)
+    assert (worn - plain).abs().max() > 0.05
+
+    dialogue, options = [user("draw a bell")], GenerationOptions(max_new_tokens=12, max_signals=1)
+    engine = Engine(model, slots=2)
+    requests = [engine.prepare(dialogue, options, each) for each in (lora, None)]
+    events = run(engine, requests)
+    for request, like in zip(requests, (merged, whole), strict=True):
+        assert end_of(events[request]).ids == end_of(list(generate(like, dialogue, options))).ids
 
 
 PROMPTS = (

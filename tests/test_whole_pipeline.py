@@ -12,9 +12,10 @@ import torch
 
 from decoders.condition import Condition, ConditionSpec
 from decoders.denoising import Cancelled
+from decoders.pipeline_arguments import ENCODED
 from decoders.pipeline_folder import PipelineFolder
 from decoders.settings import DecodeSettings
-from decoders.whole_pipeline import ENCODED, WholePipeline
+from decoders.whole_pipeline import WholePipeline
 from encoders.media import Audio, Image, Modality, Video
 from tests import tiny_pipelines
 from tests.tiny_pipelines import TOKENS, WIDTH

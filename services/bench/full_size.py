@@ -22,15 +22,14 @@ from statistics import median
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from decoders.condition import Condition
+from decoders.configured_folder import ConfiguredFolder
 from decoders.engine import DenoisingEngine, EngineConfig
 from decoders.latent_decoder import LatentDecoder
-from decoders.pipeline_folder import AUTOENCODERS, PipelineFolder
 from decoders.settings import DecodeSettings
 from encoders.media import Modality
 from llm.async_engine import AsyncEngine
@@ -47,19 +46,7 @@ from services.presets import SHIPPED
 logger = logging.getLogger(__name__)
 
 SIZES = SHIPPED / "nextgpt-7b"
-CAPTION_TOKENS = {Modality.IMAGE: 77, Modality.VIDEO: 77, Modality.AUDIO: 1}
 MEMORY, COMPUTE = "memory-bandwidth limit", "compute limit"
-
-SCHEDULE = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "steps_offset": 1,
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-}
-"""The noise schedule that all three published pipelines share."""
 
 
 @dataclass(frozen=True)
@@ -123,47 +110,6 @@ def run(device: str | None, quick: bool, gpu: str, sizes: Sizes | None = None) -
 
 
 # --- models -----------------------------------------------------------------------------------------
-
-
-class ConfiguredFolder(PipelineFolder):
-    """A pipeline's folder that holds configurations only: networks get random weights."""
-
-    def model(self, part: str, model_class: Any) -> Any:
-        """Build the part ``part`` with random weights."""
-        values = self.json(f"{part}/config.json")
-        usual = torch.get_default_dtype()
-        torch.set_default_dtype(self.dtype)
-        try:
-            with self.device:
-                if hasattr(model_class, "config_class") and model_class.config_class is not None:
-                    built = model_class(model_class.config_class.from_dict(values))
-                else:
-                    built = model_class.from_config(values)
-        finally:
-            torch.set_default_dtype(usual)
-        module: nn.Module = built.to(self.dtype)
-        return module.eval().requires_grad_(False)
-
-    def autoencoder(self) -> Any:
-        """Build the part ``vae``."""
-        return self.model("vae", AUTOENCODERS[self.class_of("vae")])
-
-    def scheduler_config(self) -> dict[str, Any]:
-        """Return the schedule that the published pipelines share."""
-        scheduler: Any = DDIMScheduler(**SCHEDULE)
-        return dict(scheduler.config)
-
-    def saved_null(self) -> Tensor | None:
-        """Return a random unconditional embedding of the width that the network takes."""
-        config = self.json("unet/config.json")
-        modality = next(m for m in CAPTION_TOKENS if m.value == self.path.name)
-        is_audio = modality is Modality.AUDIO
-        width = config["projection_class_embeddings_input_dim" if is_audio else "cross_attention_dim"]
-        return torch.zeros(CAPTION_TOKENS[modality], int(width), dtype=self.dtype, device=self.device)
-
-    def digest(self, part: str = "") -> str:
-        """Return no digest: random weights are different every time."""
-        return "random"
 
 
 def build_decoder(sizes: Sizes, modality: Modality, device: str) -> LatentDecoder:
@@ -241,18 +187,10 @@ def medium_work(decoder: LatentDecoder, wish: DecodeSettings) -> Work:
     conditions = torch.empty(rows, spec.tokens, spec.width, dtype=dtype, device=device)
     times = torch.empty(rows, device=device)
     a_step = _flop(lambda: owner._predict(latents, times, conditions))
-    finish = _flop(lambda: _finish(owner, latents[:1]))
+    finish = _flop(lambda: decoder.finish(latents[:1]))
     network = _size(owner._network)
     last = _size(owner.vae.decoder) + (_size(owner.vocoder) if hasattr(owner, "vocoder") else 0)
     return Work(plan.steps * a_step + finish, float(plan.steps * network + last))
-
-
-def _finish(decoder: Any, latents: Tensor) -> None:
-    if decoder.modality is Modality.VIDEO:
-        latents = latents.transpose(1, 2).flatten(0, 1)
-    sample = decoder.vae.decode(latents).sample
-    if hasattr(decoder, "vocoder"):
-        decoder.vocoder(sample[:, 0])
 
 
 def _flop(work: Callable[[], object]) -> float:
