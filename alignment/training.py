@@ -66,7 +66,7 @@ RECIPES: Mapping[str, FitConfig] = {
     "clip-captions": _CAPTIONS,
     "sound-captions": _CAPTIONS,
     "look-denoiser": _DENOISER,
-    "clip-denoiser": replace(_DENOISER, num_steps=14400, learning_rate=1.5e-3, average_decay=0.998),
+    "clip-denoiser": replace(_DENOISER, num_steps=18000, learning_rate=1.5e-3, average_decay=0.998),
     "sound-denoiser": replace(_DENOISER, num_steps=8000, learning_rate=1.5e-3, average_decay=0.998),
     "imagebind": FitConfig(
         num_steps=6000,
@@ -79,7 +79,7 @@ RECIPES: Mapping[str, FitConfig] = {
     "language": FitConfig(num_steps=7500, learning_rate=2e-3, average_decay=0.998, flat_fraction=0.4),
     "encoder-side": FitConfig(num_steps=900, learning_rate=2e-3, average_decay=0.99, flat_fraction=0.4),
     "decoder-side": FitConfig(num_steps=700, learning_rate=1.5e-3, average_decay=0.99, flat_fraction=0.4),
-    "instruction": FitConfig(num_steps=4800, learning_rate=1e-3, average_decay=0.995, flat_fraction=0.4),
+    "instruction": FitConfig(num_steps=3700, learning_rate=1e-3, average_decay=0.995, flat_fraction=0.4),
 }
 """The steps in their order, with lengths and rates that fit two cores."""
 NEEDS: Mapping[str, tuple[str, ...]] = {
