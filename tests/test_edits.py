@@ -63,7 +63,7 @@ def test_the_ground_of_a_picture_stays_when_its_thing_gets_another_colour(sessio
 @pytest.mark.parametrize("kind", [Modality.VIDEO, Modality.AUDIO])
 def test_videos_and_sounds_start_from_the_one_before(session: Session, kind: Modality) -> None:
     first, change = {
-        Modality.VIDEO: ("make a video of a red ball moving left", "make it blue"),
+        Modality.VIDEO: ("make a video of a big red bell moving left", "make it blue"),
         Modality.AUDIO: ("play a low bell", "make it high"),
     }[kind]
     messages: list[dict[str, Any]] = [{"role": "user", "content": first}]
@@ -81,4 +81,4 @@ def test_videos_and_sounds_start_from_the_one_before(session: Session, kind: Mod
             values.append(np.abs(np.fft.rfft(medium.samples)) if kind is Modality.AUDIO else medium.frames)
         return float(np.abs(values[0].astype(float) - values[1]).mean())
 
-    assert off(edited) < off(anew)
+    assert off(edited) < off(anew), (off(edited), off(anew))

@@ -128,7 +128,7 @@ def test_version_is_the_same_in_metadata_project_and_changelog() -> None:
 
 def test_make_targets_of_the_readme_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    named = set(re.findall(r"\bmake ([a-z]+)", " ".join(shell_lines_of_the_readme())))
+    named = {match[1] for line in shell_lines_of_the_readme() if (match := re.match(r"make ([a-z]+)", line))}
     assert {"run", "test"} <= named <= targets
 
 
