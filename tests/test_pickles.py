@@ -56,7 +56,7 @@ def test_anything_but_a_flat_table_is_named(tmp_path: Path, content: object, com
         read_pickle(tmp_path / "p.pt")
 
 
-@pytest.mark.parametrize("junk", [b"", b"PK\x03\x04 cut off", b"<html>not found</html>"])
+@pytest.mark.parametrize("junk", [b"hi\n", b"(]i", b"", b"PK\x03\x04 cut off", b"<html>not found</html>"])
 def test_what_is_no_pickle_is_named(tmp_path: Path, junk: bytes) -> None:
     (tmp_path / "p.pt").write_bytes(junk)
     with pytest.raises(ValueError, match=r"p.pt"):
