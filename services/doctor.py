@@ -118,7 +118,11 @@ def _memory() -> Check:
     if free is None:
         return Check("memory", True, "unknown on this system")
     free_mb = free // 2**20
-    return Check("memory", free_mb > SERVICE_MB, f"{free_mb} MB free; serving takes about {SERVICE_MB} MB")
+    return Check(
+        "memory",
+        free_mb > SERVICE_MB,
+        f"{free_mb} MB free; the processes take about {SERVICE_MB} MB, large models not counted",
+    )
 
 
 def _free_memory() -> int | None:
