@@ -18,6 +18,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from alignment.optimizers import Optimizer
+
 LossFunction = Callable[[int], Mapping[str, Tensor]]
 
 
@@ -45,8 +47,9 @@ class FitConfig:
     """How long and how fast to train. Immutable; checked when it is made.
 
     ``max_minutes`` ends a run early on a slow machine: the learning rate then follows the clock
-    instead of the step count, so that the run still ends at rate zero. ``seed`` decides the order of
-    the data and the noise; :func:`fit` itself draws nothing.
+    instead of the step count, so that the run still ends at rate zero. ``muon`` lets Muon train the
+    matrices, see :mod:`alignment.optimizers`. ``seed`` decides the order of the data and the noise;
+    :func:`fit` itself draws nothing.
     """
 
     num_steps: int
@@ -60,6 +63,7 @@ class FitConfig:
     checkpoint_every_s: float = 60.0
     log_every_steps: int = 20
     betas: tuple[float, float] = (0.9, 0.95)
+    muon: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -140,14 +144,11 @@ def fit(
     """
     folder.mkdir(parents=True, exist_ok=True)
     module.to(training_device())
-    groups: dict[float, list[nn.Parameter]] = {}
-    for parameter_name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            matches = [f for prefix, f in (rates or {}).items() if parameter_name.startswith(prefix)]
-            groups.setdefault(matches[0] if matches else 1.0, []).append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": parameters, "factor": factor} for factor, parameters in groups.items()],
-        lr=config.learning_rate,
+    optimizer = Optimizer(
+        module,
+        learning_rate=config.learning_rate,
+        factors=rates or {},
+        muon=config.muon,
         betas=config.betas,
         weight_decay=config.weight_decay,
     )
@@ -167,8 +168,7 @@ def fit(
             if config.max_minutes is not None and elapsed > 60 * config.max_minutes:
                 break
             rate = config.rate_at(step, elapsed)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["factor"]
+            optimizer.set_rate(rate)
             losses = loss_function(step)
             total = torch.stack(list(losses.values())).sum()
             total.backward()
@@ -179,7 +179,6 @@ def fit(
                     f"not applied. Lower learning_rate ({config.learning_rate:g}) and run again; it resumes."
                 )
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
             if average is not None:
                 average.update(module, step)
             if step % config.log_every_steps == 0:
@@ -257,7 +256,7 @@ def _forget_losses(path: Path, first_step: int) -> None:
 def _save(
     folder: Path,
     module: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     average: WeightAverage | None,
     step: int,
     elapsed_s: float,
@@ -265,7 +264,7 @@ def _save(
     state = {
         "weights": _trained(module),
         "average": average.values if average is not None else {},
-        "optimizer": optimizer.state_dict(),
+        "optimizer": optimizer.state(),
         "step": step,
         "elapsed_s": elapsed_s,
     }
@@ -275,7 +274,7 @@ def _save(
 
 
 def _resume(
-    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None
+    folder: Path, module: nn.Module, optimizer: Optimizer, average: WeightAverage | None
 ) -> tuple[int, float]:
     path = folder / "checkpoint.pt"
     if not path.exists():
@@ -290,7 +289,7 @@ def _resume(
                     f"It is of another configuration: remove the folder or choose another run name."
                 )
             own[name].copy_(value)
-    optimizer.load_state_dict(state["optimizer"])
+    optimizer.restore(state["optimizer"])
     if average is not None:
         average.values = state["average"]
     return int(state["step"]), float(state["elapsed_s"])

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from alignment.fitting import FitConfig, fit, half_precision, prefer_plain_attention
 from decoders.projection import OutputProjection
 from encoders.media import Modality
-from llm.model import LanguageModel, ModelPart
+from llm.model import LanguageModel, ModelPart, SignalStates, mean_loss
 from llm.template import Dialogue
 
 Dialogues = Callable[[int], Sequence[Dialogue]]
@@ -68,11 +68,10 @@ STAGES: Mapping[str, Stage] = {
         parts=frozenset({"lora", "projectors", "signal_rows"}),
         trains_projections=True,
         directions={
-            **_READS, **_MAKES, "image-to-audio": 1, "audio-to-image": 1, "image-to-video": 1,
-            "video-to-image": 1, "video-to-audio": 1, "audio-to-video": 1, "text+image-to-image": 2,
-            "text+audio-to-audio": 1.5, "text+video-to-video": 1.5, "image+audio-to-video": 1,
-            "text-to-many": 8, "conversation": 4, "new-subject": 6, "decision": 6,
-            "beyond-words": 0.5,
+            **_READS, **_MAKES, "image-to-audio": 1.5, "audio-to-image": 1.5, "image-to-video": 2,
+            "video-to-image": 1.5, "video-to-audio": 2, "audio-to-video": 1.5, "text+image-to-image": 3,
+            "text+audio-to-audio": 2.5, "text+video-to-video": 3, "image+audio-to-video": 2,
+            "text-to-many": 5, "conversation": 4, "new-subject": 3, "decision": 5, "beyond-words": 1,
         },
     ),
 }  # fmt: skip
@@ -95,14 +94,21 @@ class Aligned(nn.Module):
         self, dialogues: Sequence[Dialogue], stage: Stage, targets: CaptionTargets
     ) -> dict[str, Tensor]:
         """Return the weighted losses of a batch by name."""
-        batch = self.llm.collate(dialogues).to(self.llm.device)
-        output = self.llm(batch)
-        losses = {"words": stage.words * output.loss}
+        batches = [batch.to(self.llm.device) for batch in self.llm.collate_by_length(dialogues)]
+        outputs = [self.llm(batch) for batch in batches]
+        losses = {"words": stage.words * mean_loss(outputs)}
         if stage.distance:
-            for modality, states in self.llm.signal_states(output, batch).items():
+            spoken: dict[Modality, list[SignalStates]] = {}
+            for output, batch in zip(outputs, batches, strict=True):
+                for modality, states in self.llm.signal_states(output, batch).items():
+                    spoken.setdefault(modality, []).append(states)
+            for modality, parts in spoken.items():
                 with torch.no_grad():
-                    wanted = targets[modality](states.captions).to(states.hidden.device)  # (N, Q, E)
-                made = self.projections[str(modality)](states.hidden, states.embeddings)  # (N, Q, E)
+                    captions = [caption for states in parts for caption in states.captions]
+                    wanted = targets[modality](captions).to(self.llm.device)  # (N, Q, E)
+                hidden = torch.cat([states.hidden for states in parts])  # (N, k, D)
+                embeddings = torch.cat([states.embeddings for states in parts])
+                made = self.projections[str(modality)](hidden, embeddings)  # (N, Q, E)
                 losses[f"{modality} distance"] = stage.distance * caption_distance(made, wanted)
         return losses
 

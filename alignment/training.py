@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import UNet2DConditionModel
 from numpy.typing import NDArray
 
 from alignment.embedded import pools
@@ -66,7 +67,7 @@ RECIPES: Mapping[str, FitConfig] = {
     "clip-captions": _CAPTIONS,
     "sound-captions": _CAPTIONS,
     "look-denoiser": _DENOISER,
-    "clip-denoiser": replace(_DENOISER, num_steps=18000, learning_rate=1.5e-3, average_decay=0.998),
+    "clip-denoiser": replace(_DENOISER, num_steps=6000, average_decay=0.998, muon=True),
     "sound-denoiser": replace(_DENOISER, num_steps=8000, learning_rate=1.5e-3, average_decay=0.998),
     "imagebind": FitConfig(
         num_steps=6000,
@@ -76,17 +77,25 @@ RECIPES: Mapping[str, FitConfig] = {
         weight_decay=0.02,
         log_every_steps=7,
     ),
-    "language": FitConfig(num_steps=7500, learning_rate=2e-3, average_decay=0.998, flat_fraction=0.4),
-    "encoder-side": FitConfig(num_steps=900, learning_rate=2e-3, average_decay=0.99, flat_fraction=0.4),
-    "decoder-side": FitConfig(num_steps=700, learning_rate=1.5e-3, average_decay=0.99, flat_fraction=0.4),
-    "instruction": FitConfig(num_steps=3700, learning_rate=1e-3, average_decay=0.995, flat_fraction=0.4),
+    "language": FitConfig(
+        num_steps=3000, learning_rate=2e-3, average_decay=0.995, flat_fraction=0.4, muon=True
+    ),
+    "encoder-side": FitConfig(
+        num_steps=900, learning_rate=1e-3, average_decay=0.99, flat_fraction=0.4, muon=True
+    ),
+    "decoder-side": FitConfig(
+        num_steps=700, learning_rate=1e-3, average_decay=0.99, flat_fraction=0.4, muon=True
+    ),
+    "instruction": FitConfig(
+        num_steps=3000, learning_rate=1e-3, average_decay=0.995, flat_fraction=0.4, muon=True
+    ),
 }
 """The steps in their order, with lengths and rates that fit two cores."""
 NEEDS: Mapping[str, tuple[str, ...]] = {
     "imagebind": (),
     "picture-autoencoder": (),
     "clip-captions": (),
-    "clip-denoiser": ("picture-autoencoder", "clip-captions"),
+    "clip-denoiser": ("look-denoiser", "clip-captions"),
     "language": (),
     "look-captions": (),
     "sound-captions": (),
@@ -245,7 +254,19 @@ def _denoiser(work: Run, kind: Kind) -> ConditionedDenoiser:
     rows = pool[kind]()
     latents = pools.encoded(work.cache / f"latents-{kind}-{len(rows)}.npy", rows, encode, 16)
     step = f"{kind}-denoiser"
-    return train_denoiser(kind, _trained_captions(work, kind), latents, work.folder / step, work.config(step))
+    return train_denoiser(
+        kind, _trained_captions(work, kind), latents, work.folder / step, work.config(step),
+        _trained_pictures(work) if kind == "clip" else None,
+    )  # fmt: skip
+
+
+def _trained_pictures(work: Run) -> UNet2DConditionModel:
+    """Return the denoiser of pictures as its own step left it."""
+    if not (work.folder / "look-denoiser" / "checkpoint.pt").is_file():
+        raise ValueError("The denoiser of pictures is missing. First run `patchbay train look-denoiser`.")
+    denoiser = _denoiser(work.as_it_stands(), "look").denoiser
+    assert isinstance(denoiser, UNet2DConditionModel)
+    return denoiser
 
 
 def _imagebind(work: Run) -> ImageBindEncoder:

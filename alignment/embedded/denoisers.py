@@ -1,11 +1,10 @@
 """The three denoisers of the embedded model, each trained on cached latents under a frozen text encoder.
 
 Pictures: the U-Net of Stable Diffusion. Sounds: the U-Net of AudioLDM, conditioned by one vector.
-Videos: the same U-Net over stacked frames; the 3-D U-Net of text-to-video Stable Diffusion trains at a
-thirtieth of its speed on two cores (see docs/log.md).
+Videos: the 3-D U-Net of text-to-video Stable Diffusion, born from the trained one of pictures.
 
 Shape letters in this file:
-    B batch   C latent channels   F frames   h, w latent height and width   L caption tokens   D width
+    B batch   C latent channels
 """
 
 from __future__ import annotations
@@ -19,56 +18,60 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.models.unets.unet_3d_condition import UNet3DConditionModel
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from alignment.embedded import pools
 from alignment.embedded.captions import CAPTION_TOKENS, WIDTH, CaptionEncoder, Kind, spoken
+from alignment.embedded.inflation import inflate
 from alignment.fitting import FitConfig, fit, half_precision, training_device
-from alignment.toybox.world import VIDEO_FRAMES, Clip, Scene
-from decoders.stacked_video import predict_stacked
+from alignment.toybox.world import Clip, Scene
 
 LATENT_CHANNELS = 16
 CAPTION_DROPOUT = 0.1
+BATCHES: Mapping[Kind, int] = {"look": 64, "clip": 16, "sound": 64}
 # The mean of the logit of the noise level: most steps are spent on noisy latents. Frames of a clip are much
 # alike, so that more noise is needed to hide what they show.
 NOISE_SHIFT: Mapping[Kind, float] = {"look": 0.8, "clip": 1.2, "sound": 0.8}
 # These are spent on any level alike, or else a grain stays that the last steps never learnt to remove.
 EVEN_SHARE: Mapping[Kind, float] = {"look": 0.3, "clip": 0.5, "sound": 0.3}
 STILL_SHARE = 3.0
-_PREDICTIONS: Mapping[Kind, str] = {"look": "v_prediction", "clip": "sample", "sound": "v_prediction"}
-SCHEDULES: Mapping[Kind, Mapping[str, object]] = {
-    kind: {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "prediction_type": prediction,
-           "clip_sample": False, "timestep_spacing": "trailing", "steps_offset": 1}
-    for kind, prediction in _PREDICTIONS.items()
+SCHEDULE: Mapping[str, object] = {
+    "num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction",
+    "clip_sample": False, "timestep_spacing": "trailing", "steps_offset": 1,
 }  # fmt: skip
 CLASS_GAIN = WIDTH**0.5
-_BLOCKS = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "norm_num_groups": 16,
-           "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "layers_per_block": 1,
-           "attention_head_dim": 4}  # fmt: skip
-_FRAME = {"in_channels": LATENT_CHANNELS, "out_channels": LATENT_CHANNELS}
-_STACK = {"in_channels": LATENT_CHANNELS * VIDEO_FRAMES, "out_channels": LATENT_CHANNELS * VIDEO_FRAMES}
+_HEADS = 4
+_BLOCKS = {"in_channels": LATENT_CHANNELS, "out_channels": LATENT_CHANNELS, "norm_num_groups": 16,
+           "layers_per_block": 1}  # fmt: skip
+_FLAT = {**_BLOCKS, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": _HEADS}  # fmt: skip
+_DEEP = {**_BLOCKS, "down_block_types": ("DownBlock3D", "CrossAttnDownBlock3D"),
+         "up_block_types": ("CrossAttnUpBlock3D", "UpBlock3D"), "attention_head_dim": 12}  # fmt: skip
+
+Denoiser = UNet2DConditionModel | UNet3DConditionModel
 
 
-def build(kind: Kind) -> UNet2DConditionModel:
+def build(kind: Kind) -> Denoiser:
     """Return the untrained denoiser of a kind of scene."""
     if kind == "look":
         denoiser = UNet2DConditionModel(
-            sample_size=8, block_out_channels=(80, 128), cross_attention_dim=WIDTH, **_FRAME, **_BLOCKS
+            sample_size=8, block_out_channels=(80, 128), cross_attention_dim=WIDTH, **_FLAT
         )
     elif kind == "sound":
         denoiser = UNet2DConditionModel(
             sample_size=16, block_out_channels=(48, 96), cross_attention_dim=(48, 96),
             class_embed_type="simple_projection", projection_class_embeddings_input_dim=WIDTH,
-            class_embeddings_concat=True, **_FRAME, **_BLOCKS,
+            class_embeddings_concat=True, **_FLAT,
         )  # fmt: skip
         with torch.no_grad():  # a unit vector of this width would be a whisper beside the time embedding
             denoiser.get_parameter("class_embedding.weight").mul_(CLASS_GAIN)
-    else:  # wide where there are most cells: what the frames differ in has to pass there
-        denoiser = UNet2DConditionModel(
-            sample_size=8, block_out_channels=(128, 64), cross_attention_dim=WIDTH, **_STACK, **_BLOCKS
+    else:
+        denoiser = UNet3DConditionModel(
+            sample_size=8, block_out_channels=(80, 96), cross_attention_dim=WIDTH, **_DEEP
         )
-    return cast(UNet2DConditionModel, denoiser)
+    return cast(Denoiser, denoiser)
 
 
 class ConditionedDenoiser(nn.Module):
@@ -77,7 +80,7 @@ class ConditionedDenoiser(nn.Module):
     def __init__(self, kind: Kind, captions: CaptionEncoder, denoiser: nn.Module) -> None:
         super().__init__()
         self.kind, self.captions, self.denoiser = kind, captions.requires_grad_(False), denoiser
-        self.scheduler: Any = DDPMScheduler(**SCHEDULES[kind])
+        self.scheduler: Any = DDPMScheduler(**SCHEDULE)
 
     @torch.no_grad()
     def _condition(self, texts: list[str]) -> Tensor:
@@ -86,23 +89,15 @@ class ConditionedDenoiser(nn.Module):
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
         """Run the denoiser on noisy latents ``(B, C, ...)`` at integer timesteps ``(B,)``."""
         with half_precision():
-            if self.kind == "look":
-                out = self.denoiser(noisy, timesteps, condition).sample
-            elif self.kind == "sound":
+            if self.kind == "sound":
                 out = self.denoiser(noisy, timesteps, None, class_labels=condition).sample
             else:
-                schedule: Tensor = self.scheduler.alphas_cumprod
-                out = predict_stacked(self.denoiser, noisy, timesteps, condition, schedule)
+                out = self.denoiser(noisy, timesteps, condition).sample
         prediction: Tensor = out.float()
         return prediction
 
     def loss(self, latents: Tensor, texts: list[str], generator: torch.Generator) -> Tensor:
-        """Velocity loss of one batch of clean latents ``(B, C, ...)``.
-
-        For a denoiser that predicts the clean sample, its squared error is divided by the noise
-        variance, which makes it the same loss (Salimans and Ho 2022, appendix D), floored so that
-        almost clean latents do not dominate.
-        """
+        """Velocity loss of one batch of clean latents ``(B, C, ...)`` (Salimans and Ho 2022, appendix D)."""
         B = len(latents)
         level = torch.sigmoid(torch.randn(B, generator=generator) + NOISE_SHIFT[self.kind])
         even = torch.rand(B, generator=generator)
@@ -111,17 +106,13 @@ class ConditionedDenoiser(nn.Module):
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         predicted = self.predict(noisy, timesteps, self._condition(texts))
-        if self.scheduler.config.prediction_type == "v_prediction":
-            target: Tensor = self.scheduler.get_velocity(latents, noise, timesteps)
-            return (predicted - target).square().mean()
-        kept: Tensor = self.scheduler.alphas_cumprod.to(latents.device)[timesteps]
-        variance = (1 - kept).clamp(min=0.05)  # (B,)
-        return ((predicted - latents).square().flatten(1).mean(1) / variance).mean()
+        target: Tensor = self.scheduler.get_velocity(latents, noise, timesteps)
+        return (predicted - target).square().mean()
 
 
 def train_denoiser(
     kind: Kind, captions: CaptionEncoder, latents: NDArray[np.float16], folder: Path, config: FitConfig,
-    batch_size: int = 64,
+    pictures: UNet2DConditionModel | None = None,
 ) -> ConditionedDenoiser:  # fmt: skip
     """Train a denoiser; the result holds the averaged weights.
 
@@ -131,16 +122,19 @@ def train_denoiser(
         latents: scaled latents of the whole pool of this kind, ``(N, C, ...)``.
         folder: for checkpoints and logs.
         config: length and rates; it should ask for an average.
-        batch_size: scenes of each step.
+        pictures: the trained denoiser of pictures, from which that of clips is born.
 
     """
-    model = ConditionedDenoiser(kind, captions, build(kind))
+    denoiser = build(kind)
+    if pictures is not None:
+        inflate(pictures, denoiser)
+    model = ConditionedDenoiser(kind, captions, denoiser)
     listed: list[Scene] = pools.scenes(kind, len(latents))
     shares = list(accumulate(_share(scene) for scene in listed))
 
     def losses(step: int) -> dict[str, Tensor]:
         rng = config.randomness(step)
-        chosen = sorted(rng.choices(range(len(listed)), cum_weights=shares, k=batch_size))
+        chosen = sorted(rng.choices(range(len(listed)), cum_weights=shares, k=BATCHES[kind]))
         texts = ["" if rng.random() < CAPTION_DROPOUT else spoken(listed[i], rng) for i in chosen]
         batch = torch.from_numpy(latents[chosen].astype(np.float32)).to(training_device())
         return {"velocity": model.loss(batch, texts, config.noise(step))}

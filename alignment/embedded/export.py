@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AudioLDMPipeline, DDIMScheduler, StableDiffusionPipeline
+from diffusers import AudioLDMPipeline, DDIMScheduler, StableDiffusionPipeline, TextToVideoSDPipeline
 
 from alignment.embedded.captions import Kind
-from alignment.embedded.denoisers import SCHEDULES, ConditionedDenoiser
+from alignment.embedded.denoisers import SCHEDULE, ConditionedDenoiser
 from alignment.stages import Aligned
 from alignment.system import DECODERS
 from alignment.toybox.world import VIDEO_FPS, VIDEO_FRAMES
 from decoders.patch_autoencoder import PatchAutoencoderKL
-from decoders.stacked_video import TextToStackedVideoPipeline
 from decoders.vocoder import GriffinLimVocoder
 from encoders.media import Modality
 
@@ -31,7 +30,13 @@ MODALITIES: Mapping[Kind, Modality] = {
 }
 DEFAULTS: Mapping[Kind, Mapping[str, object]] = {
     "look": {"steps": 10, "guidance_scale": 2.0, "scheduler": "dpmsolver++"},
-    "clip": {"steps": 10, "guidance_scale": 3.0, "scheduler": "dpmsolver++"},
+    "clip": {
+        "steps": 10,
+        "guidance_scale": 2.0,
+        "scheduler": "dpmsolver++",
+        "num_frames": VIDEO_FRAMES,
+        "fps": VIDEO_FPS,
+    },
     "sound": {"steps": 10, "guidance_scale": 2.0, "scheduler": "dpmsolver++", "duration_s": 2.56},
 }
 
@@ -43,7 +48,7 @@ def export_decoder(kind: Kind, model: ConditionedDenoiser, vae: PatchAutoencoder
         "text_encoder": model.captions.model,
         "tokenizer": model.captions.tokenizer,
         "unet": model.denoiser,
-        "scheduler": DDIMScheduler(**SCHEDULES[kind]),
+        "scheduler": DDIMScheduler(**SCHEDULE),
     }
     pipeline: Any
     if kind == "look":
@@ -53,7 +58,7 @@ def export_decoder(kind: Kind, model: ConditionedDenoiser, vae: PatchAutoencoder
     elif kind == "sound":
         pipeline = AudioLDMPipeline(**parts, vocoder=GriffinLimVocoder())
     else:
-        pipeline = TextToStackedVideoPipeline(**parts, sample_size=8, num_frames=VIDEO_FRAMES, fps=VIDEO_FPS)
+        pipeline = TextToVideoSDPipeline(**parts)
     shutil.rmtree(folder, ignore_errors=True)
     halved = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     for part in halved.values():

@@ -28,7 +28,7 @@ BATCH = 32
 SHARES = {
     "text-to-many": 6.0,
     "conversation": 3.0,
-    "new-subject": 2.0,
+    "new-subject": 4.0,
     "decision": 4.0,
     "text+image-to-image": 2.0,
 }
