@@ -68,7 +68,7 @@ RECIPES: Mapping[str, FitConfig] = {
     "sound-captions": _CAPTIONS,
     "look-denoiser": _DENOISER,
     "clip-denoiser": replace(_DENOISER, num_steps=6000, average_decay=0.998, muon=True),
-    "sound-denoiser": replace(_DENOISER, num_steps=8000, learning_rate=1.5e-3, average_decay=0.998),
+    "sound-denoiser": replace(_DENOISER, average_decay=0.998, muon=True),
     "imagebind": FitConfig(
         num_steps=6000,
         learning_rate=1e-3,
@@ -76,6 +76,7 @@ RECIPES: Mapping[str, FitConfig] = {
         flat_fraction=0.4,
         weight_decay=0.02,
         log_every_steps=7,
+        muon=True,
     ),
     "language": FitConfig(
         num_steps=3000, learning_rate=2e-3, average_decay=0.995, flat_fraction=0.4, muon=True
@@ -87,7 +88,7 @@ RECIPES: Mapping[str, FitConfig] = {
         num_steps=700, learning_rate=1e-3, average_decay=0.99, flat_fraction=0.4, muon=True
     ),
     "instruction": FitConfig(
-        num_steps=3000, learning_rate=1e-3, average_decay=0.995, flat_fraction=0.4, muon=True
+        num_steps=2200, learning_rate=1e-3, average_decay=0.995, flat_fraction=0.4, muon=True
     ),
 }
 """The steps in their order, with lengths and rates that fit two cores."""
