@@ -5,6 +5,11 @@ computed in every n-th step only; in between, the outermost level works with the
 
 Source: Ma, Fang and Wang 2023, "DeepCache" (arXiv 2312.00858), section 3.3 with the outermost branch. There
 the pipeline is patched; here the same modules are hung into a second, shallow U-Net.
+
+Shape letters in this file:
+    R rows   F frames, 1 for a picture   C channels   h, w height and width
+
+Inside a 3-D U-Net the frames of all rows stand one after the other, R * F of them.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNet3DConditionModel
 from torch import Tensor, nn
 
 from decoders.denoising import Denoising, Predict, step
@@ -27,7 +32,7 @@ class DeepFeatures:
     The rows of features may be used by one call of the twin, or by several, one after the other.
     """
 
-    def __init__(self, network: UNet2DConditionModel) -> None:
+    def __init__(self, network: UNet2DConditionModel | UNet3DConditionModel) -> None:
         """Build the twin of a U-Net of two levels or more; it shares all weights."""
         unet: Any = network
         if len(unet.up_blocks) < 2:
@@ -48,7 +53,7 @@ class DeepFeatures:
 
     @contextmanager
     def recording(self) -> Iterator[list[Tensor]]:
-        """Collect the features of each call of the whole U-Net, ``(rows, channels, h, w)``."""
+        """Collect the features of each call of the whole U-Net, ``(R, F, C, h, w)``."""
         recorded: list[Tensor] = []
         self._recorded = recorded
         try:
@@ -62,12 +67,13 @@ class DeepFeatures:
         return self._recorded is not None
 
     def recall(self, features: Tensor) -> None:
-        """Give the shallow twin features for as many rows as it will be called with."""
+        """Give the shallow twin features ``(R, F, C, h, w)`` for as many rows as it will be called with."""
         self._middle.features, self._middle.used = features, 0
 
     def _on_last_level(self, block: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         if self._recorded is not None:
-            self._recorded.append(named["hidden_states"])
+            features = named["hidden_states"]  # (R * F, C, h, w)
+            self._recorded.append(features.unflatten(0, (-1, named.get("num_frames", 1))))
 
 
 def step_reusing(
@@ -114,14 +120,22 @@ def _keep(runs: Sequence[Denoising], keeping: Sequence[Denoising], features: Ten
 
 
 class _Kept(nn.Module):
-    """Stands in for all inner levels."""
+    """Stands in for all inner levels; takes what a 2-D or 3-D U-Net gives to its middle."""
 
     features: Tensor
     used: int
 
-    def forward(self, sample: Tensor, emb: Tensor) -> Tensor:
-        start, self.used = self.used, self.used + len(sample)
-        return self.features[start : self.used]
+    def forward(
+        self,
+        sample: Tensor,
+        emb: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        num_frames: int = 1,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+    ) -> Tensor:
+        start, self.used = self.used, self.used + len(sample) // num_frames
+        return self.features[start : self.used].flatten(0, 1)  # (R * F, C, h, w)
 
 
 def _twin(module: Any) -> Any:

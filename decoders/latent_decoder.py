@@ -20,7 +20,6 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -368,11 +367,6 @@ class LatentDecoder(ABC):
 
     def _deep_features(self) -> DeepFeatures:
         if self._deep is None:
-            if not isinstance(self._network, UNet2DConditionModel):
-                raise ValueError(
-                    f"deep_every needs a UNet2DConditionModel; this decoder has a "
-                    f"{type(self._network).__name__}. Leave it out."
-                )
             self._deep = DeepFeatures(self._network)
         return self._deep
 

@@ -78,16 +78,6 @@ class PipelineFolder:
             )
         return str(entry[1])
 
-    def number(self, name: str) -> Any:
-        """Return a number that ``model_index.json`` gives under ``name``."""
-        value = self.index.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise ValueError(
-                f"{self.path / 'model_index.json'} has {value!r} for {name}; expected a number above 0. "
-                f"Save the pipeline again."
-            )
-        return value
-
     def model(self, part: str, model_class: Any) -> Any:
         """Load the part ``part`` as ``model_class``: frozen, in evaluation mode, on this device."""
         folder = self.path / part

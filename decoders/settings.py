@@ -70,7 +70,7 @@ class DecodeSettings:
 
     ``guidance_scale`` up to 1 turns classifier-free guidance off, as in diffusers. Sizes are in pixels,
     ``duration_s`` in seconds (sound only), ``num_frames`` for video only. ``deep_every`` n above 1 computes
-    the deep features of a 2-D U-Net in every n-th step only, which is faster and less exact (see
+    the deep features of the U-Net in every n-th step only, which is faster and less exact (see
     :mod:`decoders.deep_features`); nothing else turns that on. ``lora`` names LoRA that the network wears
     for this request (see :mod:`decoders.lora`). ``strength``, in (0, 1], is how far to go away from a source
     that the request starts from; only that part of the steps is taken. Immutable; checked when made.

@@ -24,12 +24,7 @@ BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 NOT_MODELS = ("scheduler", "tokenizer", "feature_extractor", "safety_checker", "image_encoder")
 LINKS_OWN = "projection"
 TOWERS = {"vision": "vision tower", "audio": "audio tower"}
-TAKEN_APART = (
-    "StableDiffusionPipeline",
-    "TextToVideoSDPipeline",
-    "TextToStackedVideoPipeline",
-    "AudioLDMPipeline",
-)
+TAKEN_APART = ("StableDiffusionPipeline", "TextToVideoSDPipeline", "AudioLDMPipeline")
 """Pipelines whose text encoder is let go when it is not needed."""
 
 

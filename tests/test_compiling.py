@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from decoders.image import ImageDecoder
 from decoders.lora import DecoderLora
 from decoders.settings import DecodeSettings
-from encoders.media import Image, Modality
+from decoders.video import VideoDecoder
+from encoders.media import Image, Modality, Video
 from llm.engine import Engine, StepEvent
 from llm.generate import GenerationOptions
 from llm.request_lora import RequestLora, read_request_lora
@@ -58,16 +59,25 @@ def decoder(tmp_path: Path) -> ImageDecoder:
     return ImageDecoder.load(tiny_pipelines.saved(tiny_pipelines.image_pipeline(), tmp_path / "image"))
 
 
-def pixels(decoder: ImageDecoder, lora: DecoderLora | None = None, **settings: Any) -> NDArray[np.int64]:
+@pytest.fixture
+def video_decoder(tmp_path: Path) -> VideoDecoder:
+    return VideoDecoder.load(tiny_pipelines.saved(tiny_pipelines.video_pipeline(), tmp_path / "video"))
+
+
+def pixels(
+    decoder: ImageDecoder | VideoDecoder, lora: DecoderLora | None = None, **settings: Any
+) -> NDArray[np.int64]:
     wish = DecodeSettings(seed=1, steps=3, guidance_scale=2.0, lora=lora and lora.name, **settings)
     medium = decoder.decode(decoder.encode_caption("a bell"), wish, lora=lora).medium
-    assert isinstance(medium, Image)
-    return medium.pixels.astype(np.int64)
+    assert isinstance(medium, Image | Video)
+    return (medium.pixels if isinstance(medium, Image) else medium.frames).astype(np.int64)
 
 
+@pytest.mark.parametrize("kind", ["decoder", "video_decoder"])
 def test_a_compiled_decoder_makes_the_same_media_and_runs_plain_where_hooks_are_needed(
-    decoder: ImageDecoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    decoder: ImageDecoder | VideoDecoder = request.getfixturevalue(kind)
     write_unet_lora(decoder.unet, tmp_path / "ink", seed=1)
     lora = decoder.read_lora("ink", tmp_path / "ink")
     ways: list[dict[str, Any]] = [{}, {"deep_every": 2}, {"lora": lora}, {}]

@@ -509,7 +509,7 @@ def test_a_preset_of_converted_weights_answers_a_picture_with_words_and_media(
     )
     for modality, pipeline in (
         ("image", tiny_pipelines.image_pipeline()),
-        ("video", tiny_pipelines.unet_video_pipeline()),
+        ("video", tiny_pipelines.video_pipeline()),
         ("audio", tiny_pipelines.audio_pipeline()),
     ):
         tiny_pipelines.saved(pipeline, tmp_path / "weights" / modality)
@@ -520,7 +520,7 @@ def test_a_preset_of_converted_weights_answers_a_picture_with_words_and_media(
         "weights": "weights",
         "decoders": {
             "image": decoder | {"folder": "image"},
-            "video": decoder | {"folder": "video", "num_frames": 2},
+            "video": decoder | {"folder": "video"},
             "audio": decoder | {"folder": "audio"},
         },
         "generation": {"temperature": 1.5, "max_new_tokens": 150},

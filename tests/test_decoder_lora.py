@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from decoders.condition import Condition
 from decoders.engine import DenoisingEngine, EngineConfig
 from decoders.image import ImageDecoder
 from decoders.lora import DecoderLora, WornLora
@@ -146,7 +148,7 @@ def test_the_layout_that_diffusers_wrote_before_peft_is_read_too(
 
 
 def test_a_network_of_three_dimensions_is_adapted_too(tmp_path: Path) -> None:
-    pipeline = tiny_pipelines.unet_video_pipeline()
+    pipeline = tiny_pipelines.video_pipeline()
     decoder = VideoDecoder.load(tiny_pipelines.saved(pipeline, tmp_path / "video"))
     network = decoder._network
     targets = r".*(conv1\.2|to_v|resnets\.\d\.conv1)"
@@ -166,6 +168,40 @@ def test_a_network_of_three_dimensions_is_adapted_too(tmp_path: Path) -> None:
 
     torch.testing.assert_close(worn, merged, atol=1e-4, rtol=1e-3)
     assert (worn - plain).abs().max() > 0.01
+
+
+def test_videos_wear_lora_beside_others_with_guidance_and_with_features_that_are_kept(tmp_path: Path) -> None:
+    folder = tiny_pipelines.saved(tiny_pipelines.video_pipeline(), tmp_path / "video")
+    decoder, merged = VideoDecoder.load(folder), VideoDecoder.load(folder)
+    targets = r".*(conv1\.2|to_v|resnets\.\d\.conv1)"
+    add_to(
+        merged.unet, write_unet_lora(copy.deepcopy(merged.unet), tmp_path / "lora", 3, target_modules=targets)
+    )
+    lora = decoder.read_lora("x", tmp_path / "lora")
+    condition = decoder.encode_caption("a red drum")
+    wishes = [
+        DecodeSettings(seed=seed, steps=4, guidance_scale=scale, deep_every=every)
+        for seed, (scale, every) in enumerate([(3.0, None), (1.0, 2), (2.0, 3)])
+    ]
+    plans = [decoder.plan(condition, replace(wish, lora="x"), lora=lora) for wish in wishes]
+    runs = [decoder.begin([plan]) for plan in plans]
+
+    while not runs[0].finished:
+        decoder.step(runs, plans)
+
+    for run, wish in zip(runs, wishes, strict=True):
+        worn, plain = latents_of(merged, condition, wish), latents_of(decoder, condition, wish)
+        torch.testing.assert_close(run.latents, worn, atol=1e-3, rtol=1e-3)
+        assert (run.latents - plain).abs().max() > 0.1
+
+
+def latents_of(decoder: VideoDecoder, condition: Condition, wish: DecodeSettings) -> Tensor:
+    """Carry out one wish alone."""
+    plan = decoder.plan(condition, wish)
+    run = decoder.begin([plan])
+    while not run.finished:
+        decoder.step([run], [plan])
+    return run.latents
 
 
 def test_settings_and_lora_must_be_of_one_name(decoder: ImageDecoder, folders: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 import asyncio
 from collections.abc import Callable
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from decoders.audio import AudioDecoder
 from decoders.condition import Condition
-from decoders.deep_features import DeepFeatures
 from decoders.engine import DenoisingEngine
 from decoders.image import ImageDecoder
 from decoders.latent_decoder import LatentDecoder
@@ -23,7 +23,11 @@ from tests import tiny_pipelines
 
 KINDS: dict[str, tuple[type[LatentDecoder], Callable[[], Any]]] = {
     "image": (ImageDecoder, tiny_pipelines.image_pipeline),
-    "stacked video": (VideoDecoder, tiny_pipelines.stacked_video_pipeline),
+    "video": (VideoDecoder, tiny_pipelines.video_pipeline),
+    "video, attention outside": (
+        VideoDecoder,
+        partial(tiny_pipelines.video_pipeline, attention_outside=True),
+    ),
     "audio": (AudioDecoder, tiny_pipelines.audio_pipeline),
 }
 
@@ -75,7 +79,8 @@ def test_the_deep_part_runs_in_every_nth_step_only(decoder: LatentDecoder, condi
     decoder.decode(condition, DecodeSettings(steps=7, guidance_scale=3.0, deep_every=3))
     hook.remove()
 
-    assert calls == [2, 2, 2]
+    frames = decoder.plan(condition).shape[1] if isinstance(decoder, VideoDecoder) else 1
+    assert calls == [2 * frames] * 3
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -145,12 +150,8 @@ def test_a_request_that_reuses_is_cheaper(decoder: LatentDecoder, condition: Con
     np.testing.assert_allclose(rows, [2.0, 1.5, 1.25])
 
 
-def test_networks_without_kept_features_refuse(tmp_path: Path) -> None:
-    decoder = VideoDecoder.load(tiny_pipelines.saved(tiny_pipelines.unet_video_pipeline(), tmp_path))
-    with pytest.raises(ValueError, match="deep_every needs a UNet2DConditionModel"):
-        decoder.plan(decoder.encode_caption("bell"), DecodeSettings(deep_every=2))
+def test_a_network_of_one_level_refuses(tmp_path: Path) -> None:
+    decoder = ImageDecoder.load(tiny_pipelines.saved(tiny_pipelines.image_pipeline(levels=1), tmp_path))
 
-    flat = tiny_pipelines.image_pipeline().unet
-    flat.up_blocks = flat.up_blocks[1:]
     with pytest.raises(ValueError, match="one level only"):
-        DeepFeatures(flat)
+        decoder.plan(decoder.encode_caption("bell"), DecodeSettings(deep_every=2))

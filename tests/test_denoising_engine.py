@@ -36,8 +36,7 @@ CAPTIONS = ["a big red bell", "a small blue drum", "bell", "a red drum", "big bl
 
 KINDS: dict[str, tuple[type[LatentDecoder], Callable[[], Any]]] = {
     "image": (ImageDecoder, tiny_pipelines.image_pipeline),
-    "unet video": (VideoDecoder, tiny_pipelines.unet_video_pipeline),
-    "stacked video": (VideoDecoder, tiny_pipelines.stacked_video_pipeline),
+    "video": (VideoDecoder, tiny_pipelines.video_pipeline),
     "audio": (AudioDecoder, tiny_pipelines.audio_pipeline),
 }
 
@@ -45,8 +44,7 @@ KINDS: dict[str, tuple[type[LatentDecoder], Callable[[], Any]]] = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
-        kind: tiny_pipelines.saved(make(), tmp_path_factory.mktemp(kind.replace(" ", "_")))
-        for kind, (_, make) in KINDS.items()
+        kind: tiny_pipelines.saved(make(), tmp_path_factory.mktemp(kind)) for kind, (_, make) in KINDS.items()
     }
 
 
@@ -130,10 +128,9 @@ def from_pipeline(kind: str, folder: Path, wish: DecodeSettings, caption: str) -
         pipeline.vae.decode = lambda latents, *a, **k: caught.append(latents) or decode(latents, *a, **k)
         pipeline(caption, audio_length_in_s=wish.duration_s, **options)
         return caught[0] * pipeline.vae.config.scaling_factor
-    if kind == "unet video":
-        options |= {"num_frames": wish.num_frames, "height": 64, "width": 64}
-    made = pipeline(caption, output_type="latent", **options)
-    return getattr(made, "images", getattr(made, "frames", made))
+    if kind == "video":
+        return pipeline(caption, output_type="latent", num_frames=tiny_pipelines.FRAMES, **options).frames
+    return pipeline(caption, output_type="latent", **options).images
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -146,11 +143,7 @@ async def test_requests_that_join_and_leave_between_steps_equal_the_diffusers_pi
     decoder = loaded[kind]
     kept, batches = kept_latents(decoder, monkeypatch), network_batches(decoder, monkeypatch)
     engine = DenoisingEngine(decoder, EngineConfig(max_batch=6, max_wait_s=1e6))
-    sizes: dict[str, Any] = {}
-    if kind == "unet video":
-        sizes = {"num_frames": 3}
-    if kind == "audio":
-        sizes = {"duration_s": 0.05}
+    sizes = {"duration_s": 0.05} if kind == "audio" else {}
     wishes = [
         DecodeSettings(seed=10 + i, steps=6 + i, guidance_scale=g, scheduler=SCHEDULER_NAMES[i % 3], **sizes)
         for i, g in enumerate((3.0, 1.0, 4.5, 2.0, 7.0, 0.0))
@@ -185,7 +178,7 @@ async def test_requests_that_join_and_leave_between_steps_equal_the_diffusers_pi
     assert len(set(batches)) > 3
 
 
-@pytest.mark.parametrize("kind", ["image", "unet video", "stacked video", "audio"])
+@pytest.mark.parametrize("kind", ["image", "video", "audio"])
 async def test_a_start_from_a_source_equals_the_decoder_alone(
     kind: str, loaded: dict[str, LatentDecoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -474,7 +467,7 @@ async def test_another_error_of_one_request_does_not_touch_the_others(
 async def test_media_that_do_not_fit_together_are_made_alone_in_slices_and_then_in_tiles(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tiled: bool
 ) -> None:
-    decoder = VideoDecoder.load(folders["stacked video"])
+    decoder = VideoDecoder.load(folders["video"])
     engine = DenoisingEngine(decoder, EngineConfig(max_batch=4))
     wishes = [DecodeSettings(seed=i, steps=2) for i in range(2)]
     expected = [decoder.decode(condition(decoder), wish).medium.frames for wish in wishes]
@@ -493,7 +486,7 @@ async def test_media_that_do_not_fit_together_are_made_alone_in_slices_and_then_
 
     for result, frames in zip(results, expected, strict=True):
         assert np.abs(result.medium.frames.astype(int) - frames).max() <= 1
-    assert tried.count((1, tiled)) == 16
+    assert tried.count((1, tiled)) == 2 * tiny_pipelines.FRAMES
     assert tried.count((1, not tiled)) == (2 if tiled else 0)
     assert not decoder.vae.use_tiling
 
@@ -542,7 +535,7 @@ async def test_with_the_last_memory_networks_that_rest_go_to_main_memory_and_com
 
 
 @pytest.mark.parametrize("point", ["begin", "step", "media"])
-@pytest.mark.parametrize("kind", ["image", "stacked video", "audio"])
+@pytest.mark.parametrize("kind", ["image", "video", "audio"])
 async def test_a_request_that_never_fits_fails_alone_wherever_it_fails(
     kind: str, point: str, loaded: dict[str, LatentDecoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AudioLDMPipeline, StableDiffusionPipeline
+from diffusers import AudioLDMPipeline, StableDiffusionPipeline, TextToVideoSDPipeline
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -13,7 +13,6 @@ from alignment.system import Folders, System
 from alignment.toybox.cycles import CYCLES
 from alignment.toybox.exercises import DIRECTIONS
 from decoders.settings import DecodeSettings
-from decoders.stacked_video import TextToStackedVideoPipeline
 from encoders.media import Image, Modality
 from llm.signals import Signal
 from llm.template import Message
@@ -49,13 +48,13 @@ def test_all_weights_together_are_under_48_mb_and_none_is_a_pickle() -> None:
 def test_every_folder_loads_with_its_own_library() -> None:
     image = StableDiffusionPipeline.from_pretrained(WEIGHTS / "image", torch_dtype=torch.float32)
     sound = AudioLDMPipeline.from_pretrained(WEIGHTS / "audio", torch_dtype=torch.float32)
-    video = TextToStackedVideoPipeline.from_pretrained(WEIGHTS / "video", torch_dtype=torch.float32)
+    video = TextToVideoSDPipeline.from_pretrained(WEIGHTS / "video", torch_dtype=torch.float32)
     base = AutoModelForCausalLM.from_pretrained(WEIGHTS / "llm" / "base")
     adapted = PeftModel.from_pretrained(base, str(WEIGHTS / "llm" / "adapter"))
 
     assert image.unet.config.sample_size == 8
     assert sound.vocoder.config.sampling_rate == 16_000
-    assert video.unet.config.in_channels == 8 * video.vae.config.latent_channels
+    assert video.unet.config.in_channels == video.vae.config.latent_channels
     assert adapted.config.vocab_size <= len(AutoTokenizer.from_pretrained(WEIGHTS / "llm" / "base"))
 
 

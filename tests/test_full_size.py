@@ -18,7 +18,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Sizes:
     folder = tmp_path_factory.mktemp("sizes")
     pipelines = {
         Modality.IMAGE: tiny_pipelines.image_pipeline,
-        Modality.VIDEO: tiny_pipelines.unet_video_pipeline,
+        Modality.VIDEO: tiny_pipelines.video_pipeline,
         Modality.AUDIO: tiny_pipelines.audio_pipeline,
     }
     for modality, pipeline in pipelines.items():
@@ -38,7 +38,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Sizes:
         probe=32,
         settings=(
             (Modality.IMAGE, DecodeSettings(width_px=16, height_px=16)),
-            (Modality.VIDEO, DecodeSettings(width_px=64, height_px=64, num_frames=2)),
+            (Modality.VIDEO, DecodeSettings(width_px=16, height_px=16, num_frames=2)),
             (Modality.AUDIO, DecodeSettings(duration_s=0.05)),
         ),
     )

@@ -102,13 +102,13 @@ def kept_latents(decoder: LatentDecoder) -> Tensor:
 
 
 def test_a_video_shows_its_middle_frame(tmp_path: Path) -> None:
-    decoder = VideoDecoder.load(tiny_pipelines.saved(tiny_pipelines.stacked_video_pipeline(), tmp_path))
-    latents = torch.zeros(4, 8, 8, 8)
+    decoder = VideoDecoder.load(tiny_pipelines.saved(tiny_pipelines.video_pipeline(), tmp_path))
+    latents = torch.zeros(4, 5, 8, 8)
     blank = decoder.preview(latents).pixels
     changed = latents.clone()
-    changed[:, 4] = 2.0
+    changed[:, 2] = 2.0
     others = torch.full_like(latents, 2.0)
-    others[:, 4] = 0.0
+    others[:, 2] = 0.0
 
     assert (decoder.preview(changed).pixels != blank).any()
     np.testing.assert_array_equal(decoder.preview(others).pixels, blank)

@@ -36,7 +36,7 @@ def xl(xl_folder: Path) -> WholePipeline:
 @pytest.fixture(scope="module")
 def video(tmp_path_factory: pytest.TempPathFactory) -> WholePipeline:
     folder = tmp_path_factory.mktemp("video")
-    return WholePipeline.load(tiny_pipelines.saved(tiny_pipelines.unet_video_pipeline(), folder))
+    return WholePipeline.load(tiny_pipelines.saved(tiny_pipelines.video_pipeline(), folder))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_a_video_from_words_equals_the_pipeline(video: WholePipeline) -> None:
         video.encode_caption(CAPTION), DecodeSettings(seed=7, steps=3, guidance_scale=2.0, num_frames=3)
     )
 
-    expected = called(tiny_pipelines.unet_video_pipeline(), guidance_scale=2.0, num_frames=3).frames[0]
+    expected = called(tiny_pipelines.video_pipeline(), guidance_scale=2.0, num_frames=3).frames[0]
     assert isinstance(decoded.medium, Video)
     np.testing.assert_array_equal(decoded.medium.frames, (expected * 255).round().astype(np.uint8))
 

@@ -38,7 +38,7 @@ def write_tiny_preset(folder: Path) -> Path:
     tiny_speaker().save(weights / "llm")
     pipelines = {
         Modality.IMAGE: tiny_pipelines.image_pipeline,
-        Modality.VIDEO: tiny_pipelines.stacked_video_pipeline,
+        Modality.VIDEO: tiny_pipelines.video_pipeline,
         Modality.AUDIO: tiny_pipelines.audio_pipeline,
     }
     for modality, pipeline in pipelines.items():

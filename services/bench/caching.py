@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from statistics import median
 
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNet3DConditionModel
 
 from alignment.toybox.exercises import FreshScenes, judged
 from alignment.toybox.grammar import caption
@@ -34,7 +34,8 @@ WHOLE = "every step whole"
 def measure(decoder: LatentDecoder, quick: bool) -> list[BenchRow]:
     """Measure one decoder; none at all if its network has no features that could be reused."""
     network = getattr(decoder, "_network", None)
-    if not isinstance(network, UNet2DConditionModel) or len(network.config.up_block_types) < 2:  # type: ignore[attr-defined]
+    unets = UNet2DConditionModel | UNet3DConditionModel
+    if not isinstance(network, unets) or len(network.config.up_block_types) < 2:  # type: ignore[union-attr]
         return []
     settings = QUICK_SETTINGS if quick else SETTINGS
     scenes = draw_scenes(decoder.modality, QUICK_SAMPLES if quick else SAMPLES)

@@ -15,7 +15,7 @@ from decoders.denoising import make_scheduler
 from decoders.latent_decoder import LatentDecoder
 from decoders.pipeline_folder import PipelineFolder
 from decoders.settings import DecodeSettings
-from decoders.stacked_video import TextToStackedVideoPipeline
+from decoders.video import USUAL_FPS
 from encoders.media import Audio, Image, Medium, Modality, Video
 
 CAPTION = "a big red bell"
@@ -84,21 +84,14 @@ def pipeline(decoder: LatentDecoder, parts: Parts, settings: DecodeSettings | No
         case Modality.AUDIO:
             made = AudioLDMPipeline(**shared, vocoder=parts.vocoder)
             options["audio_length_in_s"] = chosen.duration_s or decoder.defaults.duration_s
-        case _ if decoder.folder.pipeline_class == "TextToVideoSDPipeline":
+        case _:
             made = TextToVideoSDPipeline(**shared)
             options |= {**sizes, "num_frames": plan.shape[1]}
-        case _:
-            frames, size = plan.shape[1:3]
-            made = TextToStackedVideoPipeline(**shared, sample_size=size, num_frames=frames)
     made.set_progress_bar_config(disable=True)
 
     def call(condition: Condition, seed: int) -> Any:
         generator = torch.Generator().manual_seed(seed)
         prompt = condition.embeddings[None].to(null)
-        if isinstance(made, TextToStackedVideoPipeline):
-            states = torch.cat([prompt, null])
-            made.encode_prompt = lambda prompt: states  # type: ignore[method-assign]
-            return made(CAPTION, generator=generator, **options)
         negative = null
         if decoder.modality is Modality.AUDIO:
             prompt, negative = torch.nn.functional.normalize(prompt[:, 0], dim=-1), null[:, 0]
@@ -116,6 +109,5 @@ def medium_of(modality: Modality, output: Any, decoder: LatentDecoder) -> Medium
         case Modality.AUDIO:
             return Audio(output.audios[0].clip(-1, 1), int(owner.vocoder.config.sampling_rate))
         case _:
-            frames = np.asarray(getattr(output, "frames", output)[0])
-            pixels = (frames * 255).round().astype(np.uint8)
-            return Video(pixels, decoder.defaults.fps or owner._usual_fps)
+            pixels = (np.asarray(output.frames[0]) * 255).round().astype(np.uint8)
+            return Video(pixels, decoder.defaults.fps or USUAL_FPS)
