@@ -88,8 +88,7 @@ class LocalDecoder:
         with loading(f"{self.modality.value} decoder"):
             decoder = load_decoder(self.modality, self.key.folder, self.key.device, self.key.dtype)
             decoder.use_vae(self.chosen.vae)
-            if self.chosen.compile:
-                compile_if_possible(f"{self.modality.value} decoder", decoder.compile)
+            compile_if_possible(f"{self.modality.value} decoder", self.chosen.compile, decoder)
             if isinstance(decoder, WholePipeline):
                 return PipelineEngine(decoder, config)
             decoder.forget_text_encoder()
