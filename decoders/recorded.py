@@ -1,8 +1,8 @@
 """A denoising network that was recorded once and is repeated without Python.
 
 Small networks on a CPU spend a third of their time in Python between the operations, and hold its lock
-there, so that two of them in one process wait for each other. A recording does the very same operations
-with the same weights in memory.
+there, so that two of them in one process wait for each other. A recording does the same operations with
+the same weights in memory; results differ by rounding at most.
 
 Shape letters in this file:
     B rows of one call of the network   ... latent shape, channels first   S, E condition tokens and width
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 Run = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 """(network, latents ``(B, ...)``, timesteps ``(B,)``, conditions ``(B, S, E)``) -> ``(B, ...)``."""
+
+ROUNDING = 1e-2
+"""How much of the largest value may be rounding, in half precision too."""
 
 _ROWS, _CHECKED_ROWS = 3, (1, 2, 4)
 
@@ -49,7 +52,8 @@ class RecordedNetwork:
         with torch.inference_mode():
             for rows in _CHECKED_ROWS:
                 example = self._example(rows)
-                if not torch.equal(plain(*example), self(*example)):
+                wanted = plain(*example)
+                if not (self(*example) - wanted).abs().max() <= ROUNDING * wanted.abs().max():
                     raise RuntimeError(
                         f"the recording of a {type(network).__name__} computes something else for {rows} rows"
                     )

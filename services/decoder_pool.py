@@ -99,7 +99,10 @@ class DecoderPool:
         """
         ticket = self._queued(key, need, load)
         try:
-            await asyncio.wrap_future(ticket.granted)
+            if ticket.granted.done():
+                ticket.granted.result()
+            else:
+                await asyncio.wrap_future(ticket.granted)
         except BaseException:  # cancelled too: who does not wait any more must give its ticket back
             self._leave(ticket)
             raise
