@@ -324,6 +324,10 @@ class SlotModel:
                     traced[way] = torch.jit.trace(one, inputs, check_trace=False)
                     self.cache.hold(kept)
             self._check_same(traced)
+        except RuntimeError:
+            raise
+        except Exception as error:
+            raise RuntimeError(f"a {type(self._base).__name__} cannot be recorded: {error}") from error
         finally:
             self.cache.hold(kept)
         self._traced = traced
