@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -77,7 +78,7 @@ def decoder_rows(decoder: LatentDecoder, rounds: int) -> list[BenchRow]:
                 {"compile_s": compile_s},
             )
         )
-        _, seconds = _alternating(lambda rows=rows: recorded(*rows), lambda: step(plain), rounds)
+        _, seconds = _alternating(partial(recorded, *rows), partial(step, plain), rounds)
         result.append(
             BenchRow(
                 f"{decoder.modality.value} step of {count} rows, recorded",
