@@ -39,6 +39,7 @@ from decoders.patch_autoencoder import PatchAutoencoderKL
 from decoders.pipeline_folder import DEFAULTS_FILE, PipelineFolder
 from decoders.plan import Decoded, Plan
 from decoders.preview import LinearPreview
+from decoders.recorded import RecordedNetwork
 from decoders.settings import USUAL_STRENGTH, DecoderDefaults, DecodeSettings
 from decoders.thrift import Thrift, aside
 from encoders.media import Image, Medium, Modality
@@ -71,6 +72,7 @@ class LatentDecoder(ABC):
         self._vae_use: VaeUse = "whole"
         self._worn = WornLora(self._network)
         self._compiled: Any = None
+        self._recorded: RecordedNetwork | None = None
         null = folder.saved_null()
         self._null = self.embed_captions([""])[0] if null is None else null  # (S, E)
         if self._null.ndim != 2 or self._null.shape[1] != self._condition_width():
@@ -173,6 +175,18 @@ class LatentDecoder(ABC):
         except Exception:
             self._compiled = None
             raise
+
+    def trace(self) -> None:
+        """Record the denoising network and repeat it without Python, for whole steps at the usual size.
+
+        Steps with LoRA, and those of networks that have hooks, go on as they are.
+
+        Raises:
+            RuntimeError: the network cannot be recorded. The decoder goes on as it is.
+
+        """
+        null = self._prepared(self._null[None].to(self.folder.device, self.folder.dtype))[0]
+        self._recorded = RecordedNetwork(self._network, self._run, self._latent_shape(DecodeSettings()), null)
 
     def move(self, device: torch.device | str) -> None:
         """Move all weights to ``device``. Before anything is decoded they must be on the decoder's own."""
@@ -372,8 +386,11 @@ class LatentDecoder(ABC):
 
     def _predict(self, latents: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
         """Run the denoising network; each row has its own timestep."""
-        # Compiled code knows nothing of hooks, by which LoRA and deep features work.
+        # Other code than Python's knows nothing of hooks, which LoRA, deep features and onlookers need.
         hooked = not self._worn.nothing or (self._deep is not None and self._deep.is_recording)
+        hooked = hooked or bool(self._network._forward_hooks or self._network._forward_pre_hooks)
+        if not hooked and self._recorded is not None and self._recorded.fits(latents):
+            return self._recorded(latents, timesteps, conditions)
         network = self._network if hooked or self._compiled is None else self._compiled
         return self._run(network, latents, timesteps, conditions)
 

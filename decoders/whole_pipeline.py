@@ -183,6 +183,10 @@ class WholePipeline:
             f"Take compile out of the preset."
         )
 
+    def trace(self) -> None:
+        """Raise ValueError: neither are they recorded."""
+        self.compile()
+
     def encode_source(self, medium: Medium, settings: DecodeSettings | None = None) -> Tensor:
         """Raise ValueError: pipelines that are not taken apart always start from noise."""
         raise self._no_source()

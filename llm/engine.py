@@ -154,6 +154,15 @@ class Engine:
         """
         self._slot_model.compile(backend)
 
+    def trace(self) -> None:
+        """Record passes and repeat them without Python, but not those with LoRA; before any request.
+
+        Raises:
+            RuntimeError: the base cannot be recorded. The engine goes on as before.
+
+        """
+        self._slot_model.trace()
+
     # --- requests ---------------------------------------------------------------------------------
 
     def prepare(

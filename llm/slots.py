@@ -11,17 +11,26 @@ Shape letters in this file:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from llm.model import LanguageModel
 
 GROWTH = 256  # the cache's first size in positions; it doubles when that is not enough
+COPIED_BYTES = 1 << 20
+"""A pass on a CPU copies its rows together where one tensor of them is larger than this. Attention reads a
+row once per head, and what has left the core's own cache in between comes slowly; a copy stays there."""
+ROUNDING = 1e-2
+"""How much of the largest value may be rounding, in half precision too."""
+
+Bounds = tuple[int, int] | tuple[Tensor, Tensor]
+"""Tensors where a pass is recorded, which would keep numbers as they were then."""
 
 
 class SlotLayer(CacheLayerMixin):
@@ -139,16 +148,26 @@ class SlotCache(Cache):
         rows = seen[self._rows] if isinstance(self._rows, slice) else seen.index_select(0, self._rows)
         return rows.transpose(1, 2)
 
+    def tensors(self) -> list[Tensor]:
+        """Return keys and values of all layers, ``(S, C, H, K)`` each; none before the first pass."""
+        layers = [layer for layer in self.kept if layer.is_initialized]
+        return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+
+    def hold(self, tensors: Sequence[Tensor]) -> None:
+        """Keep ``tensors``, in the order of :meth:`tensors`, in place of what is there."""
+        for number, layer in enumerate(self.kept):
+            layer.keys, layer.values = tensors[2 * number : 2 * number + 2]
+
     @torch.inference_mode()
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` positions of one slot to another."""
-        for tensor in self._tensors():
+        for tensor in self.tensors():
             tensor[target, :length] = tensor[source, :length]
 
     @torch.inference_mode()
     def swap(self, one: int, other: int, length: int) -> None:
         """Exchange the first ``length`` positions of two slots."""
-        for tensor in self._tensors():
+        for tensor in self.tensors():
             kept = tensor[one, :length].clone()
             tensor[one, :length] = tensor[other, :length]
             tensor[other, :length] = kept
@@ -156,12 +175,69 @@ class SlotCache(Cache):
     @torch.inference_mode()
     def clear(self, slot: int) -> None:
         """Zero a slot, so that nothing that is not a number stays in it."""
-        for tensor in self._tensors():
+        for tensor in self.tensors():
             tensor[slot] = 0
 
-    def _tensors(self) -> list[Tensor]:
-        layers = [layer for layer in self.kept if layer.is_initialized]
-        return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+
+class SlotPass(nn.Module):
+    """One pass of the base over slots, in which all that changes from pass to pass is a tensor.
+
+    Args:
+        base: of the model, or what stands in for it.
+        cache: what the base reads and writes.
+        context: positions per slot.
+        copies: whether the rows are copied together. Else they must be neighbours.
+
+    """
+
+    def __init__(self, base: Any, cache: SlotCache, context: int, *, copies: bool) -> None:
+        super().__init__()
+        self.base, self.cache, self.context, self.copies = base, cache, context, copies
+        self.windows = {
+            "sliding_attention" if layer.is_sliding else "full_attention": layer.window
+            for layer in cache.kept
+        }
+
+    def forward(
+        self, embeddings: Tensor, at: Tensor, rows: Tensor, between: Bounds, steps: Tensor, *kept: Tensor
+    ) -> Tensor:
+        """Return the last hidden states ``(B, T, D)``.
+
+        Args:
+            embeddings: ``(B, T, D)`` in the dtype of the base.
+            at: ``(B, T)``, where in its slot each of them is.
+            rows: ``(B,)``, the slots.
+            between: the first slot, and the first behind the last.
+            steps: ``(L,)``, the positions that the pass looks back on: 0, 1, 2 and so on.
+            kept: what the cache is to hold. None leaves there what is there.
+
+        """
+        if kept:
+            self.cache.hold(kept)
+        num_positions = kept[0].shape[1] if kept else self.cache.num_positions
+        spare = num_positions - 1  # padding beyond the context is written there
+        places = (rows[:, None] * num_positions + at.clamp(max=spare)).view(-1)
+        self.cache.aim(places, rows if self.copies else slice(*between), steps.shape[0])
+        output = self.base(
+            inputs_embeds=embeddings,
+            attention_mask=self._mask(at, steps, embeddings.dtype),
+            position_ids=at.clamp(max=self.context - 1),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def _mask(self, at: Tensor, steps: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+        """Return ``(B, 1, T, L)``, 0 for what a position sees; one per kind of layer if there are two."""
+        back = at[:, None, :, None] - steps  # (B, 1, T, L)
+        zeros = torch.zeros_like(back, dtype=dtype)
+        lowest = torch.finfo(dtype).min
+        masks = {
+            kind: zeros.masked_fill(back < 0 if window is None else (back < 0) | (back >= window), lowest)
+            for kind, window in self.windows.items()
+        }
+        return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
 class SlotModel:
@@ -194,11 +270,14 @@ class SlotModel:
                 f"The base was loaded with {attention!r} attention; the engine needs an additive mask. "
                 f"Load it with attn_implementation='sdpa' or 'eager'."
             )
-        self._windows = {
-            "sliding_attention" if w.is_sliding else "full_attention": w.window for w in self.cache.kept
-        }
         self._steps = torch.arange(context + 1, device=self._device)
-        self._compiled: Any = None
+        self._passes = self._made_of(self._base)
+        self._compiled: Mapping[bool, SlotPass] | None = None
+        self._traced: Mapping[bool, Any] | None = None
+
+    def _made_of(self, base: Any) -> Mapping[bool, SlotPass]:
+        """Return both ways to take a pass, by whether they copy."""
+        return {way: SlotPass(base, self.cache, self.context, copies=way).eval() for way in (False, True)}
 
     def compile(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile passes that feed one position per row, unless they are to be ``plain``.
@@ -209,15 +288,66 @@ class SlotModel:
             RuntimeError: it cannot be compiled; passes go on uncompiled.
 
         """
-        self._compiled = torch.compile(self._base, dynamic=True, backend=backend)
-        width = self.model.embed(torch.tensor([[0]], device=self._device)).shape[-1]
+        self._compiled = self._made_of(torch.compile(self._base, dynamic=True, backend=backend))
         try:
             for rows in {1, min(2, self.cache.kept[0].num_slots)}:  # one row is a case of its own
-                row = torch.zeros(rows, 1, width, device=self._device)
-                self.run(row, range(rows), [0] * rows)
+                self.run(self._noise(rows, 1), range(rows), [0] * rows)
         except Exception:
             self._compiled = None
             raise
+
+    @torch.inference_mode()
+    def trace(self) -> None:
+        """Record a pass once, to repeat it without Python, unless passes are to be ``plain``.
+
+        What is recorded are the same operations on the same weights in memory: results differ by rounding at
+        most. It takes less time where operations are small, and no other thread waits for Python meanwhile.
+        What slots hold is lost.
+
+        Raises:
+            RuntimeError: the base cannot be recorded, or does something else when it is repeated; passes
+                go on as before.
+
+        """
+        num_slots = self.cache.kept[0].num_slots
+        self.run(self._noise(1, 2), [0], [0])  # makes the cache
+        kept = self.cache.tensors()
+        example = (self._noise(num_slots, 3), list(range(num_slots)), [1] * num_slots)
+        self._traced = None
+        traced = {}
+        try:
+            with warnings.catch_warnings():
+                # TorchScript is deprecated for torch.compile, which needs a C++ compiler and takes longer.
+                warnings.simplefilter("ignore")
+                for way, one in self._passes.items():
+                    inputs = self._recorded_inputs(*example)
+                    traced[way] = torch.jit.trace(one, inputs, check_trace=False)
+                    self.cache.hold(kept)
+            self._check_same(traced)
+        except RuntimeError:
+            raise
+        except Exception as error:
+            raise RuntimeError(f"a {type(self._base).__name__} cannot be recorded: {error}") from error
+        finally:
+            self.cache.hold(kept)
+        self._traced = traced
+
+    def _check_same(self, traced: Mapping[bool, Any]) -> None:
+        num_slots = self.cache.kept[0].num_slots
+        for rows, length, start in ((1, 1, 6), (num_slots, 1, 5), (1, 4, 0)):
+            what = self._noise(rows, length), list(range(rows)), [start] * rows
+            for way, repeat in traced.items():
+                wanted = self._passes[way](*self._inputs(*what))
+                error = (repeat(*self._recorded_inputs(*what)) - wanted).abs().max()
+                if not error <= ROUNDING * wanted.abs().max():
+                    raise RuntimeError(
+                        f"a recorded pass of {type(self._base).__name__} computes something else when it is "
+                        f"repeated for {rows} rows of {length}"
+                    )
+
+    def _noise(self, rows: int, length: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(rows, length, self.model.width, generator=generator).to(self._device) / 8
 
     @torch.inference_mode()
     def run(
@@ -229,43 +359,51 @@ class SlotModel:
             embeddings: ``(B, T, D)`` float32. Rows that have fewer than T positions to feed are padded at
                 the right with anything finite; what padding leaves in the cache is hidden until it is
                 overwritten.
-            rows: the B slots, ascending. One pass over neighbours copies no cache.
+            rows: the B slots, ascending. One pass over neighbours copies no cache, unless that is faster.
             starts: for each row, how many of its positions came before.
-            plain: keep out of compiled code, which knows nothing of hooks.
+            plain: keep out of compiled or recorded code, which knows nothing of hooks.
 
         Returns:
             ``(B, T, D)`` after the final norm, in the dtype of the base; an inference tensor.
 
         """
-        length = embeddings.shape[1]
-        seen = min(max(starts) + length, self.context)
+        seen = min(max(starts) + embeddings.shape[1], self.context)
         self.cache.reserve(seen + 1, self.context + 1)
-        first = torch.tensor([starts], device=self._device).T  # (B, 1)
-        at = first + self._steps[:length]  # (B, T)
-        spare = self.cache.num_positions - 1  # padding beyond the context is written there
-        positions = at.clamp(max=self.context - 1) if max(starts) + length > self.context else at
-        slots = torch.tensor([rows], device=self._device).T
-        places = (slots * self.cache.num_positions + at.clamp(max=spare)).view(-1)
-        near = rows[-1] - rows[0] == len(rows) - 1
-        self.cache.aim(places, slice(rows[0], rows[-1] + 1) if near else slots[:, 0], seen)
-        base = self._base if plain or length > 1 or self._compiled is None else self._compiled
-        output = base(
-            inputs_embeds=embeddings.to(self._dtype),
-            attention_mask=self._mask(at, seen),
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        hidden: Tensor = output.last_hidden_state
+        copies = rows[-1] - rows[0] != len(rows) - 1 or self._is_long(len(rows) * seen)
+        if self._traced is not None and not plain:
+            # Optimising gains nothing here, and the first passes of every shape would take long.
+            with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+                again: Tensor = self._traced[copies](*self._recorded_inputs(embeddings, rows, starts))
+            return again
+        is_compiled = self._compiled is not None and not plain and embeddings.shape[1] == 1
+        passes = self._compiled if self._compiled is not None and is_compiled else self._passes
+        hidden: Tensor = passes[copies](*self._inputs(embeddings, rows, starts))
         return hidden
 
-    def _mask(self, at: Tensor, seen: int) -> Tensor | dict[str, Tensor]:
-        """Return ``(B, 1, T, L)``, 0 for what a position sees; one per kind of layer if there are two."""
-        back = at[:, None, :, None] - self._steps[:seen]  # (B, 1, T, L)
-        zeros = torch.zeros(back.shape, dtype=self._dtype, device=self._device)
-        lowest = torch.finfo(self._dtype).min
-        masks = {
-            kind: zeros.masked_fill(back < 0 if window is None else (back < 0) | (back >= window), lowest)
-            for kind, window in self._windows.items()
-        }
-        return masks if len(masks) > 1 else next(iter(masks.values()))
+    def _inputs(
+        self, embeddings: Tensor, rows: Sequence[int], starts: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor, Bounds, Tensor]:
+        """Return what a :class:`SlotPass` takes."""
+        length = embeddings.shape[1]
+        first = torch.tensor(starts, device=self._device)[:, None]  # (B, 1)
+        return (
+            embeddings.to(self._dtype),
+            first + self._steps[:length],
+            torch.tensor(rows, device=self._device),
+            (rows[0], rows[-1] + 1),
+            self._steps[: min(max(starts) + length, self.context)],
+        )
+
+    def _recorded_inputs(
+        self, embeddings: Tensor, rows: Sequence[int], starts: Sequence[int]
+    ) -> tuple[Any, ...]:
+        """Return what a recorded pass takes, in which everything is a tensor."""
+        *first, (low, high), steps = self._inputs(embeddings, rows, starts)
+        return (*first, (torch.tensor(low), torch.tensor(high)), steps, *self.cache.tensors())
+
+    def _is_long(self, positions: int) -> bool:
+        """Whether so many positions of one tensor are better copied together."""
+        kept = self.cache.tensors()
+        if self._device.type != "cpu" or not kept:
+            return False
+        return positions * kept[0][0, 0].nbytes > COPIED_BYTES

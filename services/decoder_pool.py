@@ -23,6 +23,7 @@ import torch
 
 from decoders.engine import DenoisingEngine
 from decoders.pipeline_engine import PipelineEngine
+from services.compiling import Compile
 from services.errors import PresetProblem
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class DecoderKey:
 
     ``waits_in`` is where weights go that are put aside: to the memory of the ``cpu``, else they are only on
     the disk. Without a budget that is as soon as nobody uses them, unless they wait on the ``device``.
-    ``vae`` is how the VAE is used, ``compile`` whether the network is compiled.
+    ``vae`` is how the VAE is used, ``compile`` how the network is made faster.
     """
 
     folder: Path
@@ -45,7 +46,7 @@ class DecoderKey:
     dtype: torch.dtype
     vae: str = "whole"
     waits_in: WaitsIn = "device"
-    compile: bool = False
+    compile: Compile = False
 
 
 @dataclass(eq=False)
@@ -98,7 +99,10 @@ class DecoderPool:
         """
         ticket = self._queued(key, need, load)
         try:
-            await asyncio.wrap_future(ticket.granted)
+            if ticket.granted.done():
+                ticket.granted.result()
+            else:
+                await asyncio.wrap_future(ticket.granted)
         except BaseException:  # cancelled too: who does not wait any more must give its ticket back
             self._leave(ticket)
             raise

@@ -83,13 +83,16 @@ class LocalDecoder:
             return 0
         return decoder_bytes(self.preset, self.modality)
 
+    @property
+    def _knows_need(self) -> bool:
+        return self.pool.budget is None or "_need" in vars(self)
+
     def _engine(self) -> DenoisingEngine | PipelineEngine:
         config = EngineConfig(max_batch=self.chosen.max_batch, max_wait_s=self.chosen.max_wait_s)
         with loading(f"{self.modality.value} decoder"):
             decoder = load_decoder(self.modality, self.key.folder, self.key.device, self.key.dtype)
             decoder.use_vae(self.chosen.vae)
-            if self.chosen.compile:
-                compile_if_possible(f"{self.modality.value} decoder", decoder.compile)
+            compile_if_possible(f"{self.modality.value} decoder", self.chosen.compile, decoder)
             if isinstance(decoder, WholePipeline):
                 return PipelineEngine(decoder, config)
             decoder.forget_text_encoder()
@@ -99,6 +102,8 @@ class LocalDecoder:
         """Return what turns signals into conditions of the decoder of ``engine``."""
         if self.chosen.link == "caption":
             return CaptionLink(engine.decoder)
+        if self._projecting is not None:
+            return self._projecting
         with LOADING:
             if self._projecting is None:
                 with loading(f"{self.modality.value} decoder"):
@@ -106,6 +111,11 @@ class LocalDecoder:
                     specs = engine.decoder.condition_specs
                     self._projecting = SignalLink(folder, specs, self.preset.device)
             return self._projecting
+
+    @property
+    def _is_linked(self) -> bool:
+        """Whether :meth:`link` has nothing to load."""
+        return self.chosen.link == "caption" or self._projecting is not None
 
     async def available(self) -> bool:
         """Whether the decoder can work: in this process it always can."""
@@ -137,11 +147,12 @@ class LocalDecoder:
         source: str | None = None,
     ) -> AsyncGenerator[Step, None]:
         """Stream progress, previews and the medium."""
-        need = await asyncio.to_thread(lambda: self._need)
+        # What is known costs no way to another thread and back.
+        need = self._need if self._knows_need else await asyncio.to_thread(lambda: self._need)
         settings = self.chosen.fill(settings)
         name = settings.lora
         async with self.pool.use(self.key, need, self._engine) as engine:
-            link = await asyncio.to_thread(self.link, engine)
+            link = self.link(engine) if self._is_linked else await asyncio.to_thread(self.link, engine)
             condition = await engine.call(lambda: link.condition(signal))
             start = None if source is None else await self._start(engine, settings, source)
             steps = steps_run(settings.steps or engine.decoder.defaults.steps, settings.strength or 1.0)

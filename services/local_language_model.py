@@ -73,8 +73,7 @@ class LocalLanguageModel:
                 engine = Engine(
                     model, slots=options.slots, context=options.context, step_tokens=options.step_tokens
                 )
-                if options.compile:
-                    compile_if_possible("language model", engine.compile)
+                compile_if_possible("language model", options.compile, engine)
                 self.engine = AsyncEngine(engine, "language-model")
 
     def warm_up(self) -> None:

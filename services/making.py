@@ -1,7 +1,8 @@
 """The media of replies while they are made: each can be stopped alone, and made again later.
 
-What a medium is made from, its signal and its settings, is stored before its decoder starts, under a name
-that follows from the turn and the place. So any process can make it again without the language model.
+What a medium is made from, its signal and its settings, is stored while its decoder works, under a name that
+follows from the turn and the place. It is there before anybody hears how the medium ended, so any process can
+make it again without the language model.
 """
 
 from __future__ import annotations
@@ -97,35 +98,42 @@ class Making:
         return True
 
     async def _make(self, order: Order, tell: Callable[[Told], None], again: bool) -> None:
-        modality = order.signal.modality
+        keeping = None if again else asyncio.create_task(asyncio.to_thread(keep, self.store, order))
         try:
-            if not again:
-                await asyncio.to_thread(keep, self.store, order)
-            work = self.decode[modality].decode(
-                order.signal,
-                order.settings,
-                user=order.user,
-                previews=order.previews,
-                source=None if order.settings.strength is None else order.source,
-            )
-            async with aclosing(work) as stream:
-                made: Made | None = None
-                async for step in stream:
-                    if isinstance(step, Made):
-                        made = step
-                    else:
-                        tell(step)
-            if made is None:
-                raise Unavailable(
-                    f"The {modality.value} decoder stopped before it was done. Try again.",
-                    code="decoder_unavailable",
-                )
+            try:
+                made = await self._decoded(order, tell)
+            finally:
+                if keeping is not None:
+                    await keeping  # who hears of the end, whatever it is, may ask for the medium again
             tell(made)
         except Exception as caught:
             error = translate(caught)
             if error.status == 500:
-                logger.exception("The %s decoder failed.", modality.value)
+                logger.exception("The %s decoder failed.", order.signal.modality.value)
             tell(PartFailure(error))
+
+    async def _decoded(self, order: Order, tell: Callable[[Told], None]) -> Made:
+        modality = order.signal.modality
+        work = self.decode[modality].decode(
+            order.signal,
+            order.settings,
+            user=order.user,
+            previews=order.previews,
+            source=None if order.settings.strength is None else order.source,
+        )
+        made: Made | None = None
+        async with aclosing(work) as stream:
+            async for step in stream:
+                if isinstance(step, Made):
+                    made = step
+                else:
+                    tell(step)
+        if made is None:
+            raise Unavailable(
+                f"The {modality.value} decoder stopped before it was done. Try again.",
+                code="decoder_unavailable",
+            )
+        return made
 
 
 def keep(store: ArtefactStore, order: Order) -> None:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from decoders.settings import DecodeSettings
 from encoders.media import MediaBudget, Modality
+from services.compiling import Compile
 from services.errors import BadRequest, PresetProblem
 
 SHIPPED = Path(__file__).resolve().parent.parent / "deploy" / "presets"
@@ -66,9 +67,10 @@ class LanguageModelPreset(BoxPreset):
     has to be trained to it.
     ``context`` None is all that the model sees; less saves memory. ``step_tokens`` is the most that one
     step of the engine reads; more answers long prompts sooner, less keeps running replies steadier.
-    ``quantization`` keeps the weights in 8 or 4 bits, see :mod:`llm.quantization`. ``compile`` has
-    torch.compile make code for the steps of running replies, which takes a while at the start and a C++
-    compiler; `patchbay bench compile` says whether it pays.
+    ``quantization`` keeps the weights in 8 or 4 bits, see :mod:`llm.quantization`. ``compile`` true
+    has torch.compile make code for the steps of running replies, which takes a while at the start and a C++
+    compiler. ``trace`` records the model at the start and repeats that without Python, which pays for small
+    models on a CPU. `patchbay bench compile` says how much.
     """
 
     folder: str = "llm"
@@ -77,7 +79,7 @@ class LanguageModelPreset(BoxPreset):
     slots: int = Field(default=8, ge=1, description="replies that are made at the same time")
     context: int | None = Field(default=None, ge=1, description="positions of a conversation and its reply")
     step_tokens: int = Field(default=256, ge=2)
-    compile: bool = False
+    compile: Compile = False
 
 
 class CostLimits(_Strict):
@@ -134,7 +136,7 @@ class DecoderPreset(BoxPreset):
     num_frames: int | None = Field(default=None, ge=1)
     duration_s: float | None = Field(default=None, gt=0)
     deep_every: int | None = Field(default=None, ge=1, le=16)
-    compile: bool = False
+    compile: Compile = False
     limits: CostLimits = CostLimits()
 
     def fill(self, settings: DecodeSettings) -> DecodeSettings:

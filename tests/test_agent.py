@@ -11,7 +11,7 @@ import pytest
 from decoders.settings import DecodeSettings
 from encoders.media import Modality
 from services.agent import Agent
-from services.artefacts import ArtefactStore
+from services.artefacts import Artefact, ArtefactStore
 from services.boxes import (
     Encoded,
     Finished,
@@ -39,6 +39,7 @@ from services.events import (
     TurnFailed,
     TurnStarted,
 )
+from services.making import SIGNAL_PURPOSE, kept
 from services.messages import MediaPart, Message, Role, SpokenPart, TextPart, TurnOptions
 from services.presets import CostLimits, GenerationDefaults, Limits
 
@@ -418,6 +419,49 @@ async def test_a_part_can_be_cancelled_before_its_decoder_has_begun(store: Artef
             assert await the_agent.cancel_part(turn_of(events), 0)
     assert decoder.steps_taken == 0
     assert [event.code for event in events if isinstance(event, PartFailed)] == ["part_cancelled"]
+
+
+@pytest.mark.parametrize("end", ["done", "failed", "cancelled"])
+async def test_a_signal_is_stored_while_its_decoder_works_and_before_its_end_is_told(
+    end: str, store: ArtefactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, stored_s = store.put, []
+
+    def slow_put(*args: Any, **options: Any) -> Artefact:
+        if options.get("purpose") == SIGNAL_PURPOSE:
+            time.sleep(0.2)
+            stored_s.append(time.monotonic())
+        return put(*args, **options)
+
+    monkeypatch.setattr(store, "put", slow_put)
+    decoder = FakeDecoder(store, IMAGE, error=MemoryError() if end == "failed" else None)
+    the_agent = agent(store, FakeSpeaker(signal(IMAGE), Finished("stop")), decoder)
+    events: list[Event] = []
+    async for event in the_agent.turn(said(), TurnOptions()):
+        events.append(event)
+        if isinstance(event, PartProgress) and end == "cancelled":
+            await the_agent.cancel_part(turn_of(events), 0)
+        if isinstance(event, PartDone | PartFailed):
+            assert kept(store, turn_of(events), 0).signal.caption == "a bell"
+            break
+    assert isinstance(events[-1], PartDone if end == "done" else PartFailed)
+    assert decoder.began[0] < stored_s[0] - 0.1
+
+
+async def test_a_medium_whose_signal_cannot_be_stored_is_told_as_failed(
+    store: ArtefactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = store.put
+
+    def full(*args: Any, **options: Any) -> Artefact:
+        if options.get("purpose") == SIGNAL_PURPOSE:
+            raise OSError("No space left on device")
+        return put(*args, **options)
+
+    monkeypatch.setattr(store, "put", full)
+    speaker = FakeSpeaker(signal(IMAGE), Finished("stop"))
+    events = await events_of(agent(store, speaker, FakeDecoder(store, IMAGE)))
+    assert [event.code for event in events if isinstance(event, PartFailed)] == ["internal_error"]
 
 
 async def test_a_failed_part_is_made_again_from_the_same_signal_without_the_language_model(

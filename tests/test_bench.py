@@ -122,10 +122,12 @@ def test_the_compile_rows_hold_both_sides_and_the_time_of_compiling(
 
     rows = compile_bench.decoder_rows(tiny_decoder("image", tmp_path), rounds=1)
     rows += compile_bench.model_rows(tiny_model(), tiny_model(), rounds=1)
+    rows += compile_bench.recorded_model_rows(tiny_model(), rounds=1)
 
-    assert [row.case for row in rows] == ["image step of 2 rows", "1 stream"]
-    for row in rows:
-        assert row.value > 0
+    compiled = ["image step of 2 rows", "image step of 2 rows, recorded", "1 stream"]
+    assert [row.case for row in rows] == [*compiled, "1 stream, recorded"]
+    assert all(row.value > 0 for row in rows)
+    for row in rows[:3]:
         assert row.details is not None
         assert row.details["compile_s"] > 0
 

@@ -66,7 +66,7 @@ def test_the_toy_box_draws_with_another_decoder_after_one_line_and_one_command(
 ) -> None:
     tiny_current.write("xl", tmp_path / "xl")
     lines = (SHIPPED / "toybox.yaml").read_text().replace("../weights", f"{SHIPPED.parent}/weights")
-    line = "  image: {folder: image, link: signal}"
+    line = "  image: {folder: image, link: signal, compile: trace}"
     assert line in lines
     path = tmp_path / "toybox.yaml"
     path.write_text(

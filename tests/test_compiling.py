@@ -129,8 +129,8 @@ def test_what_cannot_be_compiled_says_why_and_runs_as_it_is(
     monkeypatch.setattr(torch, "compile", lambda module, **options: failing)
 
     with caplog.at_level("WARNING", "services.compiling"):
-        compile_if_possible("image decoder", decoder.compile)
-        compile_if_possible("language model", engine.compile)
+        compile_if_possible("image decoder", True, decoder)
+        compile_if_possible("language model", True, engine)
 
     np.testing.assert_array_equal(pixels(decoder), expected)
     assert run(engine, [engine.prepare([user("hello")], GenerationOptions(max_new_tokens=2))])

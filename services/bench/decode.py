@@ -1,6 +1,7 @@
 """Media per second of the denoising engine, beside the diffusers pipelines called one by one.
 
-Both sides hold the same networks and get the same text states, so neither pays for reading a caption.
+Both sides hold the same networks and get the same text states, so neither pays for reading a caption. Ours
+are compiled as the preset says.
 They take turns, and take turns at being first, so that what else the machine does hits both.
 :mod:`services.bench.caching` adds what reusing deep features gains and costs.
 """
@@ -19,6 +20,7 @@ from decoders.latent_decoder import LatentDecoder
 from decoders.settings import DecodeSettings
 from services.bench import BenchRow, caching
 from services.bench.pipelines import CAPTION, Call, parts_of, pipeline
+from services.compiling import compile_if_possible
 from services.errors import PresetProblem
 from services.loading import loading
 from services.local_decoder import decoder_class
@@ -41,6 +43,7 @@ def run(preset: Preset, quick: bool) -> list[BenchRow]:
         except PresetProblem as error:
             logger.warning("%s It is left out.", error.message)
             continue
+        compile_if_possible(f"{modality.value} decoder", preset.decoders[modality].compile, decoder)
         rows += measure(decoder, QUICK_ROUNDS if quick else ROUNDS)
         rows += caching.measure(decoder, quick)
     return rows

@@ -1,5 +1,7 @@
 """The language-model engine beside transformers' own ``generate()``, on the same prompts and weights.
 
+The engine is compiled as the preset says, the peer is as transformers loads it.
+
 Every case is a number of clients, each of which sends its next prompt when its reply is complete. All
 replies are greedy and end by themselves or after 64 tokens. The peer is the same model with all rows in
 its own tables and the same rules for signal blocks; it is given its prompts one at a time, or in batches
@@ -29,6 +31,7 @@ from llm.plain import WholeBlocks, plain_model
 from llm.reply import Finished, GenerationOptions
 from llm.template import Message
 from services.bench import BenchRow
+from services.compiling import Compile, compile_if_possible
 from services.doctor import expect_files
 from services.presets import Preset
 
@@ -58,15 +61,16 @@ def run(preset: Preset, quick: bool) -> list[BenchRow]:
     model = LanguageModel.load(preset.language_model_folder, preset.device)
     model.merge_adapter()
     peer = Peer(model)
+    how = preset.language_model.compile
     per_client, rounds = (2, 1) if quick else (4, 3)
-    run_engine(model, prompts(8, seed=1), 8)  # warm up
+    run_engine(model, prompts(8, seed=1), 8, how)  # warm up
     peer.one_by_one(prompts(2, seed=1), 1)
     rows: list[BenchRow] = []
     for streams in STREAMS:
         texts = prompts(max(16, per_client * streams), seed=0)
         ours, alone, padded = [], [], []
         for _ in range(rounds):
-            ours.append(run_engine(model, texts, streams))
+            ours.append(run_engine(model, texts, streams, how))
             alone.append(peer.one_by_one(texts, streams))
             if streams > 1:
                 padded.append(peer.padded(texts, streams))
@@ -96,9 +100,10 @@ def prompts(count: int, seed: int) -> list[str]:
     return texts
 
 
-def run_engine(model: LanguageModel, texts: Sequence[str], streams: int) -> Measured:
-    """Let ``streams`` clients send ``texts`` to a fresh engine."""
+def run_engine(model: LanguageModel, texts: Sequence[str], streams: int, how: Compile = False) -> Measured:
+    """Let ``streams`` clients send ``texts`` to a fresh engine, compiled as ``how`` says beforehand."""
     engine = Engine(model, slots=max(8, streams))
+    compile_if_possible("language model", how, engine)
     options = GenerationOptions(max_new_tokens=MAX_NEW_TOKENS, max_signals=MAX_NEW_TOKENS)
     queue = deque(enumerate(texts))
     sent: dict[int, float] = {}

@@ -7,7 +7,8 @@ last byte. Our side is the agent in this process, with the engines that ``patchb
 get the same people, requests, seeds, pauses, weights and settings; see :mod:`services.bench.naive`.
 
 A turn alone is also held against the bare forward passes that it needs: those of the language model for
-its prompt and each of its tokens (a signal block in one), and those that its decoders really ran.
+its prompt and each of its tokens (a signal block in one), and those that its decoders really ran, each as
+transformers and diffusers call it, not compiled.
 Media of one turn are made at the same time, so three may take less than their passes one by one.
 
 In all rows, a ratio below 1 means that we are faster.
