@@ -44,11 +44,22 @@ def main(argv: list[str] | None = None) -> int:
         print(f"patchbay: {translate(error).message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        print("patchbay: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        print(f"patchbay: {_of_the_system(error)}", file=sys.stderr)
+        return 1
     return code
+
+
+def _of_the_system(error: OSError) -> str:
+    if error.errno is None:  # one of our own, in our words
+        return str(error)
+    what = f"{error.filename} cannot be used" if error.filename else "A file or the network cannot be used"
+    return f"{what}: {error.strerror}. Look at the path, its rights and the free space, then try again."
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -403,9 +414,10 @@ def convert_command(args: argparse.Namespace) -> int:
         print(f"left out: {', '.join(record['left_out']['names']) or 'nothing'}")
     print(f"licence: {record['licence']}")
     print(f"{len(record['files'])} files in {out}; {RECORD} there has their digests")
-    if args.kind == "nextgpt" and not args.base:
+    if "base" in record and not args.base:
         print(
-            f"The base model is not there yet. Remove {out}/llm and {out}/projections, then add --base DIR."
+            f"The base model is not there yet. Remove {out}/llm, {out}/projections and {out}/{RECORD}, then "
+            f"run this again with --base DIR."
         )
     return 0
 
