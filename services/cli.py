@@ -449,7 +449,7 @@ def doctor_command(args: argparse.Namespace) -> int:
         return _write_plan(found, Path(args.write))
     if not args.json:
         print(found.table(), flush=True)
-    for check in examine(preset, args.host, args.port, args.memory):
+    for check in examine(preset, args.host, args.port, args.memory, found.boxes):
         bad += not check.ok
         checks.append({"name": check.name, "ok": check.ok, "detail": check.detail})
         if not args.json:
@@ -471,7 +471,7 @@ def _write_plan(found: Survey, path: Path) -> int:
         raise PresetProblem(
             f"Nothing makes {found.preset.name!r} fit: {found.plan.needed / 1e9:.2f} GB are needed "
             f"at the least, and there are {found.plan.room / 1e9:.2f} GB. See `patchbay doctor --preset "
-            f"{found.preset.name} --table`.",
+            f"{found.preset.as_argument} --table`.",
             code="too_large",
         )
     write_preset(found.plan, path)
