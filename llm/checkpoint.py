@@ -174,9 +174,7 @@ def save_base(model: PreTrainedModel, base: Path, dtype: torch.dtype) -> None:
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None) -> None:
     """Write ``tensors`` as safetensors, in ``dtype``; None keeps that of each."""
-    save_file(
-        {name: t.detach().to(dtype or t.dtype).contiguous().cpu() for name, t in tensors.items()}, path
-    )
+    save_file({name: t.detach().to(dtype or t.dtype).contiguous().cpu() for name, t in tensors.items()}, path)
 
 
 def load_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

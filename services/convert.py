@@ -76,7 +76,7 @@ def convert_nextgpt(
     if any(".mm_" in f".{name}" for name in tensors):
         if base is not None:
             raise ValueError(
-                f"{file} is of the 2024 rewrite, of which only the output projections are converted, and they "
+                f"{file} is of the 2024 rewrite, of which only the output projections are converted, which "
                 f"need no base. Leave --base {base} out, or use {WANTED['nextgpt']}."
             )
         return _convert_rewritten(file, tensors, out, rewritten)
@@ -295,7 +295,7 @@ def _with_digests(folder: Path, record: dict[str, Any], where: str = "") -> dict
 
 @contextmanager
 def _unfinished(out: Path, names: Sequence[str]) -> Iterator[Path]:
-    """Give a folder to write into; what is in it moves to ``out`` when all of it is written, the record last."""
+    """Give a folder to write into; its content moves to ``out`` when all of it is written, the record last."""
     for name in names:
         if (out / name).exists():
             raise ValueError(f"{out / name} is there already. Remove it, or choose another --out.")
@@ -310,8 +310,8 @@ def _unfinished(out: Path, names: Sequence[str]) -> Iterator[Path]:
         undone.clear()
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"Nothing was converted, as {out} cannot be written: {_reason(error)}. Choose another --out, where "
-            f"you may write and where there is room, and run this again."
+            f"Nothing was converted, as {out} cannot be written: {_reason(error)}. Choose another --out, "
+            f"where you may write and where there is room, and run this again."
         ) from error
     finally:
         for path in undone:

@@ -57,11 +57,12 @@ def expect_files(preset: Preset) -> None:
 def _way_to_files(preset: Preset) -> str:
     folder = preset.weights_folder
     if any(box.origins for box in _settings(preset)):
-        way = f"Restore the folder {folder}, or see with `patchbay doctor --preset {preset.as_argument}` how to"
+        way = (
+            f"Restore the folder {folder}, or see with `patchbay doctor --preset {preset.as_argument}` how to"
+        )
         return f"{way} get it."
     if preset.shipped:
-        way = f"Restore the folder {folder}, or train it with `patchbay train all --preset {preset.as_argument}`"
-        return f"{way}."
+        return f"Restore the folder {folder}, or train it with `patchbay train all --preset {preset.name}`."
     return f"Put it there, or correct the folders in {preset.file}."
 
 
@@ -311,6 +312,8 @@ def survey(preset: Preset, memory: int | None = None) -> Survey:
     if any(box.missing for box in boxes) and not steps:
         all_of_it = f"patchbay train all --preset {preset.as_argument}"
         steps.append(all_of_it if preset.shipped else f"correct the folders in {preset.file}")
+    elif not steps and (damaged := damaged_files(preset)):
+        steps.append(f"replace what is damaged: {damaged[0]}")
     steps.sort(key=lambda step: step.startswith("patchbay train"))  # training wants all parts to be there
     room, plan, asked = room_on(preset.device, memory), None, f"patchbay doctor --preset {preset.as_argument}"
     if not check.ok and room is not None:

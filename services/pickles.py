@@ -105,9 +105,9 @@ def _expect_checksums(path: Path) -> None:
 
 def _unreadable(path: Path) -> ValueError:
     return ValueError(
-        f"{path} ({path.stat().st_size:,} bytes) cannot be read as tensors alone: it is no file of torch.save, "
-        f"is cut off or damaged, or would run code when it is opened, which it was not. Compare its size with "
-        f"the published one and download it again."
+        f"{path} ({path.stat().st_size:,} bytes) cannot be read as tensors alone: it is no file of "
+        f"torch.save, is cut off or damaged, or would run code when it is opened, which it was not. Compare "
+        f"its size with the published one and download it again."
     )
 
 
@@ -115,7 +115,7 @@ def _way_to_the_table(path: Path, content: Mapping[Any, Any]) -> str:
     for name, value in content.items():
         if isinstance(value, Mapping) and all(isinstance(inner, Tensor) for inner in value.values()):
             return (
-                f"The table under {name!r} may be it; save that alone: python -c \"import torch; "
+                f'The table under {name!r} may be it; save that alone: python -c "import torch; '
                 f"torch.save(torch.load({str(path)!r}, weights_only=True)[{name!r}], 'tensors.pt')\""
             )
     return "Use the file as its authors published it."
