@@ -295,7 +295,7 @@ def _with_digests(folder: Path, record: dict[str, Any], where: str = "") -> dict
 
 @contextmanager
 def _unfinished(out: Path, names: Sequence[str]) -> Iterator[Path]:
-    """Give a folder to write into; its content moves to ``out`` when all of it is written, the record last."""
+    """Give a folder to write into; what is in it moves to ``out`` once all is written, the record last."""
     for name in names:
         if (out / name).exists():
             raise ValueError(f"{out / name} is there already. Remove it, or choose another --out.")

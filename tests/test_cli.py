@@ -227,6 +227,6 @@ def test_a_file_of_the_system_that_fails_is_one_line(
     assert run("doctor") == 1
 
     assert capsys.readouterr().err == (
-        "patchbay: /somewhere/a cannot be used: No space left on device. Look at the path, its rights and the "
-        "free space, then try again.\n"
+        "patchbay: /somewhere/a cannot be used: No space left on device. Look at the path, its rights and "
+        "the free space, then try again.\n"
     )
