@@ -261,22 +261,22 @@ def _expect_all_shards(base: Path) -> None:
 
 
 def _base_embedding(base: Path, sizes: ReleaseSizes) -> Tensor:
-    name, found = "model.embed_tokens.weight", None
+    name = "model.embed_tokens.weight"
+    table: Tensor | None = None
     for path in sorted(base.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
                 if name in file.keys():  # noqa: SIM118
-                    found = file.get_tensor(name)
+                    table = file.get_tensor(name)
         except SafetensorError as error:
             raise ValueError(
                 f"{path} is not a whole safetensors file: {error}. Copy or download it again."
             ) from error
-    if found is None:
+    if table is None:
         raise ValueError(
             f"{base} holds no safetensors with {name}. If its weights are pickles (.bin), turn them into "
             f"safetensors first: patchbay convert pickles {base}"
         )
-    table: Tensor = found
     if tuple(table.shape) != (sizes.base_rows, sizes.width):
         raise ValueError(
             f"The embedding in {base} has shape {tuple(table.shape)}, and its config.json says "

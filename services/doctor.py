@@ -57,10 +57,8 @@ def expect_files(preset: Preset) -> None:
 def _way_to_files(preset: Preset) -> str:
     folder = preset.weights_folder
     if any(box.origins for box in _settings(preset)):
-        way = (
-            f"Restore the folder {folder}, or see with `patchbay doctor --preset {preset.as_argument}` how to"
-        )
-        return f"{way} get it."
+        look = f"patchbay doctor --preset {preset.as_argument}"
+        return f"Restore the folder {folder}, or see with `{look}` how to get it."
     if preset.shipped:
         return f"Restore the folder {folder}, or train it with `patchbay train all --preset {preset.name}`."
     return f"Put it there, or correct the folders in {preset.file}."

@@ -199,7 +199,7 @@ def test_doctor_says_what_the_published_preset_lacks_and_what_to_type(
     (whole,) = [line for line in lines if line.startswith("language model: in all")]
     assert whole.split()[4:6] == ["22.15", "GB"]
     (disk,) = [line for line in lines if line[4:].startswith("disk")]
-    assert disk.endswith("22.92 GB of weights are missing")
+    assert disk.endswith("23.10 GB of weights are missing")
     assert "imagebind_huge.pth; no revision is known" in captured.out
     assert "From lmsys/vicuna-7b-delta-v0; revision 142d4e179e45304c430e5bf2cf5f9816f1c2be7a" in captured.out
     (working,) = [line for line in lines if line.startswith("video decoder: at work")]
