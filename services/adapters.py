@@ -94,7 +94,7 @@ class AdapterShelf(Generic[A]):
                 except (ArithmeticError, AttributeError, KeyError, OSError, TypeError) as error:
                     raise PresetProblem(
                         f"The adapter {name!r} cannot be loaded: {type(error).__name__}: {error}. Expected "
-                        f"the files of {self.folders[name]} as peft or diffusers write them; copy them again.",
+                        f"files in {self.folders[name]} as peft or diffusers write them; copy them again.",
                         code="adapter_invalid",
                     ) from error
                 with self._lock:
