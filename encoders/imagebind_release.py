@@ -22,6 +22,8 @@ from encoders.preprocess import PreprocessConfig
 from encoders.text_tokens import TextTokens
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+MASK = "modality_preprocessors.text.mask"
+"""The one tensor of the release that holds infinities."""
 
 
 def released_shapes(config: ImageBindConfig) -> dict[str, tuple[int, ...]]:
@@ -45,6 +47,31 @@ def keep_towers(config: ImageBindConfig, towers: Sequence[str]) -> ImageBindConf
     return replace(config, **left_out)
 
 
+def check_tokenizer(config: ImageBindConfig, tokenizer: Path | None) -> None:
+    """Look whether a text tower has the vocabulary that it needs, in the folder ``tokenizer``.
+
+    Raises:
+        ValueError: a text tower without its tokenizer, or with one of another vocabulary.
+
+    """
+    if config.text is None:
+        return
+    if tokenizer is None:
+        raise ValueError(
+            "The text tower needs CLIP's vocabulary, which is not in the release. Give its folder with "
+            "--tokenizer (Stable Diffusion 1.5 has it as tokenizer/), or leave the text tower out."
+        )
+    try:
+        size = TextTokens.load(tokenizer, config.text.context_length).vocabulary_size
+    except OSError as error:
+        raise ValueError(str(error)) from error
+    if size != config.text.vocabulary_size:
+        raise ValueError(
+            f"{tokenizer} has {size} tokens; the text tower expects {config.text.vocabulary_size}. "
+            f"Use CLIP's vocabulary."
+        )
+
+
 def write_folder(
     tensors: Mapping[str, Tensor],
     folder: Path,
@@ -61,25 +88,10 @@ def write_folder(
         folder: is made.
         config: the towers to keep.
         preprocessing: belongs to the release.
-        tokenizer: folder with CLIP's vocabulary, which a text tower needs.
+        tokenizer: folder with CLIP's vocabulary, checked by :func:`check_tokenizer`.
         dtype: of the weights written; None keeps theirs.
 
-    Raises:
-        ValueError: a text tower without its tokenizer, or with one of another vocabulary.
-
     """
-    if config.text is not None:
-        if tokenizer is None:
-            raise ValueError(
-                "The text tower needs CLIP's vocabulary, which is not in the release. Give its folder with "
-                "--tokenizer (Stable Diffusion 1.5 has it as tokenizer/), or leave the text tower out."
-            )
-        size = TextTokens.load(tokenizer, config.text.context_length).vocabulary_size
-        if size != config.text.vocabulary_size:
-            raise ValueError(
-                f"{tokenizer} has {size} tokens; the text tower expects {config.text.vocabulary_size}. "
-                f"Use CLIP's vocabulary."
-            )
     folder.mkdir(parents=True)
     # NExT-GPT's input projection was trained on plain means over the clips; other readers take tokens.
     write_config(folder, config, preprocessing, pooled="mean")

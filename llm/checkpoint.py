@@ -172,9 +172,9 @@ def save_base(model: PreTrainedModel, base: Path, dtype: torch.dtype) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
-    """Write ``tensors`` as safetensors, floats in ``dtype``."""
-    save_file({name: tensor.detach().to(dtype).contiguous().cpu() for name, tensor in tensors.items()}, path)
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None) -> None:
+    """Write ``tensors`` as safetensors, in ``dtype``; None keeps that of each."""
+    save_file({name: t.detach().to(dtype or t.dtype).contiguous().cpu() for name, t in tensors.items()}, path)
 
 
 def load_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -69,12 +69,15 @@ def save_lora(model: PeftModel, folder: Path, dtype: torch.dtype) -> None:
     _write(get_peft_model_state_dict(model, save_embedding_layers=False), config, folder, dtype)
 
 
-def write_lora(state: Mapping[str, Tensor], options: LoraOptions, folder: Path, dtype: torch.dtype) -> None:
-    """Write LoRA that no model holds: ``state`` has peft's names, ``base_model.model.*.lora_A.weight``."""
-    _write(state, _config(options), folder, dtype)
+def write_lora(state: Mapping[str, Tensor], options: LoraOptions, folder: Path) -> None:
+    """Write LoRA that no model holds, in its own dtypes.
+
+    ``state`` has peft's names, ``base_model.model.*.lora_A.weight``.
+    """
+    _write(state, _config(options), folder, None)
 
 
-def _write(state: Mapping[str, Tensor], config: LoraConfig, folder: Path, dtype: torch.dtype) -> None:
+def _write(state: Mapping[str, Tensor], config: LoraConfig, folder: Path, dtype: torch.dtype | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config.base_model_name_or_path = _BASE_FROM_HERE
     config.save_pretrained(str(folder))

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -121,7 +122,7 @@ def adapter_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def write_folder(
     tensors: Mapping[str, Tensor], folder: Path, sizes: ReleaseSizes, base: Path | None, whole_tables: bool
 ) -> None:
-    """Write a language model folder, in the dtype of ``tensors``.
+    """Write a language model folder, each tensor in its own dtype.
 
     Args:
         tensors: checked against :func:`released_shapes`.
@@ -134,15 +135,14 @@ def write_folder(
 
     """
     folder.mkdir(parents=True)
-    dtype = tensors[EMBEDDING].dtype
-    checkpoint.save_tensors(bridge_tensors(tensors, sizes), folder / checkpoint.BRIDGE, dtype)
+    checkpoint.save_tensors(bridge_tensors(tensors, sizes), folder / checkpoint.BRIDGE, None)
     if whole_tables:
         n = sizes.base_vocabulary
         tables = {"embedding": tensors[EMBEDDING][:n], "head": tensors[HEAD][:n]}
-        checkpoint.save_tensors(tables, folder / checkpoint.TABLES, dtype)
+        checkpoint.save_tensors(tables, folder / checkpoint.TABLES, None)
     lora = adapter_tensors(tensors)
     if lora:
-        write_lora(lora, sizes.lora, folder / checkpoint.ADAPTER, dtype)
+        write_lora(lora, sizes.lora, folder / checkpoint.ADAPTER)
     if base is not None:
         _put_base(base, folder / checkpoint.BASE, sizes)
     projector = ProjectorConfig(kind="linear", encoder_width=sizes.encoder_width, llm_width=sizes.width)
@@ -170,14 +170,14 @@ def check_base(base: Path, tensors: Mapping[str, Tensor], sizes: ReleaseSizes) -
         for the base that the checkpoint was trained on.
 
     Raises:
-        ValueError: a file is missing; the base is no LLaMA, or has another width, depth, vocabulary or
-            context; or its embedding has nothing to do with the checkpoint's.
+        ValueError: a file is missing or damaged; the base is no LLaMA, or has another width, depth,
+            vocabulary or context; or its embedding has nothing to do with the checkpoint's.
 
     """
     path = base / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} is missing; expected the folder of {BASE_NAME}. Give that with --base.")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = _read_json(path)
     for name, expected in (
         ("model_type", "llama"),
         ("hidden_size", sizes.width),
@@ -191,7 +191,8 @@ def check_base(base: Path, tensors: Mapping[str, Tensor], sizes: ReleaseSizes) -
                 f"Use {BASE_NAME}, not LLaMA itself, a later Vicuna or Llama 2."
             )
     read_base_tokenizer(base, sizes)
-    table = _base_embedding(base)
+    _expect_all_shards(base)
+    table = _base_embedding(base, sizes)
     picked = torch.linspace(0, sizes.base_vocabulary - 1, min(COMPARED_ROWS, sizes.base_vocabulary)).long()
     ours, theirs = tensors[EMBEDDING][picked].float(), table[picked].float()
     agreement = float(F.cosine_similarity(ours, theirs, dim=-1).mean())
@@ -217,9 +218,12 @@ def read_base_tokenizer(base: Path, sizes: ReleaseSizes) -> ConversationTokenize
             f"transformers.AutoTokenizer.from_pretrained({str(base)!r}).save_pretrained({str(base)!r}), "
             f"which needs the package sentencepiece."
         )
-    state = json.loads(path.read_text(encoding="utf-8"))
-    state["added_tokens"] = [t for t in state.get("added_tokens", []) if t["id"] < sizes.base_vocabulary]
-    backend = Tokenizer.from_str(json.dumps(state))
+    state = _read_json(path)
+    try:
+        state["added_tokens"] = [t for t in state.get("added_tokens", []) if t["id"] < sizes.base_vocabulary]
+        backend = Tokenizer.from_str(json.dumps(state))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"{path} is no tokenizer: {error}. Use that of {BASE_NAME}.") from error
     given = backend.get_vocab_size(with_added_tokens=True)
     if given != sizes.base_vocabulary:
         raise ValueError(
@@ -232,20 +236,53 @@ def read_base_tokenizer(base: Path, sizes: ReleaseSizes) -> ConversationTokenize
     return ConversationTokenizer(tokenizer, sizes.signals, VICUNA_V0)
 
 
-def _base_embedding(base: Path) -> Tensor:
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON, or is cut off: {error}. Copy or download it again.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; expected an object. Download it again.")
+    return values
+
+
+def _expect_all_shards(base: Path) -> None:
+    path = base / "model.safetensors.index.json"
+    if not path.is_file():
+        return
+    shards = _read_json(path).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError(f"{path} has no weight_map, so it is no index of weights. Download it again.")
+    if absent := sorted({str(name) for name in shards.values() if not (base / str(name)).is_file()}):
+        raise ValueError(
+            f"{path} names {len(absent)} file{'s' if len(absent) > 1 else ''} that {base} lacks: "
+            f"{', '.join(absent)}. Copy or download the whole folder."
+        )
+
+
+def _base_embedding(base: Path, sizes: ReleaseSizes) -> Tensor:
     name = "model.embed_tokens.weight"
+    table: Tensor | None = None
     for path in sorted(base.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
                 if name in file.keys():  # noqa: SIM118
-                    table: Tensor = file.get_tensor(name)
-                    return table
+                    table = file.get_tensor(name)
         except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    raise ValueError(
-        f"{base} holds no safetensors with {name}. If its weights are pickles (.bin), turn them into "
-        f"safetensors first: patchbay convert pickles {base}"
-    )
+            raise ValueError(
+                f"{path} is not a whole safetensors file: {error}. Copy or download it again."
+            ) from error
+    if table is None:
+        raise ValueError(
+            f"{base} holds no safetensors with {name}. If its weights are pickles (.bin), turn them into "
+            f"safetensors first: patchbay convert pickles {base}"
+        )
+    if tuple(table.shape) != (sizes.base_rows, sizes.width):
+        raise ValueError(
+            f"The embedding in {base} has shape {tuple(table.shape)}, and its config.json says "
+            f"{(sizes.base_rows, sizes.width)}. Use the weights and the configuration of {BASE_NAME}."
+        )
+    return table
 
 
 def _put_base(base: Path, folder: Path, sizes: ReleaseSizes) -> None:

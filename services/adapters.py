@@ -91,6 +91,12 @@ class AdapterShelf(Generic[A]):
                     raise PresetProblem(
                         f"The adapter {name!r} cannot be loaded: {error}", code="adapter_invalid"
                     ) from error
+                except (ArithmeticError, AttributeError, KeyError, OSError, TypeError) as error:
+                    raise PresetProblem(
+                        f"The adapter {name!r} cannot be loaded: {type(error).__name__}: {error}. Expected "
+                        f"files in {self.folders[name]} as peft or diffusers write them; copy them again.",
+                        code="adapter_invalid",
+                    ) from error
                 with self._lock:
                     self._make_room(name, adapter.num_bytes)
                 placed = adapter.to(self.device)

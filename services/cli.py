@@ -44,11 +44,22 @@ def main(argv: list[str] | None = None) -> int:
         print(f"patchbay: {translate(error).message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        print("patchbay: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        print(f"patchbay: {_of_the_system(error)}", file=sys.stderr)
+        return 1
     return code
+
+
+def _of_the_system(error: OSError) -> str:
+    if error.errno is None:  # one of our own, in our words
+        return str(error)
+    what = f"{error.filename} cannot be used" if error.filename else "A file or the network cannot be used"
+    return f"{what}: {error.strerror}. Look at the path, its rights and the free space, then try again."
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -403,9 +414,10 @@ def convert_command(args: argparse.Namespace) -> int:
         print(f"left out: {', '.join(record['left_out']['names']) or 'nothing'}")
     print(f"licence: {record['licence']}")
     print(f"{len(record['files'])} files in {out}; {RECORD} there has their digests")
-    if args.kind == "nextgpt" and not args.base:
+    if "base" in record and not args.base:
         print(
-            f"The base model is not there yet. Remove {out}/llm and {out}/projections, then add --base DIR."
+            f"The base model is not there yet. Remove {out}/llm, {out}/projections and {out}/{RECORD}, then "
+            f"run this again with --base DIR."
         )
     return 0
 
@@ -437,7 +449,7 @@ def doctor_command(args: argparse.Namespace) -> int:
         return _write_plan(found, Path(args.write))
     if not args.json:
         print(found.table(), flush=True)
-    for check in examine(preset, args.host, args.port, args.memory):
+    for check in examine(preset, args.host, args.port, args.memory, found.boxes):
         bad += not check.ok
         checks.append({"name": check.name, "ok": check.ok, "detail": check.detail})
         if not args.json:
@@ -459,7 +471,7 @@ def _write_plan(found: Survey, path: Path) -> int:
         raise PresetProblem(
             f"Nothing makes {found.preset.name!r} fit: {found.plan.needed / 1e9:.2f} GB are needed "
             f"at the least, and there are {found.plan.room / 1e9:.2f} GB. See `patchbay doctor --preset "
-            f"{found.preset.name} --table`.",
+            f"{found.preset.as_argument} --table`.",
             code="too_large",
         )
     write_preset(found.plan, path)

@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from decoders import nextgpt_release as output_side
@@ -39,6 +41,7 @@ WANTED = {
     "imagebind": "imagebind_huge.pth",
 }
 NAMES_SHOWN = 6
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 
@@ -71,6 +74,11 @@ def convert_nextgpt(
     sizes = sizes or ReleaseSizes()
     tensors = read_pickle(file)
     if any(".mm_" in f".{name}" for name in tensors):
+        if base is not None:
+            raise ValueError(
+                f"{file} is of the 2024 rewrite, of which only the output projections are converted, which "
+                f"need no base. Leave --base {base} out, or use {WANTED['nextgpt']}."
+            )
         return _convert_rewritten(file, tensors, out, rewritten)
     plain = _named(file, tensors, lambda name: output_side.plain_name(llm_side.plain_name(name)))
     shapes = {**llm_side.released_shapes(sizes), **output_side.released_shapes(outputs)}
@@ -84,7 +92,7 @@ def convert_nextgpt(
         "tables": "whole" if whole_tables else "rows of the added tokens",
         "base": {"needed": llm_side.BASE_NAME, "given": base, "mean_cosine_of_embeddings": agreement},
     }
-    with _unfinished(out, ("llm", "projections")) as folder:
+    with _unfinished(out, ("llm", "projections", RECORD)) as folder:
         llm_side.write_folder(plain, folder / "llm", sizes, base_folder, whole_tables)
         output_side.write_folders(plain, folder / "projections", outputs)
         return _with_digests(folder, record)
@@ -115,7 +123,7 @@ def _convert_rewritten(
         "tensors": groups,
         "left_out": {"why": "the rewrite's language model side has no counterpart here", "names": left_out},
     }
-    with _unfinished(out, ("projections",)) as folder:
+    with _unfinished(out, ("projections", RECORD)) as folder:
         output_side.write_folders(ours, folder / "projections", outputs)
         return _with_digests(folder, record)
 
@@ -141,9 +149,11 @@ def convert_imagebind(
     """
     release = release or ImageBindConfig.huge()
     kept = imagebind_release.keep_towers(release, towers)
+    imagebind_release.check_tokenizer(kept, tokenizer)
     tensors = read_pickle(file)
     shapes = {"ImageBind": imagebind_release.released_shapes(release)}
-    check_tensors(file, tensors, shapes, WANTED["imagebind"], needed=("ImageBind",))
+    mask = (imagebind_release.MASK,)
+    check_tensors(file, tensors, shapes, WANTED["imagebind"], needed=("ImageBind",), endless=mask)
     wanted = imagebind_release.released_shapes(kept)
     record = {
         **_source(file, "imagebind", "imagebind_huge.pth"),
@@ -158,23 +168,29 @@ def convert_imagebind(
 
 
 def check_tensors(
-    file: Path, tensors: Mapping[str, Tensor], shapes: Shapes, wanted: str, needed: Sequence[str] = ()
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    shapes: Shapes,
+    wanted: str,
+    needed: Sequence[str] = (),
+    endless: Sequence[str] = (),
 ) -> dict[str, int]:
     """Account for every tensor: each belongs to a group, and each group is there whole or not at all.
 
-    ``wanted`` says what to use instead of a file that is refused.
+    ``wanted`` says what to use instead of a file that is refused; only ``endless`` ones may be infinite.
 
     Returns:
         The number of tensors of each group that is there.
 
     Raises:
-        ValueError: a foreign, missing or misshapen tensor, or a needed group that is absent.
+        ValueError: a foreign, missing or misshapen tensor, one of integers or with values that are not
+            finite, or a needed group that is absent.
 
     """
     expected = {name: shape for group in shapes.values() for name, shape in group.items()}
     if foreign := sorted(tensors.keys() - expected.keys()):
         raise ValueError(
-            f"{file} holds {_some(foreign)}, which this layout has no place for. "
+            f"{file} holds {_some(foreign)}, which this layout has no place for. {_guess(foreign)}"
             f"Use {wanted}, as its authors published it."
         )
     found: dict[str, int] = {}
@@ -194,9 +210,32 @@ def check_tensors(
                 f"{file}: {name} has shape {tuple(value.shape)}; expected {expected[name]}. "
                 f"This is a checkpoint of other sizes or another vocabulary. Use {wanted}."
             )
-        if any(bool(part.isnan().any()) for part in value.reshape(-1).split(2**24)):
-            raise ValueError(f"{file}: {name} holds values that are no numbers (NaN). Download it again.")
+        if value.dtype not in DTYPES:
+            raise ValueError(
+                f"{file}: {name} is {str(value.dtype).removeprefix('torch.')}; expected float16, bfloat16 or "
+                f"float32. Use {wanted}, as its authors published it."
+            )
+        if name not in endless and not all(
+            bool(part.isfinite().all()) for part in value.reshape(-1).split(2**24)
+        ):
+            raise ValueError(
+                f"{file}: {name} holds values that are not finite numbers (NaN or infinite); expected none. "
+                f"Download it again, or if you trained it, take an earlier checkpoint."
+            )
     return found
+
+
+def _guess(foreign: Sequence[str]) -> str:
+    """Say what names that fit nothing look like."""
+    first = foreign[0]
+    if first.startswith(("modality_heads.", "modality_preprocessors.", "modality_trunks.")):
+        return "It looks like ImageBind: patchbay convert imagebind. "
+    if first.startswith(("gen_text_hidden_fcs", "llama_model.", "llama_proj.")):
+        return "It looks like NExT-GPT: patchbay convert nextgpt. "
+    wrapper = first.split(".")[0]
+    if wrapper in ("module", "_orig_mod", "model") and all(n.startswith(f"{wrapper}.") for n in foreign):
+        return f"All of these begin with {wrapper!r}, as if a wrapper had been saved. "
+    return ""
 
 
 def find_base(name: str) -> Path:
@@ -256,15 +295,37 @@ def _with_digests(folder: Path, record: dict[str, Any], where: str = "") -> dict
 
 @contextmanager
 def _unfinished(out: Path, names: Sequence[str]) -> Iterator[Path]:
-    """Give a folder to write into; what is in it moves to ``out`` when all of it is written."""
+    """Give a folder to write into; what is in it moves to ``out`` once all is written, the record last."""
     for name in names:
         if (out / name).exists():
             raise ValueError(f"{out / name} is there already. Remove it, or choose another --out.")
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=out) as folder:
-        yield Path(folder)
-        for path in sorted(Path(folder).iterdir()):
-            path.replace(out / path.name)
+    undone = [parent for parent in (out, *out.parents) if not parent.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="unfinished-", dir=out) as folder:
+            yield Path(folder)
+            for path in sorted(Path(folder).iterdir(), key=lambda path: (path.name == RECORD, path.name)):
+                undone.insert(0, out / path.name)
+                path.replace(out / path.name)
+        undone.clear()
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"Nothing was converted, as {out} cannot be written: {_reason(error)}. Choose another --out, "
+            f"where you may write and where there is room, and run this again."
+        ) from error
+    finally:
+        for path in undone:
+            if path in (out, *out.parents):
+                with suppress(OSError):  # something else came to lie in it
+                    path.rmdir()
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _reason(error: OSError | SafetensorError) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
+    return str(error)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from services.errors import PresetProblem, ServiceError
-from services.footprint import Box, Part, boxes_of, commands, missing_files, needed
+from services.footprint import (
+    Box,
+    Part,
+    boxes_of,
+    commands,
+    damaged_files,
+    faults_of_adapter,
+    missing_files,
+    needed,
+)
 from services.memory_plan import LEFT_FREE, Plan, fits, plan_for
 from services.presets import BoxPreset, Preset
 
@@ -31,18 +41,27 @@ class Check:
 
 
 def expect_files(preset: Preset) -> None:
-    """Raise PresetProblem when the weights are not all there."""
+    """Raise PresetProblem when the weights are not all there, or one of the files is not whole."""
     missing = missing_files(preset)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        way = f"or train it with `patchbay train all --preset {preset.name}`"
-        if preset.encoder.origins or preset.language_model.origins:
-            way = f"or see with `patchbay doctor --preset {preset.name}` how to get it"
         raise PresetProblem(
-            f"The preset {preset.name!r} lacks {missing[0]}{more}. Restore the folder "
-            f"{preset.weights_folder}, {way}.",
+            f"The preset {preset.name!r} lacks {missing[0]}{more}. {_way_to_files(preset)}",
             code="weights_missing",
         )
+    if damaged := damaged_files(preset):
+        more = f" ({len(damaged) - 1} more files are damaged)" if len(damaged) > 1 else ""
+        raise PresetProblem(f"{damaged[0]}{more}", code="weights_invalid")
+
+
+def _way_to_files(preset: Preset) -> str:
+    folder = preset.weights_folder
+    if any(box.origins for box in _settings(preset)):
+        look = f"patchbay doctor --preset {preset.as_argument}"
+        return f"Restore the folder {folder}, or see with `{look}` how to get it."
+    if preset.shipped:
+        return f"Restore the folder {folder}, or train it with `patchbay train all --preset {preset.name}`."
+    return f"Put it there, or correct the folders in {preset.file}."
 
 
 def expect_trainable(preset: Preset) -> None:
@@ -74,12 +93,18 @@ def expect_free_port(host: str, port: int) -> None:
 
 
 def examine(
-    preset: Preset, host: str = "127.0.0.1", port: int = 8000, memory: int | None = None
+    preset: Preset,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    memory: int | None = None,
+    boxes: Sequence[Box] | None = None,
 ) -> Iterator[Check]:
     """Look at everything, one check after the other; the last ones load the models.
 
-    With ``memory``, bytes of another machine, nothing is loaded.
+    With ``memory``, bytes of another machine, nothing is loaded. ``boxes`` are those of a survey, if there
+    was one.
     """
+    boxes = boxes or boxes_of(preset)
     version = ".".join(str(number) for number in sys.version_info[:3])
     yield Check("Python", sys.version_info >= (3, 11), f"{version}; 3.11 or newer is needed")
     quantizes = (QUANTIZER,) if preset.language_model.quantization else ()
@@ -94,8 +119,7 @@ def examine(
             )
             yield Check(name, False, f"not installed; run `make run`, or {way}")
     yield _memory()
-    free_mb = shutil.disk_usage(preset.file.parent).free // 2**20
-    yield Check("disk", free_mb > 500, f"{free_mb} MB free")
+    yield _disk(preset, boxes)
     try:
         expect_free_port(host, port)
         yield Check("port", True, f"{host}:{port} is free")
@@ -107,10 +131,34 @@ def examine(
     except ServiceError as error:
         yield Check("weights", False, error.message)
         return
-    room = fitting(preset.device, needed(preset, boxes_of(preset)), memory)
+    for name, adapter in preset.adapters.items():
+        faults = faults_of_adapter(preset.weights_folder / adapter.folder)
+        yield Check(f"adapter {name}", not faults, "; ".join(faults) or "its files are there")
+    room = fitting(preset.device, needed(preset, boxes), memory)
     yield room
-    if room.ok and memory is None:
+    if tight := too_large_for_turns(preset, boxes):
+        yield Check("decoders_gb", False, tight)
+    elif room.ok and memory is None:
         yield from _load(preset)
+
+
+def too_large_for_turns(preset: Preset, boxes: Sequence[Box]) -> str | None:
+    """Say which decoder is larger than all of them may be together; None if each fits alone."""
+    largest = max(boxes, key=lambda box: box.movable)
+    if preset.decoders_gb is None or largest.movable <= preset.decoders_gb * 1e9:
+        return None
+    return (
+        f"the {largest.name} takes {_gb(largest.movable)}, and decoders_gb lets all decoders together take "
+        f"{preset.decoders_gb:g} GB. Raise it to {math.ceil(largest.movable / 1e7) / 100:g} or more"
+    )
+
+
+def _disk(preset: Preset, boxes: Sequence[Box]) -> Check:
+    place = next(path for path in (preset.weights_folder, *preset.weights_folder.parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    to_get = sum(_to_get(part) for box in boxes for part in box.parts if part.missing)
+    wanted = f"; {_gb(to_get)} of weights are missing" if to_get else ""
+    return Check("disk", free > max(to_get, 500 * 2**20), f"{free // 2**20} MB free in {place}{wanted}")
 
 
 def _memory() -> Check:
@@ -180,6 +228,7 @@ class Survey:
                 {
                     "name": box.name,
                     "in_memory": box.in_memory,
+                    "in_all": box.in_memory + box.adapters + (box.working or 0),
                     "cache": box.cache,
                     "adapters": box.adapters,
                     "working": box.working,
@@ -224,6 +273,8 @@ class Survey:
                 rows.append((f"{box.name}: adapters", "", "", _gb(box.adapters), "those of the allow-list"))
             working = "unknown" if box.working is None else _gb(box.working)
             rows.append((f"{box.name}: at work", "", "", working, "one thing at a time"))
+            whole = box.in_memory + box.adapters + (box.working or 0)
+            rows.append((f"{box.name}: in all", "", "", _gb(whole), ""))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = []
         for row in rows:
@@ -257,8 +308,12 @@ def survey(preset: Preset, memory: int | None = None) -> Survey:
         for step in commands(setting, preset)
     ]
     if any(box.missing for box in boxes) and not steps:
-        steps.append(f"patchbay train all --preset {preset.name}")
-    room, plan, asked = room_on(preset.device, memory), None, f"patchbay doctor --preset {preset.name}"
+        all_of_it = f"patchbay train all --preset {preset.as_argument}"
+        steps.append(all_of_it if preset.shipped else f"correct the folders in {preset.file}")
+    elif not steps and (damaged := damaged_files(preset)):
+        steps.append(f"replace what is damaged: {damaged[0]}")
+    steps.sort(key=lambda step: step.startswith("patchbay train"))  # training wants all parts to be there
+    room, plan, asked = room_on(preset.device, memory), None, f"patchbay doctor --preset {preset.as_argument}"
     if not check.ok and room is not None:
         plan = plan_for(preset, room, _free_memory())
         given = "" if memory is None else f" --memory {memory / 1e9:g}GB"
@@ -266,10 +321,14 @@ def survey(preset: Preset, memory: int | None = None) -> Survey:
             steps.append(f"{asked}{given} --write fitted.yaml")
             steps.append("patchbay serve --preset fitted.yaml")
         else:
-            steps.append(f"{asked} --table, and choose a machine with more memory or a smaller preset")
+            steps.append(f"{asked} --table  # and choose a machine with more memory or a smaller preset")
     elif not check.ok:
-        steps.append(f"{asked} --memory 24GB, to see what would fit on a machine with that")
-    return Survey(preset, boxes, check, tuple(steps or [f"patchbay serve --preset {preset.name}"]), plan)
+        steps.append(f"{asked} --memory 24GB  # to see what would fit on a machine with that")
+    if tight := too_large_for_turns(preset, boxes):
+        steps.append(f"in {preset.file}: {tight}")
+    return Survey(
+        preset, boxes, check, tuple(steps or [f"patchbay serve --preset {preset.as_argument}"]), plan
+    )
 
 
 def _settings(preset: Preset) -> list[BoxPreset]:

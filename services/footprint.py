@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import struct
+import shlex
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from encoders.media import Modality
-from services.presets import BoxPreset, LanguageModelPreset, Origin, Preset, QuantizationName
+from services.presets import BoxPreset, LanguageModelPreset, Origin, Preset, QuantizationName, shown
+from services.weight_files import absent_shards, damage, read_header
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 NOT_MODELS = ("scheduler", "tokenizer", "feature_extractor", "safety_checker", "image_encoder")
@@ -173,11 +174,24 @@ def missing_files(preset: Preset) -> list[Path]:
     return [path for name in _needed(preset).values() for path in name]
 
 
+def damaged_files(preset: Preset) -> list[str]:
+    """Say which files of a preset are there and are not whole; they are opened, and nothing is loaded."""
+    encoder, own = preset.encoder_folder, preset.bridge_folder
+    folders = [encoder, *(encoder / tower for tower in TOWERS), preset.base_folder, own]
+    folders.append(preset.language_model_folder / "adapter")
+    for modality, decoder in preset.decoders.items():
+        folder = preset.decoder_folder(modality)
+        folders += [folder, *(folder / part for part in _models(_json(folder / "model_index.json")))]
+        if decoder.link == "signal":
+            folders.append(preset.projection_folder(modality))
+    return list(damage(dict.fromkeys(folders)))
+
+
 def _needed(preset: Preset) -> dict[str, list[Path]]:
     """Return the missing files of each part, by ``box/part``."""
     encoder, llm, own = preset.encoder_folder, preset.language_model_folder, preset.bridge_folder
     bridge = [own / "bridge.json", own / "bridge.safetensors"]
-    manifest = _json(own / "bridge.json")
+    manifest = _configured(preset, own, "bridge.json")
     if manifest.get("lora"):
         bridge += [llm / "adapter" / "adapter_config.json", llm / "adapter" / "adapter_model.safetensors"]
     if manifest.get("base_tables"):
@@ -200,6 +214,14 @@ def _needed(preset: Preset) -> dict[str, list[Path]]:
             link = preset.projection_folder(modality)
             missing[f"{box}/projection"] = _absent([link / "config.json", link / "model.safetensors"])
     return missing
+
+
+def faults_of_adapter(folder: Path) -> list[str]:
+    """Say what of an adapter's files is missing or not whole."""
+    plain = folder / "pytorch_lora_weights.safetensors"
+    files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+    missing = [] if plain.is_file() else _absent(files)
+    return [f"{path} is missing" for path in missing] or list(damage([folder]))
 
 
 def _encoder_parts(preset: Preset, folder: Path) -> dict[str, tuple[str, list[Path]]]:
@@ -265,7 +287,7 @@ def _decoder(preset: Preset, modality: Modality) -> Box:
         config = _configured(preset, folder / part)
         count, _ = _counted(folder / part, config, index[part][1])
         missing = tuple(needed.get(f"{name}/{part}", [folder / part / "config.json"]))
-        let_go = part.startswith("text_encoder") and index["_class_name"] in TAKEN_APART
+        let_go = part.startswith("text_encoder") and index.get("_class_name") in TAKEN_APART
         stays = not let_go or decoder.link == "caption"
         parts.append(Part(part, count, dtype, _weight(folder / part), missing, stays=stays))
     if not parts:
@@ -302,6 +324,8 @@ def _absent(paths: list[Path]) -> list[Path]:
 
 
 def _without_weights(folder: Path) -> list[Path]:
+    if absent := absent_shards(folder):
+        return absent
     return [] if any(folder.glob("*.safetensors")) else [folder / "model.safetensors"]
 
 
@@ -343,14 +367,11 @@ def _numbers_in(folder: Path) -> int | None:
     """Return how many numbers the safetensors of a folder hold, from their headers."""
     total = 0
     for path in folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        for name, tensor in header.items():
-            size = 1
-            for side in tensor["shape"] if name != "__metadata__" else [0]:
-                size *= side
-            total += size
+        try:
+            header = read_header(path)
+        except ValueError:
+            continue  # no more is known of a damaged file; expect_files names it
+        total += sum(math.prod(tensor["shape"]) for tensor in header.values())
     return total or None
 
 
@@ -421,12 +442,5 @@ def _cache(config: dict[str, Any], dtype: str, options: LanguageModelPreset) -> 
 
 def commands(box: BoxPreset, preset: Preset) -> list[str]:
     """Return what to type to get the weights of a box."""
-    weights = _shown(preset.weights_folder)
-    return [o.get.format(weights=weights, revision=o.revision) for o in box.origins]
-
-
-def _shown(path: Path) -> str:
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
+    weights = shlex.quote(shown(preset.weights_folder))
+    return [origin.command(weights, preset.as_argument) for origin in box.origins]

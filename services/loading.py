@@ -27,3 +27,9 @@ def loading(box: str) -> Iterator[None]:
             f"The {box} cannot be loaded: {error}",
             code="weights_missing" if missing else "weights_invalid",
         ) from error
+    except (AttributeError, KeyError, OSError, TypeError) as error:  # what libraries raise on odd files
+        raise PresetProblem(
+            f"The {box} cannot be loaded: {type(error).__name__}: {error}. Its files are not as its library "
+            f"expects them; copy or download its folder again.",
+            code="weights_invalid",
+        ) from error

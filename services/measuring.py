@@ -12,6 +12,8 @@ from alignment.system import Folders
 from alignment.toybox import judge_check
 from decoders.settings import DecodeSettings
 from services.doctor import expect_files
+from services.errors import PresetProblem
+from services.footprint import TAKEN_APART
 from services.presets import Preset, load_preset
 
 
@@ -44,10 +46,20 @@ def folders_of(preset: Preset, link: Any = None) -> Folders:
     """Return where the parts of a preset lie, and its settings; ``link`` is used in place of what it says.
 
     Raises:
-        PresetProblem: some weights are missing.
+        PresetProblem: some weights are missing, or a decoder cannot be measured.
 
     """
     expect_files(preset)
+    for modality in preset.decoders:
+        index = json.loads((preset.decoder_folder(modality) / "model_index.json").read_text(encoding="utf-8"))
+        if (kind := index.get("_class_name")) not in TAKEN_APART:
+            raise PresetProblem(
+                f"The {modality.value} decoder of the preset {preset.name!r} is a {kind}, which runs as a "
+                f"whole; expected one that is made in batches: {', '.join(TAKEN_APART)}. Talk to it with "
+                f"`patchbay chat --preset {preset.as_argument}`, or measure a copy of the preset with one of "
+                f"these in its place.",
+                code="not_measurable",
+            )
     return Folders(
         encoder=preset.encoder_folder,
         language_model=preset.language_model_folder,

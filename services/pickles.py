@@ -9,54 +9,120 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 _SHARD = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin$")
+_FOREIGN = re.compile(r"GLOBAL ([\w.]+)")
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a flat ``torch.save`` file, left on the disk until they are used if possible.
 
     Raises:
-        ValueError: no such file, no pickle of PyTorch, one that holds more than tensors, or an empty one.
+        ValueError: no such file, no pickle of PyTorch, a damaged one, one that holds more than tensors, or
+            one that holds none.
 
     """
     if not path.is_file():
-        raise ValueError(f"{path} is not a file. Give the path of the file that was downloaded.")
-    try:
-        content: Any = _load(path)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} cannot be read as tensors alone: {_first_line(error)} It may run code when it is "
-            f"opened, or be cut off. Download it again from its authors."
-        ) from error
-    except Exception as error:  # bytes that are no pickle make the reader fail in any way
-        raise ValueError(f"{path} is no file of torch.save, or cut off: {_first_line(error)}") from error
+        what = "a folder" if path.is_dir() else "not there"
+        raise ValueError(f"{path} is {what}; expected a file of torch.save. Give the path of the download.")
+    if (what := _something_else(path)) is not None:
+        raise ValueError(f"{path} is {what}; expected a file of torch.save. Download that file itself.")
+    content = _load(path)
     if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected a table of tensors by name.")
+        nothing = "an empty" if isinstance(content, Mapping) else "a"
+        raise ValueError(
+            f"{path} holds {nothing} {type(content).__name__}; expected a table of tensors by name. Use the "
+            f"file as its authors published it."
+        )
     if wrong := [str(name) for name, value in content.items() if not isinstance(value, Tensor)]:
         raise ValueError(
             f"{path} holds other things than tensors under {', '.join(wrong[:5])}; expected a flat table of "
-            f"tensors by name. If the table is inside, save that alone first."
+            f"tensors by name. {_way_to_the_table(path, content)}"
+        )
+    if odd := [str(name) for name, value in content.items() if not _is_plain(value)]:
+        raise ValueError(
+            f"{path}: {', '.join(odd[:5])} is sparse, quantised or without numbers; expected plain tensors. "
+            f"Use the file as its authors published it."
         )
     return {str(name): value.detach() for name, value in content.items()}
 
 
-def _load(path: Path) -> Any:
+def _something_else(path: Path) -> str | None:
+    """Say what a file is that people take for a checkpoint; None for what may be one."""
+    size = path.stat().st_size
+    if size == 0:
+        return "empty"
     with path.open("rb") as file:
-        zipped = file.read(2) == b"PK"
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        head = file.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS and not the file that it stands for"
+    if head.lstrip()[:5].lower() in (b"<!doc", b"<html"):
+        return "a web page"
+    if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
+        return "a safetensors file"
+    return None
 
 
-def _first_line(error: BaseException) -> str:
-    line = " ".join(str(error).strip().splitlines()[:1]) or type(error).__name__
-    return line if line.endswith(".") else f"{line}."
+def _load(path: Path) -> Any:
+    zipped = zipfile.is_zipfile(path)
+    if zipped:
+        _expect_checksums(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of pickles from elsewhere, which are refused below
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # bytes that are no pickle make the reader fail in any way
+        if isinstance(error, pickle.UnpicklingError) and (foreign := _FOREIGN.search(str(error))):
+            raise ValueError(
+                f"{path} asks for {foreign[1]}, so it may run code when it is opened, and was not opened. "
+                f"Expected tensors alone. Use the file that its authors published, or save its state_dict()."
+            ) from error
+        raise _unreadable(path) from error
+
+
+def _expect_checksums(path: Path) -> None:
+    """Read the archive once: the reader of PyTorch would take damaged numbers for numbers."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise _unreadable(path) from error
+    if damaged is not None:
+        raise ValueError(f"{path} is damaged: {damaged} in it has another checksum. Download it again.")
+
+
+def _unreadable(path: Path) -> ValueError:
+    return ValueError(
+        f"{path} ({path.stat().st_size:,} bytes) cannot be read as tensors alone: it is no file of "
+        f"torch.save, is cut off or damaged, or would run code when it is opened, which it was not. Compare "
+        f"its size with the published one and download it again."
+    )
+
+
+def _way_to_the_table(path: Path, content: Mapping[Any, Any]) -> str:
+    for name, value in content.items():
+        if isinstance(value, Mapping) and all(isinstance(inner, Tensor) for inner in value.values()):
+            return (
+                f'The table under {name!r} may be it; save that alone: python -c "import torch; '
+                f"torch.save(torch.load({str(path)!r}, weights_only=True)[{name!r}], 'tensors.pt')\""
+            )
+    return "Use the file as its authors published it."
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
 
 
 def convert_pickles(folder: Path) -> list[Path]:
@@ -85,11 +151,23 @@ def convert_pickles(folder: Path) -> list[Path]:
     for index in sorted(folder.rglob("pytorch_model.bin.index.json")):
         target = index.with_name("model.safetensors.index.json")
         if not target.exists():
-            values = json.loads(index.read_text(encoding="utf-8"))
+            values = _read_index(index)
             names = {name: _safe_name(file) for name, file in values["weight_map"].items()}
             target.write_text(json.dumps(values | {"weight_map": names}, indent=2) + "\n", encoding="utf-8")
             written.append(target)
     return written
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+        names = values["weight_map"].values()
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no index of a saved model. Download it again.") from error
+    if absent := [str(name) for name in names if not (path.parent / str(name)).is_file()]:
+        raise ValueError(f"{path} names {absent[0]}, which is not beside it. Download the whole folder.")
+    assert isinstance(values, dict)
+    return values
 
 
 def _pairs(folder: Path) -> Iterator[tuple[Path, Path]]:
@@ -114,5 +192,10 @@ def _write(tensors: dict[str, Tensor], target: Path) -> None:
         own[name] = tensor.clone() if storage in seen else tensor.contiguous()
         seen.add(storage)
     unfinished = target.with_name(target.name + ".part")
-    save_file(own, unfinished, metadata={"format": "pt"})
-    unfinished.replace(target)
+    try:
+        save_file(own, unfinished, metadata={"format": "pt"})
+        unfinished.replace(target)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{target} cannot be written: {error}. Make room, or look at its rights.") from error
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ in it are relative to the file itself. Nothing in the program asks which preset 
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -22,7 +23,7 @@ SHIPPED = Path(__file__).resolve().parent.parent / "deploy" / "presets"
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 DtypeName = Literal["float32", "float16", "bfloat16"]
@@ -33,15 +34,33 @@ class Origin(_Strict):
     """Where the weights of a box come from, and under what terms.
 
     ``source`` is a hub id or an address; ``get`` a command, in which ``{weights}`` stands for the preset's
-    folder and ``{revision}`` for the revision. ``commercial`` says whether the licence allows such use.
+    folder, ``{preset}`` for how commands name the preset, and ``{source}`` and ``{revision}`` for these.
+    ``revision`` is a commit, as a branch may hold something else tomorrow. ``commercial`` says whether the
+    licence allows such use.
     """
 
     model: str
     source: str
-    revision: str | None = None
+    revision: str | None = Field(default=None, pattern=r"^[0-9a-f]{40}$")
     licence: str
     commercial: bool
     get: str
+
+    @model_validator(mode="after")
+    def _command_can_be_written(self) -> Self:
+        if self.revision is None and "{revision}" in self.get:
+            raise ValueError("get has {revision}, and there is no revision; give one, or leave it out of get")
+        try:
+            self.command("", "")
+        except (LookupError, ValueError) as error:
+            raise ValueError(
+                "get may hold {weights}, {preset}, {source} and {revision}, and other braces doubled"
+            ) from error
+        return self
+
+    def command(self, weights: str, preset: str) -> str:
+        """Return what to type to get it."""
+        return self.get.format(weights=weights, preset=preset, source=self.source, revision=self.revision)
 
 
 class BoxPreset(_Strict):
@@ -222,7 +241,7 @@ class Preset(_Strict):
     generation: GenerationDefaults = GenerationDefaults()
     limits: Limits = Limits()
     examples: tuple[Example, ...] = ()
-    device: str = "cpu"
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:[0-9]+)?)$")
     file: Path = Field(exclude=True)
 
     @field_validator("decoders")
@@ -249,6 +268,16 @@ class Preset(_Strict):
             if adapter.box not in ("language_model", *(modality.value for modality in self.decoders)):
                 raise ValueError(f"the adapter {name} is for {adapter.box}, and there is no such decoder")
         return self
+
+    @property
+    def as_argument(self) -> str:
+        """What to write behind ``--preset``: the name of a shipped one, else the path of the file."""
+        return self.file.stem if self.shipped else shlex.quote(shown(self.file))
+
+    @property
+    def shipped(self) -> bool:
+        """Whether it came with the program."""
+        return self.file.parent == SHIPPED
 
     @property
     def weights_folder(self) -> Path:
@@ -315,6 +344,14 @@ class Preset(_Strict):
         return self.weights_folder / self.decoders[modality].folder
 
 
+def shown(path: Path) -> str:
+    """Return a path as a person in this folder would write it."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
 def shipped_presets() -> list[str]:
     """Return the names of the presets that come with the program."""
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
@@ -336,6 +373,10 @@ def load_preset(name: str) -> Preset:
             f"The preset file {path} cannot be read: {error.strerror}. Give a name that `patchbay presets` "
             "lists, or the path of a YAML file.",
             code="unknown_preset",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise PresetProblem(
+            f"The preset file {path} is not text in UTF-8 ({error}). Save it as UTF-8.", code="invalid_preset"
         ) from error
     except yaml.YAMLError as error:
         raise PresetProblem(

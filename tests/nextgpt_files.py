@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -40,6 +41,9 @@ SMALL_OUTPUTS = {
         (Modality.AUDIO, tiny_pipelines.WIDTH, 1),
     )
 }
+SIZES: dict[str, Any] = {"sizes": SMALL, "outputs": SMALL_OUTPUTS, "rewritten": SMALL_OUTPUTS}
+EMBEDDING = "llama_model.base_model.model.model.embed_tokens.weight"
+HEAD = "llama_model.base_model.model.lm_head.weight"
 FULL_OUTPUTS = {"": (77, 768), "_video": (77, 1024), "_audio": (1, 512)}
 
 
@@ -107,6 +111,33 @@ def small_tensors(like: Tensor | None = None) -> dict[str, Tensor]:
         own = like[:VOCABULARY]  # the base has a row more than its tokenizer has tokens
         tensors[name][:VOCABULARY] = (own + 0.1 * own.std() * tensors[name][:VOCABULARY]).half()
     return tensors
+
+
+def earlier(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file from before the third stage: no LoRA, and so no peft in the names."""
+    return {
+        name.replace("base_model.model.", ""): value
+        for name, value in tensors.items()
+        if ".lora_" not in name
+    }
+
+
+def rewritten(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The output projections under the names of the 2024 code, with the tables that it saves beside them."""
+    names = {
+        "gen_text_hidden_fcs.0.": "model.mm_output_img_projector.",
+        "gen_text_hidden_fcs_video.0.": "model.mm_output_vid_projector.",
+        "gen_text_hidden_fcs_audio.0.": "model.mm_output_aud_projector.",
+    }
+    state = {"model.embed_tokens.weight": torch.zeros(336, 32), "lm_head.weight": torch.zeros(336, 32)}
+    for name, value in tensors.items():
+        for old, new in names.items():
+            if name.startswith(old):
+                rest = name.removeprefix(old)
+                layer, _, last = rest.partition(".")
+                layer = {"fc": "in_fc", "model": "out_fc"}.get(layer, layer)
+                state[new + layer + ("." + last if last else "")] = value
+    return state
 
 
 def save_pt(tensors: dict[str, Tensor], path: Path) -> Path:

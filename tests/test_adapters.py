@@ -106,6 +106,21 @@ def test_one_that_is_larger_than_the_shelf_is_refused_and_moves_nothing() -> Non
     assert shelf.loaded() == {"a"}
 
 
+@pytest.mark.parametrize(
+    "odd", [TypeError("r is a list"), FileNotFoundError(2, "No such file"), KeyError("r")]
+)
+def test_an_adapter_that_the_reader_stumbles_over_is_named_with_its_folder(odd: Exception) -> None:
+    def read(name: str, folder: Path) -> Sized:
+        raise odd
+
+    shelf = Shelf()
+    with pytest.raises(PresetProblem, match=r"'a' cannot be loaded: .*Expected files in /p/weights/ad") as no:
+        shelf.get("a", read)
+    assert no.value.code == "adapter_invalid"
+    assert type(odd).__name__ in no.value.message
+    assert isinstance(shelf.take("a"), Sized)  # the next request reads it again
+
+
 def test_threads_that_want_one_adapter_read_it_once() -> None:
     shelf = Shelf()
     threads = [threading.Thread(target=shelf.take, args=("a",)) for _ in range(8)]

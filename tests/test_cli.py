@@ -188,7 +188,7 @@ def test_doctor_says_what_is_missing(tiny_preset: Path, tmp_path: Path, capsys: 
     assert run("doctor", "--preset", str(broken), "--port", "8123") == 1
     captured = capsys.readouterr()
     assert "BAD weights" in captured.out
-    assert "Restore the folder" in captured.out
+    assert f"correct the folders in {broken}" in captured.out
     assert captured.err.count("\n") == 1
 
 
@@ -214,3 +214,19 @@ def test_serve_refuses_before_ray_starts(tmp_path: Path, tiny_preset: Path) -> N
     assert done.stderr.startswith(f"patchbay: Cannot listen on 127.0.0.1:{port}")
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
+
+
+def test_a_file_of_the_system_that_fails_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    def full(name: str) -> None:
+        raise OSError(28, "No space left on device", "/somewhere/a")
+
+    monkeypatch.setattr(cli, "load_preset", full)
+
+    assert run("doctor") == 1
+
+    assert capsys.readouterr().err == (
+        "patchbay: /somewhere/a cannot be used: No space left on device. Look at the path, its rights and "
+        "the free space, then try again.\n"
+    )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +19,23 @@ from transformers import LlamaForCausalLM
 
 from decoders.projection import OutputProjection
 from decoders.writing import to_png
-from encoders.imagebind import ImageBind
-from encoders.imagebind_encoder import ImageBindEncoder
-from encoders.media import Image, Modality, Video
-from encoders.preprocess import PreprocessConfig
+from encoders.media import Image, Modality
 from llm.generate import Finished, GenerationOptions, SignalReady, generate
 from llm.model import LanguageModel
 from llm.template import MediaTokens
-from services.cli import main
 from services.convert import convert_imagebind, convert_nextgpt
 from services.session import Session
 from tests import tiny_pipelines
+from tests.imagebind_files import imagebind_file, tiny_preprocessing
 from tests.nextgpt_files import (
+    EMBEDDING,
+    HEAD,
+    SIZES,
     SMALL,
     SMALL_OUTPUTS,
+    earlier,
     read_json,
+    rewritten,
     save_pt,
     small_names,
     small_tensors,
@@ -45,9 +45,6 @@ from tests.test_imagebind import TINY
 from tests.tiny_llm import user
 
 IMAGE, VIDEO, AUDIO = Modality.IMAGE, Modality.VIDEO, Modality.AUDIO
-SIZES: dict[str, Any] = {"sizes": SMALL, "outputs": SMALL_OUTPUTS, "rewritten": SMALL_OUTPUTS}
-EMBEDDING = "llama_model.base_model.model.model.embed_tokens.weight"
-HEAD = "llama_model.base_model.model.lm_head.weight"
 
 
 @pytest.fixture(scope="module")
@@ -266,13 +263,13 @@ def test_values_are_kept_in_half_precision_bit_for_bit(tensors: dict[str, Tensor
     assert given.dtype == torch.float16
 
 
-def earlier(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A file from before the third stage: no LoRA, and so no peft in the names."""
-    return {
-        name.replace("base_model.model.", ""): value
-        for name, value in tensors.items()
-        if ".lora_" not in name
-    }
+def test_tensors_of_several_precisions_keep_their_own(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    mixed = tensors | {"llama_proj.weight": tensors["llama_proj.weight"].float() / 3}
+    convert_nextgpt(save_pt(mixed, tmp_path / "a.pt"), tmp_path / "w", **SIZES)
+
+    bridge = load_file(tmp_path / "w" / "llm" / "bridge.safetensors")
+    assert torch.equal(bridge["projectors.image.project.weight"], mixed["llama_proj.weight"])
+    assert bridge["signal_rows.head"].dtype == torch.float16
 
 
 def test_a_file_from_before_lora_converts_to_a_model_without_it(
@@ -315,151 +312,6 @@ def test_without_a_base_all_else_is_there(tensors: dict[str, Tensor], base: Path
     assert LanguageModel.load(llm).width == 32
 
 
-def without(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-    return lambda tensors: {n: v for n, v in tensors.items() if n != name}
-
-
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        (
-            lambda t: t | {"visual_encoder.x": torch.zeros(1)},
-            r"holds visual_encoder.x, which this layout has",
-        ),
-        (without("llama_proj.bias"), r"lacks llama_proj.bias of its input projection \(1 of 2 tensors\)"),
-        (without(EMBEDDING), r"lacks tables.embedding of its tables"),
-        (without("gen_text_hidden_fcs_audio.0.fc.bias"), r"lacks audio.fc.bias of its audio output"),
-        (
-            without("llama_model.base_model.model.model.layers.9.self_attn.k_proj.lora_A.default.weight"),
-            r"lacks lora.model.layers.9.self_attn.k_proj.lora_A.weight of its lora \(1 of 256",
-        ),
-        (
-            lambda t: t | {EMBEDDING: torch.zeros(336, 32)},
-            r"tables.embedding has shape \(336, 32\); expected \(338, 32\)\. .* Use .*nextgpt_7b_tiva_v0",
-        ),
-        (
-            lambda t: t | {"gen_text_hidden_fcs.0.model.weight": torch.zeros(12, 16)},
-            r"image.model.weight has shape \(12, 16\); expected \(16, 16\)",
-        ),
-        (
-            lambda t: t | {"llama_proj.bias": torch.full((32,), torch.nan)},
-            r"llama_proj.bias holds values that are no",
-        ),
-    ],
-)
-def test_what_does_not_fit_is_named_and_nothing_is_written(
-    tensors: dict[str, Tensor], tmp_path: Path, change: Callable[..., dict[str, Tensor]], complaint: str
-) -> None:
-    file = save_pt(change(tensors), tmp_path / "pytorch_model.pt")
-
-    with pytest.raises(ValueError, match=complaint):
-        convert_nextgpt(file, tmp_path / "w", **SIZES)
-    assert not (tmp_path / "w").exists()
-
-
-def setting(name: str, value: object) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        path = folder / "config.json"
-        path.write_text(json.dumps(read_json(path) | {name: value}))
-
-    return change
-
-
-def other_weights(folder: Path) -> None:
-    torch.manual_seed(99)
-    model = LlamaForCausalLM.from_pretrained(folder)
-    model.get_input_embeddings().weight.data.normal_()
-    model.save_pretrained(folder)
-
-
-def more_tokens(folder: Path) -> None:
-    path = folder / "tokenizer.json"
-    values: Any = read_json(path)
-    values["model"]["vocab"].append(["extra", -9.0])
-    path.write_text(json.dumps(values))
-
-
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        (setting("hidden_size", 40), r"has hidden_size 40; .* a base with 32\. Use Vicuna-7B v0"),
-        (setting("vocab_size", 320), r"has vocab_size 320; .* with 301\. Use Vicuna-7B v0"),
-        (setting("vocab_size", 300), r"has vocab_size 300; .* not LLaMA itself, a later Vicuna"),
-        (setting("num_hidden_layers", 40), r"num_hidden_layers 40; .* 32"),
-        (
-            setting("max_position_embeddings", 4096),
-            r"max_position_embeddings 4096; .* a later Vicuna or Llama 2",
-        ),
-        (setting("model_type", "mistral"), r"model_type mistral; .* llama"),
-        (more_tokens, r"tokenizer.json has 301 tokens; .* 300"),
-        (lambda folder: (folder / "tokenizer.json").unlink(), r"tokenizer.json is missing; .*sentencepiece"),
-        (lambda folder: (folder / "model.safetensors").unlink(), r"patchbay convert pickles"),
-        (other_weights, r"mean cosine of -?0\.0\d .*; expected at least 0.5"),
-    ],
-)
-def test_a_wrong_base_is_refused_with_what_to_use(
-    base: Path,
-    tensors: dict[str, Tensor],
-    tmp_path: Path,
-    change: Callable[[Path], object],
-    complaint: str,
-) -> None:
-    shutil.copytree(base, tmp_path / "base")
-    change(tmp_path / "base")
-    file = save_pt(tensors, tmp_path / "pytorch_model.pt")
-
-    with pytest.raises(ValueError, match=complaint):
-        convert_nextgpt(file, tmp_path / "w", str(tmp_path / "base"), **SIZES)
-    assert not (tmp_path / "w").exists()
-
-
-def test_tokens_that_were_added_to_the_base_are_left_out(
-    base: Path, tensors: dict[str, Tensor], tmp_path: Path
-) -> None:
-    shutil.copytree(base, tmp_path / "base")
-    path = tmp_path / "base" / "tokenizer.json"
-    values: Any = read_json(path)
-    values["added_tokens"].append({**values["added_tokens"][0], "id": 300, "content": "[PAD]"})
-    path.write_text(json.dumps(values))
-
-    convert_nextgpt(save_pt(tensors, tmp_path / "a.pt"), tmp_path / "w", str(tmp_path / "base"), **SIZES)
-
-    assert LanguageModel.load(tmp_path / "w" / "llm").tokenizer.signal_ids(IMAGE) == (302, 303, 304, 305)
-
-
-def test_a_base_that_is_nowhere_is_refused_with_how_to_fetch_it(
-    tensors: dict[str, Tensor], tmp_path: Path
-) -> None:
-    file = save_pt(tensors, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=r"hf download nobody/vicuna"):
-        convert_nextgpt(file, tmp_path / "w", "nobody/vicuna", **SIZES)
-
-
-def test_an_earlier_result_is_never_overwritten(tensors: dict[str, Tensor], tmp_path: Path) -> None:
-    (tmp_path / "w" / "llm").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"llm is there already"):
-        convert_nextgpt(save_pt(tensors, tmp_path / "a.pt"), tmp_path / "w", **SIZES)
-    assert list((tmp_path / "w").iterdir()) == [tmp_path / "w" / "llm"]
-
-
-def rewritten(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The output projections under the names of the 2024 code, with the tables that it saves beside them."""
-    names = {
-        "gen_text_hidden_fcs.0.": "model.mm_output_img_projector.",
-        "gen_text_hidden_fcs_video.0.": "model.mm_output_vid_projector.",
-        "gen_text_hidden_fcs_audio.0.": "model.mm_output_aud_projector.",
-    }
-    state = {"model.embed_tokens.weight": torch.zeros(336, 32), "lm_head.weight": torch.zeros(336, 32)}
-    for name, value in tensors.items():
-        for old, new in names.items():
-            if name.startswith(old):
-                rest = name.removeprefix(old)
-                layer, _, last = rest.partition(".")
-                layer = {"fc": "in_fc", "model": "out_fc"}.get(layer, layer)
-                state[new + layer + ("." + last if last else "")] = value
-    return state
-
-
 def test_of_the_rewrite_the_output_projections_are_converted(
     tensors: dict[str, Tensor], tmp_path: Path
 ) -> None:
@@ -475,28 +327,6 @@ def test_of_the_rewrite_the_output_projections_are_converted(
     projection = OutputProjection.load(tmp_path / "w" / "projections" / "image")
     expected = projected(tensors, "gen_text_hidden_fcs.0", x)
     torch.testing.assert_close(projection(x[None], 0 * x[None])[0], expected, rtol=1e-4, atol=1e-4)
-
-
-def test_what_has_no_counterpart_in_the_rewrite_is_refused(
-    tensors: dict[str, Tensor], tmp_path: Path
-) -> None:
-    group = {"model.mm_input_projector.layers.0.group_token": torch.zeros(1, 64, 16)}
-    with pytest.raises(ValueError, match=r"holds model.mm_input_projector.layers.0.group_token; expected"):
-        convert_nextgpt(save_pt(group, tmp_path / "a.bin"), tmp_path / "w", **SIZES)
-    odd = rewritten(tensors) | {"model.vision_tower.x": torch.zeros(1)}
-    with pytest.raises(ValueError, match=r"model.vision_tower.x, which no NExT-GPT code"):
-        convert_nextgpt(save_pt(odd, tmp_path / "b.bin"), tmp_path / "w", **SIZES)
-
-
-def test_the_command_refuses_another_size_and_says_which_it_wants(
-    tensors: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = save_pt(tensors, tmp_path / "pytorch_model.pt")
-
-    code = main(["convert", "nextgpt", str(file), "--out", str(tmp_path / "w")])
-
-    assert code == 1
-    assert "has shape (338, 32); expected (32038, 4096)" in capsys.readouterr().err
 
 
 def test_a_preset_of_converted_weights_answers_a_picture_with_words_and_media(
@@ -542,88 +372,6 @@ def test_a_preset_of_converted_weights_answers_a_picture_with_words_and_media(
     assert [part.error for part in parts if part.error] == []
     assert {part.type for part in parts if part.data} == {IMAGE, VIDEO, AUDIO}
     assert any(part.text for part in parts)
-
-
-def imagebind_file(path: Path) -> dict[str, Tensor]:
-    torch.manual_seed(5)
-    state = ImageBind(TINY).state_dict()
-    torch.save(state, path)
-    return state
-
-
-def tiny_preprocessing() -> PreprocessConfig:
-    return PreprocessConfig(
-        image_size=16,
-        video_clips=2,
-        video_clip_seconds=0.5,
-        video_clip_frames=2,
-        video_crops=1,
-        audio_clips=1,
-        audio_clip_seconds=0.16,
-        num_mel_bins=10,
-        num_mel_frames=16,
-    )
-
-
-def test_imagebind_keeps_the_towers_that_are_asked_for(tmp_path: Path) -> None:
-    state = imagebind_file(tmp_path / "imagebind_huge.pth")
-    sizes: Any = {"release": TINY, "preprocessing": tiny_preprocessing()}
-
-    record = convert_imagebind(tmp_path / "imagebind_huge.pth", tmp_path / "w", **sizes)
-
-    encoder = ImageBindEncoder.load(tmp_path / "w" / "encoder")
-    assert encoder.modalities == {IMAGE, VIDEO, AUDIO}
-    kept = [name for name in state if name.split(".")[1] in ("vision", "audio")]
-    assert record["tensors"] == {
-        "kept": len(kept),
-        "left out with their towers": len(state) - len(kept),
-    }
-    for name, value in encoder.model.state_dict().items():
-        assert torch.equal(value, state[name]), name
-    assert record["files"].keys() == {"config.json", "model.safetensors"}
-
-
-def test_imagebind_stands_for_a_video_by_the_plain_mean_of_its_clips(tmp_path: Path) -> None:
-    imagebind_file(tmp_path / "i.pth")
-    sizes: Any = {"release": TINY, "preprocessing": tiny_preprocessing()}
-    convert_imagebind(tmp_path / "i.pth", tmp_path / "w", dtype=torch.float32, **sizes)
-    encoder = ImageBindEncoder.load(tmp_path / "w" / "encoder")
-    generator = torch.Generator().manual_seed(0)
-    frames = torch.randint(0, 256, (8, 16, 16, 3), generator=generator, dtype=torch.uint8).numpy()
-    video = Video(frames, 8.0)
-
-    pooled = encoder.encode(video).pooled
-
-    with torch.inference_mode():
-        expected = encoder.model({"vision": encoder.prepare([video])})["vision"][0]
-    torch.testing.assert_close(pooled, expected)
-    assert pooled.norm() < 0.999
-    assert encoder.encode(Image(frames[0])).pooled.norm().item() == pytest.approx(1.0, abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("change", "options", "complaint"),
-    [
-        ({"extra.weight": torch.zeros(1)}, {}, r"holds extra.weight, which this layout has no place for"),
-        ({"modality_heads.imu.3.weight": None}, {}, r"lacks modality_heads.imu.3.weight of its ImageBind"),
-        (
-            {"modality_heads.imu.3.weight": torch.zeros(2, 2)},
-            {},
-            r"modality_heads.imu.3.weight has shape \(2, 2\); expected \(12, 8\)",
-        ),
-        ({}, {"towers": ("vision", "smell")}, r"towers is vision, smell; choose from vision, text, audio"),
-        ({}, {"towers": ("text",)}, r"needs CLIP's vocabulary"),
-    ],
-)
-def test_an_imagebind_that_does_not_fit_is_refused(
-    tmp_path: Path, change: dict[str, Tensor | None], options: dict[str, Any], complaint: str
-) -> None:
-    state = {**imagebind_file(tmp_path / "i.pth"), **change}
-    torch.save({name: v for name, v in state.items() if v is not None}, tmp_path / "i.pth")
-
-    with pytest.raises(ValueError, match=complaint):
-        convert_imagebind(tmp_path / "i.pth", tmp_path / "w", release=TINY, **options)
-    assert not (tmp_path / "w" / "encoder").exists()
 
 
 def test_the_files_hold_every_tensor_of_the_release_once(converted: Path) -> None:

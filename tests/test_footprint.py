@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from services import footprint
 from services.cli import main
 from services.doctor import fitting, survey
 from services.footprint import boxes_of, missing_files, needed
-from services.presets import Preset, load_preset
+from services.presets import SHIPPED, Preset, load_preset
 from services.session import Session
 from tests.tiny import tiny_values, with_adapters
 
@@ -145,7 +146,7 @@ def test_no_weights_are_read_for_a_survey(tiny_preset: Path, monkeypatch: pytest
 
     found = survey(load_preset(str(tiny_preset)))
     assert found.fits.ok
-    assert found.next_steps == ("patchbay serve --preset tiny",)
+    assert found.next_steps == (f"patchbay serve --preset {tiny_preset}",)
 
 
 def test_what_does_not_fit_is_said_with_how_much_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +174,7 @@ def test_a_preset_that_does_not_fit_is_not_loaded(
     assert "loads" not in out
     assert "to fit: no image decoder" in out
     assert "which is still too much" in out
-    assert "next: patchbay doctor --preset tiny --table, and choose a machine with more memory" in out
+    assert f"next: patchbay doctor --preset {tiny_preset} --table  # and choose a machine with more" in out
 
 
 def test_doctor_says_what_the_published_preset_lacks_and_what_to_type(
@@ -194,11 +195,20 @@ def test_doctor_says_what_the_published_preset_lacks_and_what_to_type(
     assert "13.48 GB" in row
     assert "ImageBind-Huge: CC-BY-NC-4.0; NOT for commercial use." in captured.out
     assert "NExT-GPT 7B v0: CC-BY-NC-SA-4.0; NOT for commercial use." in captured.out
+    assert "language model: bridge" in captured.out
+    (whole,) = [line for line in lines if line.startswith("language model: in all")]
+    assert whole.split()[4:6] == ["22.15", "GB"]
+    (disk,) = [line for line in lines if line[4:].startswith("disk")]
+    assert disk.endswith("23.10 GB of weights are missing")
     assert "imagebind_huge.pth; no revision is known" in captured.out
     assert "From lmsys/vicuna-7b-delta-v0; revision 142d4e179e45304c430e5bf2cf5f9816f1c2be7a" in captured.out
     (working,) = [line for line in lines if line.startswith("video decoder: at work")]
     assert working.split()[4:6] == ["3.91", "GB"]
     steps = [line for line in lines if line.startswith("next: ")]
+    assert steps[0].startswith(
+        "next: curl -fLO https://dl.fbaipublicfiles.com/imagebind/imagebind_huge.pth && "
+    )
+    assert all(shlex.split(step, comments=True)[-1][-1] not in ".," for step in steps)  # can be pasted
     assert any(
         step.endswith(
             f"patchbay convert nextgpt pytorch_model.pt --base vicuna-7b-v0 --out {tmp_path}/nowhere"
@@ -315,3 +325,39 @@ def test_adapters_of_the_allow_list_are_counted_up_to_what_may_stay(tiny_preset:
         }
     )
     assert {box.name: box.adapters for box in boxes_of(few)}["image decoder"] == 2**20
+
+
+def test_the_open_preset_trains_its_bridge_after_all_downloads(tmp_path: Path) -> None:
+    values = yaml.safe_load((SHIPPED / "open-8b.yaml").read_text())
+    (tmp_path / "my.yaml").write_text(
+        yaml.safe_dump(values | {"weights": "w", "sizes": str(SHIPPED / "open-8b")})
+    )
+
+    steps = survey(load_preset(str(tmp_path / "my.yaml"))).next_steps
+
+    (training,) = [i for i, step in enumerate(steps) if step.startswith("patchbay train bridge")]
+    assert f"--preset {tmp_path}/my.yaml" in steps[training]
+    assert training > max(i for i, step in enumerate(steps) if step.startswith("hf download"))
+
+
+def test_a_budget_too_small_for_a_decoder_is_said_before_anything_is_loaded(
+    tiny_preset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tiny_preset.parent / "tight.yaml"
+    path.write_text(tiny_preset.read_text() + "decoders_gb: 0.000001\n")
+
+    assert main(["doctor", "--preset", str(path), "--port", "8123"]) == 1
+
+    out = capsys.readouterr().out
+    assert "BAD decoders_gb" in out
+    assert "decoders_gb lets all decoders together take 1e-06 GB. Raise it to 0.01 or more" in out
+    assert "loads" not in out
+
+
+def test_an_adapter_that_is_not_there_is_said(tiny_preset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tiny_preset.parent / "adapted.yaml"
+    path.write_text(tiny_preset.read_text() + "adapters: {ink: {box: image, folder: nowhere}}\n")
+
+    assert main(["doctor", "--preset", str(path), "--port", "8123"]) == 1
+
+    assert "nowhere/adapter_config.json is missing" in capsys.readouterr().out

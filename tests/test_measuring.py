@@ -105,3 +105,19 @@ def test_report_names_the_documents_that_it_wrote(tmp_path: Path, capsys: Captur
 def test_a_dry_run_of_what_trains_nothing_is_one_line(capsys: Captured) -> None:
     assert cli.main(["train", "export", "--dry-run"]) == 1
     assert "no training to rehearse for 'export'" in capsys.readouterr().err
+
+
+def test_a_decoder_that_runs_as_a_whole_is_refused_with_what_can_be_done(
+    tiny_preset: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    shutil.copytree(tiny_preset.parent / "weights", tmp_path / "weights")
+    path = tmp_path / tiny_preset.name
+    shutil.copyfile(tiny_preset, path)
+    index = tmp_path / "weights" / "image" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "FluxPipeline"}))
+
+    assert cli.main(["eval", "toybox", "--preset", str(path)]) == 1
+
+    error = capsys.readouterr().err
+    assert "is a FluxPipeline, which runs as a whole; expected one that is made in batches" in error
+    assert f"`patchbay chat --preset {path}`" in error

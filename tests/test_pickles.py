@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from services.cli import main
 from services.pickles import convert_pickles, read_pickle
@@ -25,8 +26,13 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(
     monkeypatch.chdir(tmp_path)
     torch.save({"a": torch.zeros(1), "b": Harmful()}, "p.pt")
 
-    with pytest.raises(ValueError, match=r"p.pt cannot be read as tensors alone.*may run code"):
+    Path("plain.pt").write_bytes(pickle.dumps({"b": Harmful()}))
+
+    with pytest.raises(ValueError, match=r"p.pt asks for .*, so it may run code when it is opened") as caught:
         read_pickle(Path("p.pt"))
+    assert "weights_only" not in str(caught.value)  # PyTorch's advice is to run the code
+    with pytest.raises(ValueError, match=r"plain.pt .* would run code when it is opened, which it was not"):
+        read_pickle(Path("plain.pt"))
     assert not Path("harm-was-done").exists()
 
 
@@ -46,8 +52,13 @@ def test_both_formats_of_torch_are_read(tmp_path: Path, zipped: bool) -> None:
     ("content", "complaint"),
     [
         ([torch.zeros(1)], r"holds a list; expected a table of tensors"),
-        ({}, r"holds a dict; expected a table"),
-        ({"state": {"a": torch.zeros(1)}, "epoch": 3}, r"other things than tensors under state, epoch"),
+        ({}, r"holds an empty dict"),
+        (
+            {"state": {"a": torch.zeros(1)}, "epoch": 3},
+            r"other things than tensors under state, epoch.*weights_only=True\)\['state'\], 'tensors.pt'\)",
+        ),
+        ({"a": torch.zeros(2).to_sparse()}, r"a is sparse, quantised or without numbers"),
+        ({"a": torch.zeros(2, device="meta")}, r"a is sparse, quantised or without numbers"),
     ],
 )
 def test_anything_but_a_flat_table_is_named(tmp_path: Path, content: object, complaint: str) -> None:
@@ -61,8 +72,48 @@ def test_what_is_no_pickle_is_named(tmp_path: Path, junk: bytes) -> None:
     (tmp_path / "p.pt").write_bytes(junk)
     with pytest.raises(ValueError, match=r"p.pt"):
         read_pickle(tmp_path / "p.pt")
-    with pytest.raises(ValueError, match=r"q.pt is not a file"):
+    with pytest.raises(ValueError, match=r"q.pt is not there; expected a file of torch.save"):
         read_pickle(tmp_path / "q.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "is empty"),
+        (b"<!DOCTYPE html><html>not found</html>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "is a pointer of Git LFS"),
+        (save({"a": torch.zeros(3)}), "is a safetensors file"),
+    ],
+)
+def test_what_people_take_for_a_checkpoint_is_called_by_its_name(
+    tmp_path: Path, content: bytes, what: str
+) -> None:
+    (tmp_path / "p.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"p.pt {what}.*; expected a file of torch.save"):
+        read_pickle(tmp_path / "p.pt")
+
+
+def test_numbers_that_were_damaged_on_the_way_are_noticed(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(10_000)}, tmp_path / "p.pt")
+    content = bytearray((tmp_path / "p.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "p.pt").write_bytes(content)
+
+    with pytest.raises(ValueError, match=r"p.pt is damaged: p/data/0 in it has another checksum"):
+        read_pickle(tmp_path / "p.pt")
+
+
+def test_an_index_that_names_a_missing_shard_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1)}, tmp_path / "pytorch_model-00001-of-00002.bin")
+    index = {"metadata": {}, "weight_map": {"b": "pytorch_model-00002-of-00002.bin"}}
+    path = tmp_path / "pytorch_model.bin.index.json"
+    path.write_text(json.dumps(index))
+
+    with pytest.raises(ValueError, match=r"names pytorch_model-00002-of-00002.bin, which is not beside it"):
+        convert_pickles(tmp_path)
+    path.write_text("{oops")
+    with pytest.raises(ValueError, match=r"index.json is no index of a saved model"):
+        convert_pickles(tmp_path)
 
 
 def test_shards_and_their_index_become_safetensors_beside_them(

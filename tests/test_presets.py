@@ -107,10 +107,63 @@ def test_folders_are_relative_to_the_preset_file(tiny_preset: Path) -> None:
 def test_a_missing_file_is_named_before_anything_is_loaded(copy: Path, name: str) -> None:
     missing = copy.parent / "weights" / name
     missing.unlink()
-    with pytest.raises(PresetProblem, match=r"lacks .*; |lacks .*\. Restore the folder") as caught:
+    with pytest.raises(PresetProblem, match=r"lacks .*\. Put it there, or correct the folders in ") as caught:
         expect_files(load_preset(str(copy)))
     assert Path(name).parent.name in caught.value.message
     assert caught.value.code == "weights_missing"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("image/unet/diffusion_pytorch_model.safetensors", b""),
+        ("llm/base/model.safetensors", b"x" * 100),
+        ("audio/model_index.json", b"{oops"),
+        ("llm/base/tokenizer.json", b"{oops"),
+    ],
+)
+def test_a_damaged_file_is_named_before_anything_is_loaded(copy: Path, name: str, content: bytes) -> None:
+    (copy.parent / "weights" / name).write_bytes(content)
+    with pytest.raises(PresetProblem, match=r"is no (JSON|safetensors file).*again") as caught:
+        expect_files(load_preset(str(copy)))
+    assert str(copy.parent / "weights" / name) in caught.value.message
+    assert caught.value.code == "weights_invalid"
+
+
+def origin(**values: object) -> dict[str, object]:
+    whole = {"model": "m", "source": "s/m", "licence": "MIT", "commercial": True, "get": "hf download s/m"}
+    return {"encoder": {"origins": [whole | values]}}
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"decoders_gb": float("inf")}, r"decoders_gb: Input should be a finite number"),
+        ({"device": "mps"}, r"device: String should match pattern"),
+        (origin(revision="main"), r"encoder.origins.0.revision: String should match"),
+        (origin(get="hf download --revision {revision}"), r"get has {revision}, and there is no revision"),
+        (origin(get="echo {nothing}"), r"get may hold {weights}, {preset}, {source} and {revision}"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_place(
+    tmp_path: Path, values: dict[str, object], complaint: str
+) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(yaml.safe_dump({"name": "p", "description": "P.", "weights": "w"} | values))
+    with pytest.raises(PresetProblem, match=complaint):
+        load_preset(str(path))
+
+
+def test_a_file_that_is_not_utf8_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_bytes(b"description: caf\xe9")
+    with pytest.raises(PresetProblem, match=r"p.yaml is not text in UTF-8 .* Save it as UTF-8"):
+        load_preset(str(tmp_path / "p.yaml"))
+
+
+def test_commands_name_a_preset_as_it_can_be_found() -> None:
+    preset = load_preset("toybox")
+    assert preset.as_argument == "toybox"
+    assert preset.model_copy(update={"file": Path("/a b/p.yaml")}).as_argument == "'/a b/p.yaml'"
 
 
 def test_weights_of_a_wrong_shape_are_named_when_they_are_loaded(copy: Path) -> None:

@@ -66,8 +66,17 @@ def export_decoder(kind: Kind, model: ConditionedDenoiser, vae: PatchAutoencoder
     pipeline.save_pretrained(folder, safe_serialization=True)
     for part in halved.values():
         part.float()
+    forget_origins(folder)
     DECODERS[MODALITIES[kind]].load(folder).save_null()
     (folder / "patchbay.json").write_text(json.dumps(DEFAULTS[kind], indent=2) + "\n")
+
+
+def forget_origins(folder: Path) -> None:
+    """Take out of the configurations in ``folder`` from where on this machine their models were loaded."""
+    for path in folder.rglob("config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def export_aligned(model: Aligned, weights: Path) -> None:
