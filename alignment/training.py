@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from numpy.typing import NDArray
 
 from alignment.embedded import pools
@@ -266,8 +267,7 @@ def _trained_pictures(work: Run) -> UNet2DConditionModel:
     if not (work.folder / "look-denoiser" / "checkpoint.pt").is_file():
         raise ValueError("The denoiser of pictures is missing. First run `patchbay train look-denoiser`.")
     denoiser = _denoiser(work.as_it_stands(), "look").denoiser
-    assert isinstance(denoiser, UNet2DConditionModel)
-    return denoiser
+    return cast(UNet2DConditionModel, denoiser)
 
 
 def _imagebind(work: Run) -> ImageBindEncoder:

@@ -12,15 +12,17 @@ Shape letters in this file:
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from diffusers import ModelMixin  # diffusers looks for this name here when it loads a pipeline
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor
 
-from decoders.mel import HOP, NUM_BANDS, PADDING, RATE_HZ, WINDOW, mel_filterbank, stft
+from decoders.mel import HOP, NUM_BANDS, PADDING, RATE_HZ, WINDOW, log_mel, mel_filterbank, stft
 
 _TINY = 1e-8
+_KNEE = 0.8
 
 
 class GriffinLimVocoder(ModelMixin, ConfigMixin):
@@ -30,6 +32,8 @@ class GriffinLimVocoder(ModelMixin, ConfigMixin):
         num_iterations: Griffin-Lim steps.
         momentum: of the fast variant, in [0, 1); 0 is the classic algorithm.
         num_unmixing_steps: multiplicative updates of the least squares problem.
+        peak: no band gets louder than a tone of this amplitude, from above 0 to 1. Diffusion models overshoot
+            in single cells of a mel picture, by up to three nepers, and a click is all that comes of it.
         sampling_rate, model_in_dim, upsample_rates: read by ``AudioLDMPipeline``; other values than those of
             :mod:`decoders.mel` raise ValueError.
 
@@ -43,6 +47,7 @@ class GriffinLimVocoder(ModelMixin, ConfigMixin):
         num_iterations: int = 32,
         momentum: float = 0.99,
         num_unmixing_steps: int = 16,
+        peak: float = 1.0,
         sampling_rate: int = RATE_HZ,
         model_in_dim: int = NUM_BANDS,
         upsample_rates: tuple[int, ...] = (5, 4, 2, 2, 2),
@@ -55,8 +60,11 @@ class GriffinLimVocoder(ModelMixin, ConfigMixin):
                 f"{sampling_rate} Hz; it knows {NUM_BANDS} bands and {HOP} samples at {RATE_HZ} Hz only. "
                 "Leave these settings out."
             )
+        if not 0 < peak <= 1:
+            raise ValueError(f"peak is {peak}; expected an amplitude above 0, and 1 at most.")
         self.num_iterations = num_iterations
         self.momentum = momentum
+        self.log_peak = math.log(peak)
         self.num_unmixing_steps = num_unmixing_steps
         self.register_buffer("filterbank", mel_filterbank().clone())
 
@@ -68,13 +76,14 @@ class GriffinLimVocoder(ModelMixin, ConfigMixin):
             mel: ``(B, N, 64)`` or ``(N, 64)`` natural log magnitudes as of :func:`decoders.mel.log_mel`.
 
         Returns:
-            ``(B, T)`` or ``(T,)`` float32 in [-1, 1]; a sound whose crests went beyond is scaled down whole.
+            ``(B, T)`` or ``(T,)`` float32 in [-1, 1]; crests beyond are bent, and nothing else changes.
 
         """
         frames = mel.float().reshape(-1, *mel.shape[-2:])
-        samples = self._find_phases(self._unmix(frames.exp()))  # (B, T)
-        samples = samples / samples.abs().amax(-1, keepdim=True).clamp(min=1)
-        return samples.reshape(*mel.shape[:-2], samples.shape[-1])
+        frames = frames.minimum(_full_scale().to(frames.device) + self.log_peak)
+        samples = _limited(self._find_phases(self._unmix(frames.exp())))  # (B, T)
+        shaped: Tensor = samples.reshape(*mel.shape[:-2], samples.shape[-1])
+        return shaped
 
     def _unmix(self, mel: Tensor) -> Tensor:
         """Find non-negative STFT magnitudes (B, N, K) whose mel bands come near ``mel``."""
@@ -106,6 +115,21 @@ class GriffinLimVocoder(ModelMixin, ConfigMixin):
             previous = rebuilt
         laid = _lay(torch.fft.irfft(spectra) * window) / weight
         return laid[:, PADDING:-PADDING]
+
+
+@cache
+def _full_scale() -> Tensor:
+    """Log magnitude ``(64,)`` of each band at the tone of amplitude 1 that it hears loudest."""
+    seconds = torch.arange(20 * HOP) / RATE_HZ
+    tones = [torch.sin(2 * torch.pi * RATE_HZ / WINDOW * k * seconds) for k in range(1, WINDOW // 2)]
+    return torch.stack([log_mel(tone)[len(tone) // HOP // 2] for tone in tones]).amax(0)
+
+
+def _limited(samples: Tensor) -> Tensor:
+    """Bend what is beyond :data:`_KNEE` towards 1, as the tanh at the end of HiFi-GAN does."""
+    room = 1 - _KNEE
+    bent = _KNEE + room * torch.tanh((samples.abs() - _KNEE) / room)
+    return torch.where(samples.abs() > _KNEE, bent * samples.sign(), samples)
 
 
 def _lay(pieces: Tensor) -> Tensor:

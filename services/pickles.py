@@ -35,8 +35,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         what = "a folder" if path.is_dir() else "not there"
         raise ValueError(f"{path} is {what}; expected a file of torch.save. Give the path of the download.")
-    if (what := _something_else(path)) is not None:
-        raise ValueError(f"{path} is {what}; expected a file of torch.save. Download that file itself.")
+    if (other := _something_else(path)) is not None:
+        raise ValueError(f"{path} is {other}; expected a file of torch.save. Download that file itself.")
     content = _load(path)
     if not isinstance(content, Mapping) or not content:
         nothing = "an empty" if isinstance(content, Mapping) else "a"

@@ -90,5 +90,5 @@ def test_a_restored_optimiser_goes_on_as_if_never_stopped() -> None:
 def test_a_checkpoint_of_another_recipe_is_refused() -> None:
     model = network()
     state = optimizer_of(model, muon=False).state()
-    with pytest.raises(ValueError, match="1 optimisers, and this run has 2.*remove the folder"):
+    with pytest.raises(ValueError, match=r"1 optimisers, and this run has 2.*remove the folder"):
         optimizer_of(model, muon=True).restore(state)

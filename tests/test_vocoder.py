@@ -57,9 +57,33 @@ def test_a_batch_sounds_like_its_members(vocoder):
         assert (log_mel(samples) - log_mel(vocoder(member))).abs().mean() < 0.05  # nepers
 
 
-def test_crests_beyond_full_scale_scale_the_whole_sound_down(vocoder):
+def test_a_cell_louder_than_any_tone_leaves_the_rest_as_loud_as_it_was(vocoder):
+    plain, spiked = frames_of("bee"), frames_of("bee")
+    spiked[100, 40] += 8.0
+    heard = log_mel(vocoder(spiked))
+    assert (heard - log_mel(vocoder(plain)))[:80].abs().mean() < 0.1  # nepers
+    assert heard[100, 40] < 2.5
+
+
+def test_crests_beyond_full_scale_are_bent_below_it(vocoder):
     samples = vocoder(frames_of("bee") + 3.0)
-    assert float(samples.abs().max()) == pytest.approx(1.0, abs=1e-6)
+    assert 0.9 < float(samples.abs().max()) <= 1.0
+
+
+def test_no_band_is_louder_than_a_tone_of_the_peak():
+    seconds = torch.arange(8_000) / 16_000
+    tones = [log_mel(0.5 * torch.sin(2 * torch.pi * hz * seconds)) for hz in range(400, 600, 10)]
+    frames = max(tones, key=lambda tone: tone[25, 10].item())  # the tone that band 10 hears loudest
+    quiet = log_mel(GriffinLimVocoder(peak=0.25)(frames))
+    same = log_mel(GriffinLimVocoder(peak=0.5)(frames))
+    assert float(quiet[25, 10] - frames[25, 10]) == pytest.approx(-0.69, abs=0.15)
+    assert float(same[25, 10] - frames[25, 10]) == pytest.approx(0.0, abs=0.1)
+
+
+@pytest.mark.parametrize("peak", [0.0, 1.5])
+def test_a_peak_that_is_no_amplitude_is_refused(peak):
+    with pytest.raises(ValueError, match="expected an amplitude above 0"):
+        GriffinLimVocoder(peak=peak)
 
 
 def test_a_saved_vocoder_loads_with_its_settings_and_sounds_the_same(vocoder, tmp_path):

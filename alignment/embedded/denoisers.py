@@ -127,6 +127,7 @@ def train_denoiser(
     """
     denoiser = build(kind)
     if pictures is not None:
+        assert isinstance(denoiser, UNet3DConditionModel)
         inflate(pictures, denoiser)
     model = ConditionedDenoiser(kind, captions, denoiser)
     listed: list[Scene] = pools.scenes(kind, len(latents))

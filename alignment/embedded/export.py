@@ -18,6 +18,7 @@ from alignment.embedded.captions import Kind
 from alignment.embedded.denoisers import SCHEDULE, ConditionedDenoiser
 from alignment.stages import Aligned
 from alignment.system import DECODERS
+from alignment.toybox.sound import LOUD_PEAK
 from alignment.toybox.world import VIDEO_FPS, VIDEO_FRAMES
 from decoders.patch_autoencoder import PatchAutoencoderKL
 from decoders.vocoder import GriffinLimVocoder
@@ -37,7 +38,7 @@ DEFAULTS: Mapping[Kind, Mapping[str, object]] = {
         "num_frames": VIDEO_FRAMES,
         "fps": VIDEO_FPS,
     },
-    "sound": {"steps": 10, "guidance_scale": 2.0, "scheduler": "dpmsolver++", "duration_s": 2.56},
+    "sound": {"steps": 10, "guidance_scale": 1.5, "scheduler": "dpmsolver++", "duration_s": 2.56},
 }
 
 
@@ -56,7 +57,7 @@ def export_decoder(kind: Kind, model: ConditionedDenoiser, vae: PatchAutoencoder
             **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
     elif kind == "sound":
-        pipeline = AudioLDMPipeline(**parts, vocoder=GriffinLimVocoder())
+        pipeline = AudioLDMPipeline(**parts, vocoder=GriffinLimVocoder(peak=LOUD_PEAK))
     else:
         pipeline = TextToVideoSDPipeline(**parts)
     shutil.rmtree(folder, ignore_errors=True)
