@@ -68,7 +68,7 @@ RECIPES: Mapping[str, FitConfig] = {
     "clip-captions": _CAPTIONS,
     "sound-captions": _CAPTIONS,
     "look-denoiser": _DENOISER,
-    "clip-denoiser": replace(_DENOISER, num_steps=6000, average_decay=0.998, muon=True),
+    "clip-denoiser": replace(_DENOISER, num_steps=3400, average_decay=0.998, muon=True),
     "sound-denoiser": replace(_DENOISER, average_decay=0.998, muon=True),
     "imagebind": FitConfig(
         num_steps=6000,
@@ -96,15 +96,15 @@ RECIPES: Mapping[str, FitConfig] = {
 NEEDS: Mapping[str, tuple[str, ...]] = {
     "imagebind": (),
     "picture-autoencoder": (),
+    "look-captions": (),
+    "look-denoiser": ("picture-autoencoder", "look-captions"),
     "clip-captions": (),
     "clip-denoiser": ("look-denoiser", "clip-captions"),
     "language": (),
-    "look-captions": (),
-    "sound-captions": (),
     "encoder-side": ("imagebind", "language"),
+    "sound-captions": (),
     "decoder-side": ("encoder-side", "look-captions", "clip-captions", "sound-captions"),
     "instruction": ("decoder-side",),
-    "look-denoiser": ("picture-autoencoder", "look-captions"),
     "spectrogram-autoencoder": (),
     "sound-denoiser": ("spectrogram-autoencoder", "sound-captions"),
 }
