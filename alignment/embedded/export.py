@@ -38,7 +38,7 @@ DEFAULTS: Mapping[Kind, Mapping[str, object]] = {
         "num_frames": VIDEO_FRAMES,
         "fps": VIDEO_FPS,
     },
-    "sound": {"steps": 10, "guidance_scale": 1.5, "scheduler": "dpmsolver++", "duration_s": 2.56},
+    "sound": {"steps": 10, "guidance_scale": 2.0, "scheduler": "dpmsolver++", "duration_s": 2.56},
 }
 
 
