@@ -28,8 +28,7 @@ from tests.tiny_llm import tiny_model, user
 
 KINDS: dict[str, tuple[type[LatentDecoder], Any]] = {
     "image": (ImageDecoder, tiny_pipelines.image_pipeline),
-    "video": (VideoDecoder, tiny_pipelines.unet_video_pipeline),
-    "stacked": (VideoDecoder, tiny_pipelines.stacked_video_pipeline),
+    "video": (VideoDecoder, tiny_pipelines.video_pipeline),
     "audio": (AudioDecoder, tiny_pipelines.audio_pipeline),
 }
 
