@@ -111,7 +111,7 @@ class GriffinLimVocoder(ModelMixin, ConfigMixin):
             ahead = torch.lerp(previous, rebuilt, 1 + self.momentum)  # (B, N, K, 2)
             real, imaginary = ahead.unbind(-1)
             size = torch.addcmul(real.square(), imaginary, imaginary).sqrt_()  # (B, N, K)
-            spectra = torch.view_as_complex(ahead) * (magnitude / size.add_(_TINY))
+            spectra = torch.view_as_complex(ahead * (magnitude / size.add_(_TINY))[..., None])
             previous = rebuilt
         laid = _lay(torch.fft.irfft(spectra) * window) / weight
         return laid[:, PADDING:-PADDING]
@@ -121,8 +121,11 @@ class GriffinLimVocoder(ModelMixin, ConfigMixin):
 def _full_scale() -> Tensor:
     """Log magnitude ``(64,)`` of each band at the tone of amplitude 1 that it hears loudest."""
     seconds = torch.arange(20 * HOP) / RATE_HZ
-    tones = [torch.sin(2 * torch.pi * RATE_HZ / WINDOW * k * seconds) for k in range(1, WINDOW // 2)]
-    return torch.stack([log_mel(tone)[len(tone) // HOP // 2] for tone in tones]).amax(0)
+    loudest = torch.full((NUM_BANDS,), -torch.inf)
+    for k in range(1, WINDOW // 2):
+        tone = torch.sin(2 * torch.pi * RATE_HZ / WINDOW * k * seconds)
+        loudest = loudest.maximum(log_mel(tone)[10])
+    return loudest
 
 
 def _limited(samples: Tensor) -> Tensor:

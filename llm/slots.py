@@ -247,6 +247,8 @@ class SlotModel:
         model: in evaluation mode.
         num_slots: rows of the cache.
         context: positions per row, at most the model's context.
+        runs_on: where the passes are meant for, if that is not where the model is: one on the meta device is
+            counted for another.
 
     Raises:
         ValueError: a base that takes no position ids, whose attention takes no additive mask, or whose
@@ -254,11 +256,14 @@ class SlotModel:
 
     """
 
-    def __init__(self, model: LanguageModel, num_slots: int, context: int) -> None:
+    def __init__(
+        self, model: LanguageModel, num_slots: int, context: int, *, runs_on: torch.device | None = None
+    ) -> None:
         self.model, self.context = model, context
         self.cache = SlotCache(model, num_slots)
         self._base = model.causal_lm.base_model
         self._dtype, self._device = model.causal_lm.dtype, model.device
+        self._runs_on = runs_on or model.device
         attention = model.causal_lm.config._attn_implementation
         if "position_ids" not in inspect.signature(self._base.forward).parameters:
             raise ValueError(
@@ -404,6 +409,6 @@ class SlotModel:
     def _is_long(self, positions: int) -> bool:
         """Whether so many positions of one tensor are better copied together."""
         kept = self.cache.tensors()
-        if self._device.type != "cpu" or not kept:
+        if self._runs_on.type != "cpu" or not kept:
             return False
         return positions * kept[0][0, 0].nbytes > COPIED_BYTES

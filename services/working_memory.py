@@ -141,23 +141,28 @@ def language_model_bytes(preset: Preset) -> int:
         options.slots,
         options.context,
         options.step_tokens,
+        preset.device,
     )
 
 
 @lru_cache(maxsize=64)
-def _language_model_bytes(config: str, dtype: str, slots: int, context: int | None, step_tokens: int) -> int:
+def _language_model_bytes(
+    config: str, dtype: str, slots: int, context: int | None, step_tokens: int, device: str
+) -> int:
     values = json.loads(config)
     tokenizer = ConversationTokenizer(train_tokenizer(["any"], 300))
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
         model = LanguageModel(base.to(getattr(torch, dtype)), tokenizer, {}).eval()
     seen = min(context or model.context_length, model.context_length)
-    return most(language_model_work(model, slots, seen, step_tokens))
+    return most(language_model_work(model, slots, seen, step_tokens, torch.device(device)))
 
 
-def language_model_work(model: LanguageModel, slots: int, context: int, step_tokens: int) -> Iterator[Work]:
+def language_model_work(
+    model: LanguageModel, slots: int, context: int, step_tokens: int, runs_on: torch.device | None = None
+) -> Iterator[Work]:
     """Yield the passes of an engine whose cache is full; what its last growth took is less."""
-    speaker = SlotModel(model, slots, context)
+    speaker = SlotModel(model, slots, context, runs_on=runs_on)
     with torch.inference_mode():
         speaker.run(torch.zeros(1, 1, model.width, device=model.device), [0], [context - 1])
 
