@@ -7,6 +7,10 @@ merely because the others already tell a batch apart. And the same for every sin
 something is seen or heard: without it, shapes stayed at chance for as long as we waited, since the
 gradient has to find them through one class token. Language models read the patches, too.
 
+Combinations that training never meets invite a shortcut: from a thing, its pitch and its tempo one can guess
+which counts come into question. So a share of each batch hides some attributes: pictures and clips without
+colour, and duets of two things that sound together, which are asked only for what is still there.
+
 Shape letters in this file:
     B batch   S clips   L patches   E embedding width   V values of an attribute   A active patches
 """
@@ -48,6 +52,10 @@ TOWER: Mapping[Kind, str] = {"look": "vision", "clip": "vision", "sound": "audio
 BATCH: Mapping[Kind, int] = {"look": 64, "clip": 16, "sound": 48}
 POSITION_SCALE = 0.7
 EASY_STEPS = 700  # so long do big things in the middle of a white ground become rarer
+HIDDEN_SHARE = 0.25
+HIDDEN: Mapping[Kind, tuple[str, ...]] = {
+    "look": ("colour", "ground"), "clip": ("colour", "ground"), "sound": ("thing", "pitch"),
+}  # fmt: skip
 CYCLE: tuple[Kind, ...] = ("look", "clip", "sound", "look", "clip", "look", "clip", "sound", "look", "clip")
 
 
@@ -99,30 +107,64 @@ def train_imagebind(cache: Path, folder: Path, config: FitConfig, sizes: pools.P
 
     number: dict[Kind, int] = {"look": sizes.looks, "clip": sizes.clips, "sound": sizes.sounds}
     listed = {kind: pools.scenes(kind, number[kind]) for kind in JUDGED}
+    shares = {kind: pools.shares(scenes) for kind, scenes in listed.items()}
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for index, scene in enumerate(listed["sound"]):
+        alike.setdefault(_rest(scene), []).append(index)
 
     def losses(step: int) -> dict[str, Tensor]:
         kind = CYCLE[step % len(CYCLE)]
         rng = config.randomness(step)
-        chosen = sorted(rng.sample(range(number[kind]), BATCH[kind]))
+        chosen = sorted(rng.choices(range(number[kind]), cum_weights=shares[kind], k=BATCH[kind]))
         scenes = [listed[kind][i] for i in chosen]
         batch = take[kind](chosen)
         easy = int(len(chosen) * (1 - step / EASY_STEPS)) if kind == "look" else 0
         if easy > 0:
             simple, named = easy_looks(rng, easy)
             batch, scenes = torch.cat([simple, batch[easy:]]), named + scenes[easy:]
-        batch = batch.to(training_device())
+        hidden = torch.rand(len(scenes), generator=config.noise(step)) < HIDDEN_SHARE  # (B,)
+        partners = [rng.choice(alike[_rest(scene)]) for scene in scenes] if kind == "sound" else []
+        batch = hide(batch, hidden, take["sound"](partners) if partners else None)
+        batch, hidden = batch.to(training_device()), hidden.to(training_device())
         with half_precision():
             tokens = F.normalize(model.embed_tokens({TOWER[kind]: batch})[TOWER[kind]].float(), dim=-1)
             tokens = tokens if tokens.ndim == 4 else tokens[:, None]  # (B, S, 1 + L, E)
             media = F.normalize(tokens[:, :, 0].mean(1), dim=-1)  # (B, E)
-            contrast = _caption_contrast(model, tokenise, media, scenes, rng)
+            whole = [scene for scene, hides in zip(scenes, hidden.tolist(), strict=True) if not hides]
+            contrast = _caption_contrast(model, tokenise, media[~hidden], whole, rng)
             active = active_patches(batch, kind)  # (B, S, L)
-            within = _attribute_contrasts(model, tokenise, media, tokens[:, :, 1:], active, scenes, kind, rng)
+            within = _attribute_contrasts(
+                model, tokenise, media, tokens[:, :, 1:], active, hidden, scenes, kind, rng
+            )
         return {f"{kind} captions": contrast, **within}
 
     fit("imagebind", model, losses, config, folder)
     model.eval().requires_grad_(False)
     return encoder
+
+
+def hide(batch: Tensor, hidden: Tensor, partners: Tensor | None) -> Tensor:
+    """Return prepared media of which some rows show less.
+
+    Args:
+        batch: the input of a tower: pictures ``(B, 3, H, W)``, clips ``(B, S, 3, F, H, W)`` or filter banks
+            ``(B, S, 1, M, T)``.
+        hidden: which rows, ``(B,)`` bool.
+        partners: for sounds, one for each row that is played with it, like ``batch``. Without, the rows
+            lose their colours.
+
+    """
+    colours = 1 if batch.ndim == 4 else 2
+    if partners is None:
+        less = batch.mean(colours, keepdim=True).expand_as(batch)
+    else:
+        less = torch.maximum(batch, partners)  # of log energies, the louder one is nearly their sum
+    return torch.where(hidden.view(-1, *(1 for _ in batch.shape[1:])), less, batch)
+
+
+def _rest(scene: Scene) -> tuple[object, ...]:
+    """Return what is still heard of a sound when its thing and pitch are hidden."""
+    return tuple(getattr(scene, name) for name in JUDGED["sound"] if name not in HIDDEN["sound"])
 
 
 def _inputs(
@@ -186,6 +228,7 @@ def _attribute_contrasts(
     media: Tensor,
     patches: Tensor,
     active: Tensor,
+    hidden: Tensor,
     scenes: list[Scene],
     kind: Kind,
     rng: random.Random,
@@ -193,13 +236,14 @@ def _attribute_contrasts(
     names = JUDGED[kind]
     phrases = [phrase(name, v, rng, heard=kind == "sound") for name in names for v in CLASSES[name]]
     texts = _texts(model, tokenise, phrases).split([len(CLASSES[name]) for name in names])
-    owner = active.nonzero()[:, 0]  # (A,)
-    found = patches[active]  # (A, E)
     losses = {}
     for name, values in zip(names, texts, strict=True):
         truth = torch.tensor(
             [CLASSES[name].index(getattr(scene, name)) for scene in scenes], device=media.device
         )
-        losses[f"{kind} {name}"] = F.cross_entropy(media @ values.T, truth)  # over (B, V)
-        losses[f"{kind} {name} patches"] = F.cross_entropy(found @ values.T, truth[owner])  # over (A, V)
+        shown = ~hidden if name in HIDDEN[kind] else torch.ones_like(hidden)  # (B,)
+        asked = active & shown[:, None, None]  # (B, S, L)
+        owner = asked.nonzero()[:, 0]  # (A,)
+        losses[f"{kind} {name}"] = F.cross_entropy(media[shown] @ values.T, truth[shown])  # over (B, V)
+        losses[f"{kind} {name} patches"] = F.cross_entropy(patches[asked] @ values.T, truth[owner])
     return losses

@@ -10,7 +10,6 @@ Shape letters in this file:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +25,7 @@ from alignment.embedded import pools
 from alignment.embedded.captions import CAPTION_TOKENS, WIDTH, CaptionEncoder, Kind, spoken
 from alignment.embedded.inflation import inflate
 from alignment.fitting import FitConfig, fit, half_precision, training_device
-from alignment.toybox.world import Clip, Scene
+from alignment.toybox.world import Scene
 
 LATENT_CHANNELS = 16
 CAPTION_DROPOUT = 0.1
@@ -36,7 +35,6 @@ BATCHES: Mapping[Kind, int] = {"look": 64, "clip": 16, "sound": 64}
 NOISE_SHIFT: Mapping[Kind, float] = {"look": 0.8, "clip": 1.2, "sound": 0.8}
 # These are spent on any level alike, or else a grain stays that the last steps never learnt to remove.
 EVEN_SHARE: Mapping[Kind, float] = {"look": 0.3, "clip": 0.5, "sound": 0.3}
-STILL_SHARE = 3.0
 SCHEDULE: Mapping[str, object] = {
     "num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction",
     "clip_sample": False, "timestep_spacing": "trailing", "steps_offset": 1,
@@ -131,7 +129,7 @@ def train_denoiser(
         inflate(pictures, denoiser)
     model = ConditionedDenoiser(kind, captions, denoiser)
     listed: list[Scene] = pools.scenes(kind, len(latents))
-    shares = list(accumulate(_share(scene) for scene in listed))
+    shares = pools.shares(listed)
 
     def losses(step: int) -> dict[str, Tensor]:
         rng = config.randomness(step)
@@ -142,11 +140,6 @@ def train_denoiser(
 
     fit(f"{kind} denoiser", model, losses, config, folder)
     return model
-
-
-def _share(scene: Scene) -> float:
-    """How often a scene is met: a clip that stands still tells its tempo by its own small movement alone."""
-    return STILL_SHARE if isinstance(scene, Clip) and scene.motion == "still" else 1.0
 
 
 __all__ = ["CAPTION_TOKENS", "ConditionedDenoiser", "build", "train_denoiser"]

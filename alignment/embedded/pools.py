@@ -7,8 +7,9 @@ Shape letters in this file:
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,6 +35,7 @@ from alignment.toybox.world import (
 from decoders.mel import log_mel
 
 SEED = 20_231
+STILL_SHARE = 3.0
 Number = TypeVar("Number", bound=np.generic)
 
 
@@ -51,6 +53,18 @@ def scenes(kind: str, number: int, seed: int = SEED) -> list[Scene]:
     samplers: Mapping[str, Callable[[random.Random], Scene]]
     samplers = {"look": sample_look, "clip": sample_clip, "sound": sample_sound}
     return [samplers[kind](random.Random(f"{seed}-{kind}-{index}")) for index in range(number)]
+
+
+def shares(listed: Sequence[Scene]) -> list[float]:
+    """Return how often each scene is to be met, added up for :func:`random.choices`.
+
+    A clip that stands still tells its tempo by its own small movement alone, and is met more often.
+    """
+    return list(
+        accumulate(
+            STILL_SHARE if isinstance(scene, Clip) and scene.motion == "still" else 1.0 for scene in listed
+        )
+    )
 
 
 def look_pixels(folder: Path, number: int, seed: int = SEED) -> NDArray[np.uint8]:

@@ -186,6 +186,9 @@ WHAT_IS_HEARD = ways(
     ),
 )
 
+_PLAY_WHAT = "(play|play me|make|create|give me|let us hear|i want to hear) what "
+_SOUNDS_LIKE = " (sounds like|would sound like)"
+_A_SOUND = "(play |make |create |let me hear |)(the sound|the noise|a sound) (of|for|that belongs to) "
 _PICTURE = "(this|this|it|this picture|the picture|this image|what you see)"
 IMAGE_TO_AUDIO = ways(
     "what (does|would) " + _PICTURE + " sound like?",
@@ -195,8 +198,14 @@ IMAGE_TO_AUDIO = ways(
     "(turn|change) (this picture|the picture|this|it) into (a sound|sound)",
     "(which|what) sound does (this|it|the thing here) make?",
     "(and the sound|the sound of it, please|i want to hear it|i want to hear this picture)",
+    _PLAY_WHAT + "(it|that|the picture|this image|the thing|this thing)" + _SOUNDS_LIKE,
+    _A_SOUND + "(this picture|the picture|this image|what you see|the thing here|what is drawn here)",
+    "(how|tell me how) (this image|this thing|the thing in the picture|what you see) (sounds|would sound)"
+    "(, play it|, let me hear)",
+    "(play|let me hear|give me) (this picture|the picture|this image|it) as (a sound|sound|audio)",
     reserved=("how does this picture sound?", "let me hear this picture", "play what this sounds like"),
 )
+_SHOW_WHAT = "(show me|draw|paint|sketch|let me see) what (it|this|the thing that sounds|this noise)"
 _SOUND = "(this sound|this sound|it|this|this noise|what you hear)"
 AUDIO_TO_IMAGE = ways(
     "(draw|paint|sketch|show me) (what you hear|this sound|what makes this sound|what sounds here)",
@@ -206,6 +215,9 @@ AUDIO_TO_IMAGE = ways(
     "turn " + _SOUND + " into (a picture|an image|a drawing)",
     "(what thing is this? draw it|what is it? draw it|who makes this sound? show me a picture)",
     "i (want|would like) to see a picture of " + _SOUND,
+    _SHOW_WHAT + " (looks like|would look like)",
+    "(a picture|an image|a drawing|a sketch) (of|for) (this sound|this noise|what you hear|what sounds here)",
+    "(draw|paint|sketch) (the thing that|whatever) (sounds here|you hear|makes this noise|makes it)",
     reserved=("paint what you hear", "draw what makes this sound", "make a picture of this sound"),
 )
 IMAGE_TO_VIDEO = ways(
@@ -214,6 +226,9 @@ IMAGE_TO_VIDEO = ways(
     "(show|let me see) (it|this|the picture) {motion} {tempo} in a (video|film)",
     "turn (this|it|this picture) into a (video|clip|film)( of it|) {motion} {tempo}",
     "a (clip|video) of (this|this picture) {motion} {tempo}",
+    "(make|let) (this|it|this picture|the picture|the thing) (move|go) in a (video|clip|film), "
+    "{motion} {tempo}",
+    "(i want|i would like) to (see|watch) (this|it|this picture|the thing here) {motion} {tempo}",
     "(let it move in a video,|now in a video,|as a video,|bring it to life,) {motion} {tempo}",
     reserved=(
         "make a clip of it {motion} {tempo}", "show this {motion} {tempo} in a clip",
@@ -226,6 +241,9 @@ VIDEO_TO_IMAGE = ways(
     "(this|it|this video|this clip|what you see|what is in the video)",
     "turn (this|this video|it|this clip) into (a picture|an image|a drawing)",
     "(i want|i would like) (a picture|an image|a drawing) of (this|it|this video)",
+    "(draw|paint|sketch) (the thing in|what moves in|what is to be seen in) (this video|the clip|this film)",
+    "(show me|give me|let me see) (this video|this clip|it|the film) as (a picture|an image|a drawing)",
+    "(a picture|an image|a drawing) (of|for) (this video|the clip|this film|what moves here)",
     reserved=("draw what you see in this video", "make an image of this clip", "paint this"),
 )
 VIDEO_TO_AUDIO = ways(
@@ -237,6 +255,13 @@ VIDEO_TO_AUDIO = ways(
     "(turn|change) (this video|the video|this|it) into (a sound|sound)",
     "(which|what) sound does (this|it|the thing here) make?",
     "(and the sound|the sound of it, please|i want to hear it|i want to hear this video)",
+    _PLAY_WHAT + "(it|that|the video|the clip|this clip|this film|the thing)" + _SOUNDS_LIKE,
+    _A_SOUND + "(this video|the video|this clip|this film|what you see|the thing here)",
+    "(how|tell me how) (this film|this clip|the thing in the video|what you see) (sounds|would sound)"
+    "(, play it|, let me hear)",
+    "(play|let me hear|give me) (this video|the clip|this film|it) as (a sound|sound|audio)",
+    "how (does|would) (this film|the clip|this clip|what you see) sound?",
+    "(let me hear|i want to hear|let us hear) (the video|the clip|this film|the film)",
     reserved=("how does this video sound?", "let me hear this clip", "play what this video sounds like"),
 )
 AUDIO_TO_VIDEO = ways(
@@ -245,6 +270,9 @@ AUDIO_TO_VIDEO = ways(
     "(animate what you hear|show me a clip of what makes this sound|a clip of what you hear)",
     "turn " + _SOUND + " into (a video|a clip|a film)",
     "i (want|would like) to see a (video|film|clip) of " + _SOUND,
+    "(a video|a clip|a film|an animation) (of|for) (this sound|this noise|what you hear|what sounds here)",
+    "(film|animate) (the thing that|whatever) (sounds here|you hear|makes this noise|makes it)",
+    "(show me|let me see) what (you hear|makes this sound|sounds here) in a (video|clip|film)",
     reserved=("film what you hear", "make a clip for this sound", "animate this sound"),
 )
 IMAGE_AUDIO_TO_VIDEO = ways(

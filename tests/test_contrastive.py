@@ -1,0 +1,75 @@
+import random
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+
+from alignment.embedded import contrastive, pools
+from alignment.embedded.captions import Kind
+from alignment.embedded.contrastive import HIDDEN, JUDGED, hide
+from alignment.toybox.world import Clip, Scene, sample_clip, sample_look, sample_sound
+
+
+def test_hidden_rows_lose_their_colours_and_the_others_stay():
+    for shape, colours in (((3, 3, 8, 8), 1), ((3, 2, 3, 2, 8, 8), 2)):
+        batch = torch.randn(shape)
+
+        less = hide(batch, torch.tensor([True, False, True]), None)
+
+        assert torch.equal(less[1], batch[1])
+        assert less[[0, 2]].std(colours).max() < 1e-6
+        assert torch.allclose(less.mean(colours), batch.mean(colours), atol=1e-6)
+
+
+def test_hidden_sounds_are_played_with_their_partners():
+    batch, partners = torch.randn(2, 1, 1, 8, 16), torch.randn(2, 1, 1, 8, 16)
+
+    less = hide(batch, torch.tensor([False, True]), partners)
+
+    assert torch.equal(less[0], batch[0])
+    assert torch.equal(less[1], torch.maximum(batch[1], partners[1]))
+
+
+def test_nothing_is_asked_about_what_is_hidden(monkeypatch):
+    def texts(model, tokenise, phrases):
+        torch.manual_seed(len(phrases))
+        return F.normalize(torch.randn(len(phrases), 16), dim=-1)
+
+    monkeypatch.setattr(contrastive, "_texts", texts)
+    rng = random.Random(3)
+    scenes: dict[Kind, list[Scene]] = {
+        "look": [sample_look(rng) for _ in range(6)],
+        "clip": [sample_clip(rng) for _ in range(6)],
+        "sound": [sample_sound(rng) for _ in range(6)],
+    }
+    for kind, named in scenes.items():
+        hidden = torch.tensor([True] + [False] * 5)
+        media = F.normalize(torch.randn(6, 16), dim=-1).requires_grad_()
+        patches = torch.randn(6, 1, 4, 16).requires_grad_()
+        active = torch.ones(6, 1, 4, dtype=torch.bool)
+
+        losses = contrastive._attribute_contrasts(
+            None, None, media, patches, active, hidden, named, kind, rng
+        )
+
+        for name in JUDGED[kind]:
+            for loss, given in (
+                (losses[f"{kind} {name}"], media),
+                (losses[f"{kind} {name} patches"], patches),
+            ):
+                (gradient,) = torch.autograd.grad(loss, given, retain_graph=True)
+                asked = gradient.flatten(1).abs().amax(1) > 0
+                assert asked[1:].all()
+                assert bool(asked[0]) is (name not in HIDDEN[kind])
+
+
+def test_clips_that_stand_still_are_met_more_often():
+    listed = [clip for clip in pools.scenes("clip", 400) if isinstance(clip, Clip)]
+    shares = pools.shares(listed)
+    own = [after - before for before, after in pairwise([0.0, *shares])]
+
+    assert {share for share, clip in zip(own, listed, strict=True) if clip.motion == "still"} == {
+        pools.STILL_SHARE
+    }
+    assert {share for share, clip in zip(own, listed, strict=True) if clip.motion != "still"} == {1.0}
+    assert pools.shares(pools.scenes("sound", 3)) == [1.0, 2.0, 3.0]
