@@ -29,7 +29,7 @@ from alignment.embedded.captions import CAPTION_TOKENS, WIDTH, CaptionEncoder, K
 from alignment.embedded.contrastive import train_imagebind
 from alignment.embedded.denoisers import ConditionedDenoiser, train_denoiser
 from alignment.embedded.dialogues import encode_pools, sample_dialogues
-from alignment.embedded.export import MODALITIES, export_aligned, export_decoder
+from alignment.embedded.export import MODALITIES, export_aligned, export_decoder, export_encoder
 from alignment.embedded.language import train_base
 from alignment.fitting import FitConfig, plot_losses
 from alignment.stages import STAGES, Aligned, run_stage
@@ -365,7 +365,7 @@ def export(work: Run) -> None:
     shared = work.weights / str(Modality.VIDEO) / "vae"  # the very same autoencoder: once on disk is enough
     shutil.rmtree(shared)
     shared.symlink_to(Path("..") / str(Modality.IMAGE) / "vae")
-    ImageBindEncoder.load(work.folder / "imagebind" / "encoder").save(work.weights / "encoder")
+    export_encoder(ImageBindEncoder.load(work.folder / "imagebind" / "encoder"), work.weights / "encoder")
     export_aligned(_stage(whole, "instruction"), work.weights)
 
 

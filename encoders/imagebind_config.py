@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 
@@ -110,6 +111,24 @@ class ImageBindConfig:
     def __post_init__(self) -> None:
         if self.out_width < 1:
             raise ValueError(f"out_width is {self.out_width}; it must be at least 1.")
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """Names of the towers that exist."""
+        return tuple(name for name in TOWER_CONFIGS if getattr(self, name) is not None)
+
+    def with_towers(self, towers: Sequence[str]) -> ImageBindConfig:
+        """Return these sizes with some of the towers alone.
+
+        Raises:
+            ValueError: no tower is named, or one that does not exist here.
+
+        """
+        if not towers or not set(towers) <= set(self.towers):
+            given = ", ".join(towers) or "empty"
+            raise ValueError(f"towers is {given}; choose from {', '.join(self.towers)}.")
+        left_out: dict[str, Any] = {name: None for name in self.towers if name not in towers}
+        return replace(self, **left_out)
 
     @classmethod
     def huge(cls) -> ImageBindConfig:

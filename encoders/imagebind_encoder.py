@@ -2,7 +2,7 @@
 
 Folder layout:
     config.json: ``{"model": sizes, "preprocessing": numbers}``, and perhaps ``"pooled": "mean"``
-    model.safetensors: the state dict of :class:`~encoders.imagebind.ImageBind`
+    model.safetensors: the state dict of :class:`~encoders.imagebind.ImageBind` with the towers of the config
     tokenizer.json: when there is a text tower; or CLIP's vocab.json and merges.txt
 
 Shape letters in this file:
@@ -93,14 +93,34 @@ class ImageBindEncoder:
         tokens = TextTokens.load(folder, config.text.context_length) if config.text else None
         return cls(model, preprocessing, tokens, values["pooled"])
 
-    def save(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
-        """Write the encoder into a folder, which is made if needed."""
+    def save(
+        self,
+        folder: str | Path,
+        dtype: torch.dtype = torch.float16,
+        towers: Sequence[str] | None = None,
+    ) -> None:
+        """Write the encoder into a folder, which is made if needed.
+
+        Args:
+            folder: see the layout at the top of this file.
+            dtype: of the weights written.
+            towers: those to write; None writes all. Without the text tower, the tokenizer stays away too.
+
+        Raises:
+            ValueError: no tower is named, or one that this encoder does not have.
+
+        """
+        config = self.model.config if towers is None else self.model.config.with_towers(towers)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_config(folder, self.model.config, self.preprocessing, self.pooled)
-        state = {name: value.to(dtype).contiguous() for name, value in self.model.state_dict().items()}
+        write_config(folder, config, self.preprocessing, self.pooled)
+        state = {
+            name: value.to(dtype).contiguous()
+            for name, value in self.model.state_dict().items()
+            if name.split(".")[1] in config.towers  # modality_trunks.vision.blocks...
+        }
         save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        if self.tokens is not None:
+        if self.tokens is not None and config.text is not None:
             self.tokens.save(folder)
 
     @property

@@ -6,17 +6,14 @@ Names and shapes are the same on both sides. What changes is the container, and 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from encoders.imagebind import ImageBind, ImageBindConfig
-from encoders.imagebind_config import TOWER_CONFIGS
 from encoders.imagebind_encoder import WEIGHTS_FILE, write_config
 from encoders.preprocess import PreprocessConfig
 from encoders.text_tokens import TextTokens
@@ -31,20 +28,6 @@ def released_shapes(config: ImageBindConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         state = ImageBind(config).state_dict()
     return {name: tuple(value.shape) for name, value in state.items()}
-
-
-def keep_towers(config: ImageBindConfig, towers: Sequence[str]) -> ImageBindConfig:
-    """Return ``config`` with these towers alone.
-
-    Raises:
-        ValueError: none, or one that ``config`` does not have.
-
-    """
-    known = [name for name in TOWER_CONFIGS if getattr(config, name) is not None]
-    if not towers or not set(towers) <= set(known):
-        raise ValueError(f"towers is {', '.join(towers) or 'empty'}; choose from {', '.join(known)}.")
-    left_out: dict[str, Any] = {name: None for name in known if name not in towers}
-    return replace(config, **left_out)
 
 
 def check_tokenizer(config: ImageBindConfig, tokenizer: Path | None) -> None:

@@ -30,6 +30,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # Statistics of AudioSet's filter banks (Gong et al. 2021, arXiv 2104.01778).
 BANK_MEAN = -4.268
 BANK_STD = 9.138
+LONGEST_STRIP = 16
+"""Of a longer picture, in short sides, the ends are cut off before it is scaled: they lie far outside of the
+crop, and a strip of one pixel's width would grow to gigabytes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,7 +189,15 @@ def _ceil(value: float) -> int:
     return math.ceil(value - 1e-6)  # 0.1 * 3 * 10 frames are three, not four
 
 
+def _middle(height: int, width: int) -> tuple[slice, slice]:
+    """Return the rows and columns that are left of a picture when a strip has lost its ends."""
+    most = LONGEST_STRIP * min(height, width)
+    top, left = (max(0, (side - most) // 2) for side in (height, width))
+    return slice(top, top + most), slice(left, left + most)
+
+
 def _resize_and_crop(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    pixels = pixels[_middle(*pixels.shape[:2])]
     height, width = pixels.shape[:2]
     if min(height, width) != size:
         short = min(height, width)
@@ -201,7 +212,9 @@ def _prepare_video(video: Video, config: PreprocessConfig) -> Tensor:
     Z = config.image_size
     chosen = clip_frames(len(video.frames), video.fps, config)
     distinct = sorted({index for clip in chosen for index in clip})
-    frames = torch.from_numpy(video.frames[distinct]).permute(0, 3, 1, 2).float() / 255.0
+    rows, columns = _middle(*video.frames.shape[1:3])
+    middle = torch.from_numpy(video.frames[distinct, rows, columns])
+    frames = middle.permute(0, 3, 1, 2).float() / 255.0
     height, width = frames.shape[2:]
     if min(height, width) != Z:
         height, width = (

@@ -148,7 +148,7 @@ def convert_imagebind(
 
     """
     release = release or ImageBindConfig.huge()
-    kept = imagebind_release.keep_towers(release, towers)
+    kept = release.with_towers(towers)
     imagebind_release.check_tokenizer(kept, tokenizer)
     tensors = read_pickle(file)
     shapes = {"ImageBind": imagebind_release.released_shapes(release)}

@@ -137,6 +137,31 @@ def test_saved_encoder_loads_the_same_and_frozen(encoder: ImageBindEncoder, fold
     assert torch.equal(loaded.embed_text(["a bell"]), encoder.embed_text(["a bell"]))
 
 
+def test_towers_that_are_left_out_are_on_the_disk_neither_as_weights_nor_as_words(
+    tmp_path: Path, encoder: ImageBindEncoder
+) -> None:
+    encoder.save(tmp_path, torch.float32, ["audio", "vision"])
+
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    whole, written = encoder.model.state_dict(), load_file(tmp_path / "model.safetensors")
+    assert written.keys() == {name for name in whole if ".text." not in name}
+    assert all(torch.equal(written[name], whole[name]) for name in written)
+    loaded = ImageBindEncoder.load(tmp_path)
+    assert loaded.modalities == set(Modality) - {Modality.TEXT}
+    for modality in loaded.modalities:
+        medium = media(modality)[0]
+        assert torch.equal(loaded.encode(medium).tokens, encoder.encode(medium).tokens)
+
+
+@pytest.mark.parametrize(("towers", "given"), [(["vision", "smell"], "vision, smell"), ([], "empty")])
+def test_towers_that_are_not_there_cannot_be_saved(
+    tmp_path: Path, encoder: ImageBindEncoder, towers: list[str], given: str
+) -> None:
+    with pytest.raises(ValueError, match=f"towers is {given}; choose from vision, text, audio"):
+        encoder.save(tmp_path / "some", towers=towers)
+    assert not (tmp_path / "some").exists()
+
+
 def test_half_precision_on_disk_is_full_precision_in_memory(
     tmp_path: Path, encoder: ImageBindEncoder
 ) -> None:

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -135,6 +136,32 @@ def test_picture_is_scaled_bicubically_and_cropped_at_the_centre(height: int, wi
     expected = torch.from_numpy(whole[top : top + 224, left : left + 224].copy()).permute(2, 0, 1).float()
     prepared = prepare_images([Image(pixels)], HUGE)
     torch.testing.assert_close(undone(prepared[0]), expected, rtol=0, atol=1e-3)
+
+
+def test_a_strip_is_scaled_without_its_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    resize, interpolate = PIL.Image.Image.resize, torch.nn.functional.interpolate
+    sizes: list[tuple[int, int]] = []
+
+    def watched_resize(self: PIL.Image.Image, size: tuple[int, int], *rest: Any) -> PIL.Image.Image:
+        sizes.append(size)
+        return resize(self, size, *rest)
+
+    def watched_interpolate(frames: Tensor, size: tuple[int, int], **rest: Any) -> Tensor:
+        sizes.append(size)
+        return interpolate(frames, size=size, **rest)
+
+    monkeypatch.setattr(PIL.Image.Image, "resize", watched_resize)
+    monkeypatch.setattr("encoders.preprocess.F.interpolate", watched_interpolate)
+    for strip in (gradient(2, 8_001), gradient(8_001, 2)):
+        red = strip.copy()
+        red[3_000:-3_000] = red[:, 3_000:-3_000] = (255, 0, 0)  # the middle, whichever way it lies
+        picture = prepare_images([Image(red)], TOYBOX)
+        video = prepare_videos([Video(np.stack([red] * 2), 8.0)], TOYBOX)
+        assert picture.shape == (1, 3, 64, 64)
+        assert video.shape == (1, 4, 3, 2, 64, 64)
+        for frame in (picture[0], video[0, 0, :, 0]):
+            torch.testing.assert_close(undone(frame)[1:], torch.zeros(2, 64, 64), rtol=0, atol=1e-3)
+    assert sizes == [(1_024, 64), (64, 1_024), (64, 1_024), (1_024, 64)]
 
 
 def test_clips_are_spread_from_start_to_end() -> None:

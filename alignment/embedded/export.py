@@ -22,6 +22,7 @@ from alignment.toybox.sound import LOUD_PEAK
 from alignment.toybox.world import VIDEO_FPS, VIDEO_FRAMES
 from decoders.patch_autoencoder import PatchAutoencoderKL
 from decoders.vocoder import GriffinLimVocoder
+from encoders.imagebind_encoder import TOWER_OF, ImageBindEncoder
 from encoders.media import Modality
 
 MODALITIES: Mapping[Kind, Modality] = {
@@ -78,6 +79,12 @@ def forget_origins(folder: Path) -> None:
         config = json.loads(path.read_text(encoding="utf-8"))
         if config.pop("_name_or_path", None) is not None:
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def export_encoder(encoder: ImageBindEncoder, folder: Path) -> None:
+    """Write the towers that read media; the text tower was there for them to learn from."""
+    shutil.rmtree(folder, ignore_errors=True)
+    encoder.save(folder, torch.float16, sorted(set(TOWER_OF.values())))
 
 
 def export_aligned(model: Aligned, weights: Path) -> None:
