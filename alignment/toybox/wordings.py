@@ -89,6 +89,9 @@ OPENINGS = ways(
     "(||||hey, |hi, |ok, |well, |so, |now |and now |good, )"
     "(|||||please |can you |could you |would you |will you |could you please |i want you to |just )",
     "(hello, |i would like you to |can i ask you to |next, |oh, and )",
+    "(|||hello, |dear box, |listen, |hm, |my dear, )"
+    "(i ask you to |i beg you to |i wish you to |you should |you could |try to |go ahead and |be so kind and "
+    "|do me a favour and |let me ask you to |it is time to |would you mind to |how about you )",
     reserved=(
         "",
         "",
@@ -123,19 +126,24 @@ PLAY = ways(
         "let me hear the sound of", "create a recording of", "play me the sound of", "make me the sound of",
     ),
 )  # fmt: skip
+_I_WANT = (
+    "(i want |i would like |i wish for |we want |how about ||||i could use |i am looking for |i ask for "
+    "|i fancy |i am waiting for |may i have |can i have |could we have |can i get |she wants |they asked for "
+    "|my friend wants |give us |bring me |we are missing )"
+)
 WISHES: Mapping[type, Phrases] = {
     Look: ways(
-        "(i want |i would like |i wish for |we want |how about |)(a picture|an image|a drawing) of",
+        _I_WANT + "(a picture|an image|a drawing) of",
         "(i want to see|i would like to see|picture:|image:)",
         reserved=("i would like a picture of", "an image of", "i need a picture of"),
     ),
     Clip: ways(
-        "(i want |i would like |i wish for |we want |how about |)(a video|a clip|a film) of",
+        _I_WANT + "(a video|a clip|a film) of",
         "(i want to watch|video:|clip:)",
         reserved=("i would like a video of", "i need a clip of", "i want a clip of"),
     ),
     Sound: ways(
-        "(i want |i wish for |we want |how about |)(the sound|a sound|a recording) of",
+        _I_WANT + "(the sound|a sound|a recording) of",
         "(i want to hear|i would like to hear|we want to hear|sound:|audio:)",
         reserved=("i need the sound of", "i would like the sound of"),
     ),
@@ -144,12 +152,17 @@ WISHES: Mapping[type, Phrases] = {
 POLITE_ENDINGS = ways(
     "(||||||| please| for me| now| today| for my friend| for them| if you can)(||||.|!)",
     "(, please|, please.|, thank you|, ok?|, will you?|, if you like)",
+    " for (her|him|my mother|the children|our party|my class|everyone|you and me|this evening|a change)"
+    "(|.|!)",
+    "(, that would be nice|, i beg you|, many thanks|, cheers|, my dear|, if that is possible|, as we said)",
     reserved=("", "", " for us", ", thanks", " please!"),
 )
 JOINTS = ways(
     "(,|) (and|and|then|and then|and also|and after that|plus|as well as|and finally) ",
     "(.|;) (and|then|and then|next,|after that,|now|finally,|i also want you to) ",
     "(, next |, also |, after that |. |. |, )",
+    "(. besides |, and besides |; furthermore |. in addition |, along with that | and furthermore )",
+    "(. when done, |; as soon as you can |, on top of that )",
     reserved=(". also ", ", and then ", " and next "),
 )
 
