@@ -36,6 +36,7 @@ SOUND_FORMATS = ("wav", "flac", "ogg", "mp3")
 CONTAINER_FORMATS = ("mp4", "webm")
 READABLE = "PNG, JPEG, WebP, GIF, WAV, FLAC, OGG, MP3, MP4 or WebM"
 RATES_HZ = (1_000, 384_000)
+MAX_SIDE_PX = 65_535  # the most that JPEG and GIF can say; millions of rows are slow to decode
 MAX_CHANNELS = 16
 
 ErrorCode = Literal["invalid_media", "media_limit_exceeded", "unsupported_media"]
@@ -433,6 +434,12 @@ def _audio(blocks: list[NDArray[np.float32]], rate: int, data: bytes, name: str)
 
 def _check_pixels(size: tuple[int, int], name: str, budget: MediaBudget) -> None:
     width, height = size
+    if max(size) > MAX_SIDE_PX:
+        raise MediaError(
+            "media_limit_exceeded",
+            f"This {name.upper()} is {width:,} x {height:,} pixels; sides of at most {MAX_SIDE_PX:,} pixels "
+            "are read. Scale it down first, or cut it.",
+        )
     if width * height > budget.max_pixels:
         raise MediaError(
             "media_limit_exceeded",

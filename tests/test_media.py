@@ -146,6 +146,14 @@ def test_huge_pictures_are_refused_from_the_header() -> None:
     assert code_of(jpeg[:at] + b"\xff\xff\xff\xff" + jpeg[at + 4 :]) == "media_limit_exceeded"
 
 
+def test_endless_strips_are_refused_from_the_header() -> None:
+    for size in ((1, 65_536), (65_536, 1)):
+        with pytest.raises(MediaError, match=r"sides of at most 65,535 pixels are read") as caught:
+            read_media(png_claiming(*size))
+        assert caught.value.code == "media_limit_exceeded"
+    assert code_of(png_claiming(65_535, 1)) == "invalid_media"  # nothing behind its header
+
+
 def test_budget_on_pixels_is_exact() -> None:
     data = saved(picture(20, 10), "PNG")
     assert read_media(data, MediaBudget(max_pixels=200)).modality is Modality.IMAGE
