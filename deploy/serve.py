@@ -17,6 +17,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -74,6 +75,7 @@ def _serve(preset: Preset, host: str, port: int, folder: Path) -> int:
 
     import ray
     from ray import serve
+    from ray.exceptions import RayError
     from ray.serve.config import HTTPOptions
 
     from deploy.app import AppArgs, build_app
@@ -103,13 +105,14 @@ def _serve(preset: Preset, host: str, port: int, folder: Path) -> int:
         print("Stopping.", flush=True)
         _hush()
         return 0
-    except RuntimeError as error:
+    except (RuntimeError, RayError) as error:
         raise _why(error) from error
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         if ray.is_initialized():
-            serve.shutdown()
+            with suppress(RayError):  # whatever of Serve has not come up need not go down
+                serve.shutdown()
         ray.shutdown()
 
 
@@ -173,17 +176,25 @@ def _wait_until_it_answers(address: str) -> None:
     )
 
 
-def _why(error: RuntimeError) -> PresetProblem:
+def _why(error: Exception) -> PresetProblem:
     """Find our own sentence in what Serve reports about a deployment that did not start."""
     from ray import serve
+    from ray.exceptions import RayError
 
-    application = serve.status().applications.get("patchbay")
+    try:
+        application = serve.status().applications.get("patchbay")
+    except (RuntimeError, RayError):  # there is no Serve to ask
+        application = None
     reports = [deployment.message for deployment in application.deployments.values()] if application else []
     for report in (*reports, str(error)):
         if found := re.search(r"The [\w ]+ cannot be loaded: .+", report):
             return PresetProblem(f"The service could not start: {found[0]}", code="not_started")
     reason = " ".join(" ".join(filter(None, (*reports, str(error)))).split())
-    return PresetProblem(f"The service could not start: {reason[-600:]}", code="not_started")
+    return PresetProblem(
+        f"The service could not start: {reason[-600:].rstrip('.')}. Free memory and processor time and "
+        "try again, or run `patchbay doctor` to see what is wrong.",
+        code="not_started",
+    )
 
 
 if __name__ == "__main__":

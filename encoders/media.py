@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ SOUND_FORMATS = ("wav", "flac", "ogg", "mp3")
 CONTAINER_FORMATS = ("mp4", "webm")
 READABLE = "PNG, JPEG, WebP, GIF, WAV, FLAC, OGG, MP3, MP4 or WebM"
 RATES_HZ = (1_000, 384_000)
+MAX_SIDE_PX = 65_535  # the most that JPEG and GIF can say; millions of rows are slow to decode
 MAX_CHANNELS = 16
 
 ErrorCode = Literal["invalid_media", "media_limit_exceeded", "unsupported_media"]
@@ -202,7 +204,7 @@ def read_media(
         return _read_container(data, name, budget, expect)
     if name is not None:
         raise MediaError(
-            "unsupported_media", f"This is a {name.upper()} file, which is not read here. Send {READABLE}."
+            "unsupported_media", f"A file of the kind {name.upper()} is not read here. Send {READABLE}."
         )
     if len(data) < 12:
         raise MediaError(
@@ -280,7 +282,7 @@ def _read_image(data: bytes, name: str, budget: MediaBudget) -> Image:
         EOFError,
         struct.error,
     ) as error:
-        raise MediaError("invalid_media", _damaged(data, name, str(error))) from error
+        raise MediaError("invalid_media", _damaged(data, name, _reason(error))) from error
     except PIL.Image.DecompressionBombError as error:
         raise MediaError("media_limit_exceeded", _damaged(data, name, str(error))) from error
     return Image(_rgb(upright))
@@ -316,14 +318,15 @@ def _read_sound(data: bytes, name: str, budget: MediaBudget) -> Audio:
             if claimed < 2**62:  # libsndfile's word for "unknown" is the largest integer
                 _check_seconds(claimed / rate, name, budget)
             blocks, total = [], 0
-            for block in sound.blocks(blocksize=2**16, dtype="float32", always_2d=True, fill_value=None):
+            # Not sound.blocks(): where a file ends early, that hands out memory which nobody has written to.
+            while len(block := sound.read(2**16, dtype="float32", always_2d=True)):
                 blocks.append(block.mean(axis=1, dtype=np.float32))
                 total += len(block)
                 _check_seconds(total / rate if total > limit else 0.0, name, budget)
     except MediaError:
         raise
     except (soundfile.SoundFileError, ValueError, OSError) as error:
-        raise MediaError("invalid_media", _damaged(data, name, str(error))) from error
+        raise MediaError("invalid_media", _damaged(data, name, _reason(error))) from error
     if name == "flac" and 0 < claimed < 2**62 and total < claimed:
         raise MediaError(
             "invalid_media", _damaged(data, name, f"it is cut off after {total:,} of {claimed:,} samples")
@@ -352,7 +355,7 @@ def _read_container(data: bytes, name: str, budget: MediaBudget, expect: Modalit
     except MediaError:
         raise
     except (av.FFmpegError, ValueError, OverflowError) as error:
-        raise MediaError("invalid_media", _damaged(data, name, str(error))) from error
+        raise MediaError("invalid_media", _damaged(data, name, _reason(error))) from error
     wanted = {None: "pictures or sound", Modality.AUDIO: "sound", Modality.VIDEO: "pictures"}[expect]
     code: ErrorCode = "unsupported_media" if pictures or sounds else "invalid_media"
     raise MediaError(
@@ -431,6 +434,12 @@ def _audio(blocks: list[NDArray[np.float32]], rate: int, data: bytes, name: str)
 
 def _check_pixels(size: tuple[int, int], name: str, budget: MediaBudget) -> None:
     width, height = size
+    if max(size) > MAX_SIDE_PX:
+        raise MediaError(
+            "media_limit_exceeded",
+            f"This {name.upper()} is {width:,} x {height:,} pixels; sides of at most {MAX_SIDE_PX:,} pixels "
+            "are read. Scale it down first, or cut it.",
+        )
     if width * height > budget.max_pixels:
         raise MediaError(
             "media_limit_exceeded",
@@ -482,6 +491,12 @@ def _damaged(data: bytes, name: str, reason: str) -> str:
         f"This {name.upper()} file ({len(data):,} bytes) is damaged: {reason}. Check that it opens in "
         "another program, and send it whole."
     )
+
+
+def _reason(error: Exception) -> str:
+    """Return what a library says, without its error numbers and without the address of a file in memory."""
+    said = getattr(error, "strerror", None) or getattr(error, "error_string", None) or str(error)
+    return re.sub(r" ?<_io\.BytesIO[^>]*>", "", said).rstrip(".") or type(error).__name__
 
 
 def _first_bytes(data: bytes) -> str:

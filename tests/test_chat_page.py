@@ -349,7 +349,7 @@ def test_one_medium_is_cancelled_and_made_again_with_buttons(page: Page) -> None
 def test_a_picture_can_be_attached_and_a_problem_is_told(page: Page, tmp_path: Path) -> None:
     from playwright.sync_api import expect
 
-    from tests.test_gateway import PNG
+    from tests.scripted_agent import PNG
 
     (tmp_path / "bell.png").write_bytes(PNG)
     (tmp_path / "broken.png").write_bytes(PNG[:20])

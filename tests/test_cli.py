@@ -12,7 +12,7 @@ from decoders.settings import DecodeSettings
 from encoders.media import Modality, read_media
 from services import cli
 from services.session import Reply, ReplyPart
-from tests.test_gateway import PNG
+from tests.scripted_agent import PNG
 
 Captured = pytest.CaptureFixture[str]
 

@@ -101,7 +101,7 @@ def test_the_same_seed_makes_the_same_picture_as_in_one_process(
 
 
 def test_media_are_uploaded_to_and_read_by_other_processes(client: openai.OpenAI, tmp_path: Path) -> None:
-    from tests.test_gateway import PNG
+    from tests.scripted_agent import PNG
 
     (tmp_path / "a.png").write_bytes(PNG)
     file = client.files.create(file=tmp_path / "a.png", purpose="vision")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import pickle
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +27,7 @@ from services.remote_boxes import (
     RemoteEncoder,
     RemoteLanguageModel,
 )
-from tests.test_agent import FakeDecoder, FakeEncoder, FakeSpeaker, said
+from tests.fake_boxes import FakeDecoder, FakeEncoder, FakeSpeaker, said
 
 IMAGE = Modality.IMAGE
 
@@ -92,11 +91,6 @@ def replica(kind: type, box: object) -> Any:
     else:
         shell.box = box
     return shell
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> ArtefactStore:
-    return ArtefactStore(tmp_path.as_uri())
 
 
 def remote_decoder(decoder: FakeDecoder) -> RemoteDecoder:

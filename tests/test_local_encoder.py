@@ -13,7 +13,7 @@ from services.artefacts import ArtefactStore
 from services.errors import NotFound
 from services.local_encoder import LocalEncoder
 from services.presets import load_preset
-from tests.test_gateway import PNG
+from tests.scripted_agent import PNG
 
 IMAGE = Modality.IMAGE
 

@@ -1,5 +1,6 @@
 import io
 import math
+import re
 import struct
 import zlib
 from fractions import Fraction
@@ -145,6 +146,14 @@ def test_huge_pictures_are_refused_from_the_header() -> None:
     assert code_of(jpeg[:at] + b"\xff\xff\xff\xff" + jpeg[at + 4 :]) == "media_limit_exceeded"
 
 
+def test_endless_strips_are_refused_from_the_header() -> None:
+    for size in ((1, 65_536), (65_536, 1)):
+        with pytest.raises(MediaError, match=r"sides of at most 65,535 pixels are read") as caught:
+            read_media(png_claiming(*size))
+        assert caught.value.code == "media_limit_exceeded"
+    assert code_of(png_claiming(65_535, 1)) == "invalid_media"  # nothing behind its header
+
+
 def test_budget_on_pixels_is_exact() -> None:
     data = saved(picture(20, 10), "PNG")
     assert read_media(data, MediaBudget(max_pixels=200)).modality is Modality.IMAGE
@@ -189,7 +198,7 @@ def test_empty_and_tiny_and_foreign_files_say_what_they_are() -> None:
     with pytest.raises(MediaError, match="begins with the text 'This is a text f'"):
         read_media(b"This is a text file, renamed to film.mp4")
     assert code_of(b"This is a text file, renamed to film.mp4") == "unsupported_media"
-    with pytest.raises(MediaError, match="This is a PDF file"):
+    with pytest.raises(MediaError, match="A file of the kind PDF is not read here"):
         read_media(b"%PDF-1.7 and more")
 
 
@@ -261,6 +270,46 @@ def test_cut_sounds_are_invalid() -> None:
     assert code_of(flac[: len(flac) // 2]) == "invalid_media"
     assert code_of(wav_claiming(1)[:30]) == "invalid_media"
     assert code_of(wav_claiming(0)) == "invalid_media"
+
+
+def test_a_cut_mp3_ends_where_it_is_cut() -> None:
+    whole = sound(tone(4.0), kind="MP3")
+    first = read_media(whole)
+    cut = read_media(whole[: len(whole) // 2])
+    assert isinstance(first, Audio)
+    assert isinstance(cut, Audio)
+    assert len(cut.samples) < 0.6 * len(first.samples)
+    assert np.array_equal(cut.samples[:20_000], first.samples[:20_000])
+
+
+@pytest.mark.parametrize(
+    "subtype", ["PCM_U8", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "IMA_ADPCM", "GSM610"]
+)
+def test_wav_is_read_however_its_samples_are_stored(subtype: str) -> None:
+    wave = tone(0.5)
+    audio = read_media(sound(wave, subtype=subtype))
+    assert isinstance(audio, Audio)
+    assert len(audio.samples) == pytest.approx(len(wave), rel=0.05)
+    tolerance = {"PCM_U8": 0.01, "ULAW": 0.02, "IMA_ADPCM": 0.1, "GSM610": 0.15}.get(subtype, 1e-4)
+    assert np.abs(audio.samples[: len(wave)] - wave)[200:].max() < tolerance
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (
+            b"\x89PNG\r\n\x1a\n" + b"\0" * 8 + struct.pack(">II", 4, 4) + b"\0" * 40,
+            "cannot identify image file",
+        ),
+        (sound(tone()).replace(b"\x01\0\x01\0", b"\x99\x99\x01\0", 1), "Malformed 'fmt ' chunk"),
+        (movie(3)[:32], "Invalid data found when processing input"),
+    ],
+    ids=["png", "wav", "mp4"],
+)
+def test_what_a_library_says_is_told_without_addresses_and_numbers(data: bytes, reason: str) -> None:
+    with pytest.raises(MediaError, match=reason) as caught:
+        read_media(data)
+    assert not re.search(r"0x|Errno|BytesIO|<none>|\.\.", str(caught.value))
 
 
 def test_streamed_wav_without_a_length_is_read() -> None:

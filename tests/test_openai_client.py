@@ -105,7 +105,7 @@ def test_a_stream_gives_the_words_as_they_come_and_the_media(client: openai.Open
 
 
 def test_files_are_uploaded_and_referred_to(client: openai.OpenAI, tmp_path: Path) -> None:
-    from tests.test_gateway import PNG
+    from tests.scripted_agent import PNG
 
     (tmp_path / "a.png").write_bytes(PNG)
     file = client.files.create(file=tmp_path / "a.png", purpose="vision")

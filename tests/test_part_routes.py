@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,22 +14,11 @@ from services.errors import Conflict, NotFound
 from services.events import PartFailed, PartProgress, PartStarted, TurnFailed
 from services.gateway import build_gateway
 from services.presets import Preset
-from tests.test_gateway import PNG, FakeAgent, chunks_of, client, data_url, done
-from tests.tiny import tiny_values
+from tests.scripted_agent import PNG, FakeAgent, chunks_of, client, data_url, done
 
 IMAGE = Modality.IMAGE
 TURN = "0123456789abcdef" * 2
 PART = f"/v1/responses/chatcmpl-{TURN}/parts/1"
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> ArtefactStore:
-    return ArtefactStore((tmp_path / "files").as_uri())
-
-
-@pytest.fixture
-def preset(tmp_path: Path) -> Preset:
-    return Preset(**tiny_values(), file=tmp_path / "tiny.yaml")  # type: ignore[arg-type]
 
 
 @pytest.fixture
