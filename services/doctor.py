@@ -351,7 +351,7 @@ def _size(part: Part) -> tuple[str, str]:
     if part.parameters is None:
         return "unknown", "unknown"
     if not part.stays:
-        return f"{part.parameters:,}", "let go"
+        return f"{part.parameters:,}", "none"
     return f"{part.parameters:,}", _gb(part.in_memory)
 
 
