@@ -40,6 +40,8 @@ def test_the_published_preset_has_the_published_sizes(published: Preset) -> None
         "encoder/towers": 632_829_440 + 86_235_648,
         "language model/base": 6_738_423_808,
         "language model/bridge": 3 * (4096 * 1024 + 4096) + 2 * 38 * 4096,
+        "language model/LoRA": 32 * 4 * 32 * (4096 + 4096),
+        "language model/tables": 2 * 32_000 * 4096,
         "image decoder/text_encoder": 123_060_480,
         "image decoder/unet": 859_520_964,
         "image decoder/vae": 83_653_863,
@@ -61,7 +63,8 @@ def test_memory_follows_from_parameters_dtype_and_context(published: Preset) -> 
 
     assert encoder.in_memory == 2 * 719_065_088
     assert language_model.cache == 8 * 2 * 32 * 4096 * 2048 * 2  # slots, keys and values, layers, ...
-    base, bridge = language_model.parts
+    base, bridge, lora, tables = language_model.parts
+    assert (lora.in_memory, tables.in_memory) == (0, 0)  # they become the base's own weights
     assert (base.dtype, base.in_memory) == ("float16", 2 * 6_738_423_808)
     assert (bridge.dtype, bridge.in_memory) == ("float32", 4 * 12_906_496)
 
@@ -193,13 +196,17 @@ def test_doctor_says_what_the_published_preset_lacks_and_what_to_type(
     assert "missing, 3 files of about 13.48 GB" in row
     assert "6,738,423,808" in row
     assert "13.48 GB" in row
+    (row,) = [line for line in lines if line.startswith("language model: tables")]
+    assert row.split("  ")[1:] == ["missing, 1 file of about 0.52 GB", "262,144,000", "none", "float16"]
+    (row,) = [line for line in lines if line.startswith("language model: LoRA")]
+    assert "missing, 2 files of about 67.1 MB" in row
     assert "ImageBind-Huge: CC-BY-NC-4.0; NOT for commercial use." in captured.out
     assert "NExT-GPT 7B v0: CC-BY-NC-SA-4.0; NOT for commercial use." in captured.out
     assert "language model: bridge" in captured.out
     (whole,) = [line for line in lines if line.startswith("language model: in all")]
     assert whole.split()[4:6] == ["22.15", "GB"]
     (disk,) = [line for line in lines if line[4:].startswith("disk")]
-    assert disk.endswith("23.10 GB of weights are missing")
+    assert disk.endswith("23.69 GB of weights are missing")
     assert "imagebind_huge.pth; no revision is known" in captured.out
     assert "From lmsys/vicuna-7b-delta-v0; revision 142d4e179e45304c430e5bf2cf5f9816f1c2be7a" in captured.out
     (working,) = [line for line in lines if line.startswith("video decoder: at work")]
