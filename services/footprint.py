@@ -25,6 +25,8 @@ from services.weight_files import absent_shards, damage, read_header
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 NOT_MODELS = ("scheduler", "tokenizer", "feature_extractor", "safety_checker", "image_encoder")
 LINKS_OWN, TABLES = "projection", "tables.safetensors"
+DOWNLOADS = ".cache/huggingface/download"
+"""Where, in a folder that the hub is downloaded to, unfinished files lie."""
 TOWERS = {"vision": "vision tower", "audio": "audio tower"}
 TAKEN_APART = ("StableDiffusionPipeline", "TextToVideoSDPipeline", "AudioLDMPipeline")
 """Pipelines that do not run as a whole. Their text encoder is let go when it is not needed."""
@@ -174,6 +176,18 @@ def _whole_again(base: Part) -> int:
 def missing_files(preset: Preset) -> list[Path]:
     """Return the files that a preset needs and does not have; no model is built for it."""
     return [path for name in _needed(preset).values() for path in name]
+
+
+def unfinished_downloads(preset: Preset) -> dict[Path, int]:
+    """Return the folders into which a download of the hub was broken off, and the bytes that have come."""
+    folders = [preset.encoder_folder, *(preset.encoder_folder / tower for tower in TOWERS)]
+    folders += [preset.base_folder, *map(preset.decoder_folder, preset.decoders)]
+    found = {}
+    for folder in folders:
+        partial = [path.stat().st_size for path in (folder / DOWNLOADS).rglob("*.incomplete")]
+        if partial:
+            found[folder] = sum(partial)
+    return found
 
 
 def damaged_files(preset: Preset) -> list[str]:
