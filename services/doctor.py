@@ -307,8 +307,8 @@ class Survey:
                     )
         for folder, size in unfinished_downloads(self.preset).items():
             lines.append(
-                f"broken off: a download into {folder}, of which {_gb(size)} wait to be completed by the same "
-                f"command"
+                f"broken off: a download into {folder}, of which {_gb(size)} wait for the rest; the same "
+                f"command goes on with it"
             )
         lines += [f"next: {step}" for step in self.next_steps]
         return "\n".join(line.rstrip() for line in lines)

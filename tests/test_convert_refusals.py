@@ -208,7 +208,7 @@ def test_a_base_whose_download_was_broken_off_is_refused_with_how_to_go_on(
     tensors: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def partly(*args: object, **options: object) -> str:
-        raise IncompleteSnapshotError("3 of 14 files are missing")
+        raise IncompleteSnapshotError("3 of 14 files are missing", snapshot_path="x")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", partly)
     with pytest.raises(
