@@ -45,6 +45,15 @@ A class that is neither here nor in :mod:`decoders.text_readers` is conditioned 
 for each request.
 """
 
+WITHOUT_TEXT_ENCODERS = (*ENCODED, "StableAudioPipeline")
+"""Classes whose ``__call__`` needs no text encoder where it is given all embeddings.
+
+AudioLDM 2 is none of them: it asks its text encoders for their dtype and kind even then.
+"""
+
+SELF_GUIDED = ("Flux2KleinPipeline",)
+"""Classes that encode the empty caption anew for each guided medium, unless they are given its embeddings."""
+
 ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "steps": ("num_inference_steps",),
     "guidance_scale": ("guidance_scale", "true_cfg_scale"),

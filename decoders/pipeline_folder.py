@@ -7,13 +7,16 @@ dtype is asked for. Every fault of the folder is an error that names the file.
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,6 +26,8 @@ from transformers.utils import logging as transformers_logging
 from decoders.patch_autoencoder import PatchAutoencoderKL
 
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "PatchAutoencoderKL": PatchAutoencoderKL}
+logger = logging.getLogger(__name__)
+
 NULL_FILE = "null.safetensors"
 DEFAULTS_FILE = "patchbay.json"
 
@@ -109,7 +114,7 @@ class PipelineFolder:
         return module.to(self.device).eval().requires_grad_(False)
 
     def pipeline(self, pipeline_class: Any, **parts: Any) -> Any:
-        """Load the whole pipeline as ``pipeline_class``, without its safety checker, on this device.
+        """Load the whole pipeline as ``pipeline_class``, without its safety checker, into the CPU's memory.
 
         ``parts`` take the place of those in the folder.
         """
@@ -125,7 +130,7 @@ class PipelineFolder:
                 f"{self.path} cannot be loaded as {pipeline_class.__name__}: {reason:.600}. Copy the "
                 f"complete folder, or convert other formats to safetensors first."
             ) from error
-        return pipeline.to(self.device)
+        return pipeline
 
     def autoencoder(self) -> Any:
         """Load the part ``vae``: diffusers' own class, or the folded one of the embedded model."""
@@ -177,14 +182,54 @@ class PipelineFolder:
             metadata={"text_encoder": self.digest("text_encoder")},
         )
 
+    @property
+    def text_encoders(self) -> list[str]:
+        """Names of the parts that read captions."""
+        return [
+            part
+            for part, entry in self.index.items()
+            if part.startswith("text_encoder") and isinstance(entry, list) and all(entry)
+        ]
+
+    def saved_nulls(self) -> dict[str, Tensor] | None:
+        """Return what :meth:`write_nulls` stored; None if that is not there, not whole or out of date."""
+        path = self.path / NULL_FILE
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                stored = file.metadata() or {}
+                if any(stored.get(name) != value for name, value in self._readers().items()):
+                    return None
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError:
+            return None
+
+    def write_nulls(self, nulls: Mapping[str, Tensor]) -> None:
+        """Store the tensors of the empty caption, if this folder may be written to."""
+        path = self.path / NULL_FILE
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+        tensors = {name: tensor.detach().to("cpu").clone() for name, tensor in nulls.items()}
+        try:
+            save_file(tensors, unfinished, metadata=self._readers())
+            unfinished.replace(path)
+        except (OSError, SafetensorError) as error:
+            unfinished.unlink(missing_ok=True)
+            logger.info("%s was not stored, so text encoders are loaded at each start: %s", path, error)
+
+    def _readers(self) -> dict[str, str]:
+        """Return what the stored tensors depend on: text encoders, as far as they are there, and a dtype."""
+        there = [part for part in self.text_encoders if any((self.path / part).glob("*.safetensors"))]
+        return {part: self.digest(part) for part in there} | {"dtype": str(self.dtype)}
+
     def digest(self, part: str = "") -> str:
         """Return 16 hex digits that name the bytes of all weights of the folder, or of one part."""
         found = hashlib.sha256()
         for path in sorted((self.path / part).rglob("*.safetensors")):
             if path.name != NULL_FILE:
                 found.update(str(path.relative_to(self.path)).encode())
-                with path.open("rb") as file:
-                    found.update(hashlib.file_digest(file, "sha256").digest())
+                state = path.stat()
+                found.update(_hashed(path, state.st_size, state.st_mtime_ns))
         return found.hexdigest()[:16]
 
     def _file(self, name: str) -> Path:
@@ -196,16 +241,24 @@ class PipelineFolder:
         return path
 
 
+@lru_cache(maxsize=1024)
+def _hashed(path: Path, size: int, changed_ns: int) -> bytes:
+    """Return the SHA-256 of a file, which is read once as long as it stays the same."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the loading reports and bars of transformers; what they would tell is checked here."""
+    """Silence the loading reports and bars of both libraries; what they would tell is checked here."""
     verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
+    shown = [each for each in (transformers_logging, diffusers_logging) if each.is_progress_bar_enabled()]
     transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
+    for each in shown:
+        each.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
+        for each in shown:
+            each.enable_progress_bar()

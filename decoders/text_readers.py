@@ -13,12 +13,13 @@ from torch import Tensor
 
 from decoders.condition_layouts import MAIN, Layout
 
-Reader = Callable[[Any, str, Layout], dict[str, Tensor]]
-"""(pipeline, caption, layout) -> the tensors of the layout, those of guidance under ``negative_`` names."""
+Reader = Callable[[Any, str, Layout, torch.device], dict[str, Tensor]]
+"""(pipeline, caption, layout, device of its text encoders) -> the tensors of the layout, those of guidance
+under ``negative_`` names."""
 
 
-def _audioldm2(pipeline: Any, caption: str, layout: Layout) -> dict[str, Tensor]:
-    states, mask, spoken = pipeline.encode_prompt(caption, pipeline.device, 1, False)
+def _audioldm2(pipeline: Any, caption: str, layout: Layout, device: torch.device) -> dict[str, Tensor]:
+    states, mask, spoken = pipeline.encode_prompt(caption, device, 1, False)
     lacking = layout[MAIN].tokens - states.shape[1]
     found = {
         MAIN: F.pad(states[0], (0, 0, 0, lacking)),
@@ -28,11 +29,11 @@ def _audioldm2(pipeline: Any, caption: str, layout: Layout) -> dict[str, Tensor]
     return found | {f"negative_{name}": tensor for name, tensor in found.items()}
 
 
-def _stable_audio(pipeline: Any, caption: str, layout: Layout) -> dict[str, Tensor]:
+def _stable_audio(pipeline: Any, caption: str, layout: Layout, device: torch.device) -> dict[str, Tensor]:
     """Read the states before the pipeline's projection, which it makes itself; guidance is from zeros."""
     inputs = pipeline.tokenizer(
         caption, padding="max_length", max_length=layout[MAIN].tokens, truncation=True, return_tensors="pt"
-    ).to(pipeline.device)
+    ).to(device)
     states = pipeline.text_encoder(inputs.input_ids, attention_mask=inputs.attention_mask)[0]
     return {MAIN: states[0] * inputs.attention_mask[0][:, None], "attention_mask": inputs.attention_mask[0]}
 

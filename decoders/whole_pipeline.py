@@ -27,7 +27,14 @@ from decoders.condition import Condition, ConditionSpec, digest
 from decoders.condition_layouts import condition_layout
 from decoders.denoising import OnStep, check_stop
 from decoders.lora import DecoderLora
-from decoders.pipeline_arguments import ARGUMENTS, ENCODED, argument_names, modality_of
+from decoders.pipeline_arguments import (
+    ARGUMENTS,
+    ENCODED,
+    SELF_GUIDED,
+    WITHOUT_TEXT_ENCODERS,
+    argument_names,
+    modality_of,
+)
 from decoders.pipeline_folder import DEFAULTS_FILE, PipelineFolder
 from decoders.plan import Decoded
 from decoders.settings import DecoderDefaults, DecodeSettings
@@ -68,10 +75,13 @@ class PipelinePlan:
 class WholePipeline:
     """One loaded diffusers pipeline that makes one medium at a time. One object serves one thread.
 
-    Media equal those of the pipeline called with the same prompt, settings and CPU generator.
+    Media equal those of the pipeline called with the same prompt, settings and CPU generator. ``null`` is
+    what its text encoders make of the empty caption, None if they are to be asked.
     """
 
-    def __init__(self, pipeline: Any, folder: PipelineFolder) -> None:
+    def __init__(
+        self, pipeline: Any, folder: PipelineFolder, null: Mapping[str, Tensor] | None = None
+    ) -> None:
         self.pipeline = pipeline
         self.folder = folder
         self._takes = inspect.signature(type(pipeline).__call__).parameters
@@ -90,17 +100,27 @@ class WholePipeline:
         self.defaults = self._usual().updated(folder.path / DEFAULTS_FILE)
         encodes = folder.pipeline_class in ENCODED or folder.pipeline_class in READERS
         self._layout = condition_layout(folder.pipeline_class, folder.json) if encodes else {}
-        self._null = self._encoded("")
+        self._null = self._read("") if null is None else dict(null)
+        if folder.pipeline_class in SELF_GUIDED:
+            self._null |= {f"negative_{name}": self._null[name] for name in self._layout}
         self._check_layout()
         self.digest = folder.digest()
         self._vae_use = "whole"
 
     @classmethod
-    def load(cls, folder: Path | str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
+    def load(
+        cls,
+        folder: Path | str,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        reads_captions: bool = True,
+    ) -> Self:
         """Load a pipeline from a folder that ``save_pretrained`` wrote: safetensors only.
 
         ``patchbay.json`` in it may set defaults (see :class:`DecoderDefaults`); what it leaves open, the
-        pipeline's own defaults decide.
+        pipeline's own defaults decide. Without ``reads_captions`` the text encoders read the empty caption
+        alone, on the CPU, and are let go; ``null.safetensors`` keeps what they made of it for the next time.
 
         Raises:
             FileNotFoundError: the folder or its index is missing.
@@ -116,9 +136,32 @@ class WholePipeline:
                 f"{opened.path} holds a {name}; diffusers {diffusers.__version__} has no such pipeline. "
                 f"Install a diffusers that has it, or choose another folder."
             )
-        pipeline = opened.pipeline(kind, **_other_scheduler(opened))
-        pipeline.set_progress_bar_config(disable=True)
-        return cls(pipeline, opened)
+        parts = _other_scheduler(opened)
+        if reads_captions or name not in WITHOUT_TEXT_ENCODERS:
+            return cls(_silent(opened.pipeline(kind, **parts)).to(device), opened)
+        null = opened.saved_nulls()
+        gone = {} if null is None else dict.fromkeys(opened.text_encoders)
+        decoder = cls(_silent(opened.pipeline(kind, **parts, **gone)), opened, null)
+        if null is None:
+            opened.write_nulls(decoder._null)
+        decoder.forget_text_encoders()
+        decoder.move(device)
+        return decoder
+
+    def forget_text_encoders(self) -> None:
+        """Let go of the text encoders; the next caption loads them again."""
+        for part in self.folder.text_encoders:
+            setattr(self.pipeline, part, None)
+        self._null = {name: tensor.to(self.folder.device) for name, tensor in self._null.items()}
+
+    def _recall_text_encoders(self) -> None:
+        gone = [part for part in self.folder.text_encoders if getattr(self.pipeline, part, None) is None]
+        if not gone:
+            return
+        kept = {name: part for name, part in self.pipeline.components.items() if name not in gone}
+        whole = self.folder.pipeline(type(self.pipeline), **kept)
+        for part in gone:
+            setattr(self.pipeline, part, getattr(whole, part).to(self.folder.device))
 
     @property
     def condition_specs(self) -> dict[str, ConditionSpec]:
@@ -163,7 +206,7 @@ class WholePipeline:
         """
         named = {
             name: tensor.cpu()
-            for name, tensor in self._encoded(caption).items()
+            for name, tensor in (self._read(caption) if caption else self._null).items()
             if not name.startswith("negative_")
         }
         embeddings = named.pop("prompt_embeds", torch.zeros(0, 0))
@@ -305,18 +348,19 @@ class WholePipeline:
             usual["fps"] = _FPS[self.folder.pipeline_class]
         return DecoderDefaults(**usual | own)
 
-    def _encoded(self, caption: str) -> dict[str, Tensor]:
+    def _read(self, caption: str) -> dict[str, Tensor]:
         """Return what the text encoders give for one caption, without the batch dimension."""
-        if (reader := READERS.get(self.folder.pipeline_class)) is not None:
-            with torch.inference_mode():
-                return {
-                    k: tensor.clone() for k, tensor in reader(self.pipeline, caption, self._layout).items()
-                }
-        names = ENCODED.get(self.folder.pipeline_class)
-        if names is None:
+        reader, names = (table.get(self.folder.pipeline_class) for table in (READERS, ENCODED))
+        if reader is None and names is None:
             return {}
+        self._recall_text_encoders()
+        device = getattr(self.pipeline, self.folder.text_encoders[0]).device
+        if reader is not None:
+            with torch.inference_mode():
+                found = reader(self.pipeline, caption, self._layout, device)
+                return {name: tensor.clone() for name, tensor in found.items()}
         known = inspect.signature(self.pipeline.encode_prompt).parameters
-        wanted = {"prompt": caption, "prompt_2": None, "prompt_3": None, "device": self.folder.device}
+        wanted = {"prompt": caption, "prompt_2": None, "prompt_3": None, "device": device}
         counts = {"num_images_per_prompt": 1, "num_videos_per_prompt": 1, "do_classifier_free_guidance": True}
         if "max_sequence_length" in self._takes:  # the defaults of encode_prompt may differ from the call's
             counts["max_sequence_length"] = self._takes["max_sequence_length"].default
@@ -467,6 +511,11 @@ class WholePipeline:
                 getattr(vae, f"disable_{name}")()
             if switches:
                 self.use_vae(self._vae_use)
+
+
+def _silent(pipeline: Any) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def _other_scheduler(folder: PipelineFolder) -> dict[str, Any]:

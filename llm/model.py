@@ -113,6 +113,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.base: nn.Module = base  # a PeftModel around it once there is LoRA
         self.tokenizer = tokenizer
+        self.has_base_tables = False  # whether rows of the base itself came from beside it
         embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
         embedding_table, head_table = cast(Tensor, embedding.weight), cast(Tensor, head.weight)
         if embedding_table.shape[1] != head_table.shape[1]:
@@ -372,9 +373,9 @@ class LanguageModel(nn.Module):
         """Write what :meth:`load` takes as ``bridge``: all that was trained but LoRA, for a base."""
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.save_tensors(self._bridge(), folder / checkpoint.BRIDGE, torch.float32)
-        self._save_manifest(folder, base)
+        self._save_manifest(folder, base, self.has_base_tables)
 
-    def _save_manifest(self, folder: Path, base: Path) -> None:
+    def _save_manifest(self, folder: Path, base: Path, base_tables: bool = False) -> None:
         manifest = checkpoint.Manifest(
             base_config_sha256=checkpoint.config_digest(base),
             llm_width=self.width,
@@ -383,6 +384,7 @@ class LanguageModel(nn.Module):
             signals={str(m): self.tokenizer.signals.count(m) for m in Modality if m != Modality.TEXT},
             projectors=checkpoint.Manifest.describe(self.projector_configs),
             lora=isinstance(self.base, PeftModel),
+            base_tables=base_tables,
             role_words=self.tokenizer.role_words,
         )
         (folder / checkpoint.MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
@@ -424,6 +426,7 @@ class LanguageModel(nn.Module):
         if manifest.base_tables:
             checkpoint.replace_tables(causal_lm, folder / checkpoint.TABLES, n)
         model = cls(causal_lm, tokenizer, manifest.projector_configs, adapters)
+        model.has_base_tables = manifest.base_tables
         if manifest.lora:
             model.base = load_lora(causal_lm, folder / checkpoint.ADAPTER)
             model.base.requires_grad_(False)

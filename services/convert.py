@@ -248,10 +248,19 @@ def find_base(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HFValidationError,
+        IncompleteSnapshotError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(name, local_files_only=True))
+    except IncompleteSnapshotError as error:
+        raise ValueError(
+            f"{name} is in the local cache in part: its download was broken off. Expected the whole of "
+            f"{llm_side.BASE_NAME}. The same command goes on with it: hf download {name}"
+        ) from error
     except (HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(
             f"{name} is no folder here, and no model of that name is in the local cache. Expected "

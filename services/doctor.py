@@ -22,6 +22,7 @@ from services.footprint import (
     faults_of_adapter,
     missing_files,
     needed,
+    unfinished_downloads,
 )
 from services.memory_plan import LEFT_FREE, Plan, fits, plan_for
 from services.presets import BoxPreset, Preset
@@ -46,12 +47,18 @@ def expect_files(preset: Preset) -> None:
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise PresetProblem(
-            f"The preset {preset.name!r} lacks {missing[0]}{more}. {_way_to_files(preset)}",
+            f"The preset {preset.name!r} lacks {missing[0]}{more}. {_broken_off(preset)}"
+            f"{_way_to_files(preset)}",
             code="weights_missing",
         )
     if damaged := damaged_files(preset):
         more = f" ({len(damaged) - 1} more files are damaged)" if len(damaged) > 1 else ""
         raise PresetProblem(f"{damaged[0]}{more}", code="weights_invalid")
+
+
+def _broken_off(preset: Preset) -> str:
+    folders = ", ".join(str(folder) for folder in unfinished_downloads(preset))
+    return f"A download into {folders} was broken off; the same command goes on with it. " if folders else ""
 
 
 def _way_to_files(preset: Preset) -> str:
@@ -293,6 +300,16 @@ class Survey:
                 use = "" if origin.commercial else "; NOT for commercial use"
                 pinned = f"revision {origin.revision}" if origin.revision else "no revision is known"
                 lines.append(f"{origin.model}: {origin.licence}{use}. From {origin.source}; {pinned}")
+                if origin.gated:
+                    lines.append(
+                        f"{origin.model}: gated. Before you download it, accept its terms on "
+                        f"https://huggingface.co/{origin.source} and sign in: hf auth login"
+                    )
+        for folder, size in unfinished_downloads(self.preset).items():
+            lines.append(
+                f"broken off: a download into {folder}, of which {_gb(size)} wait for the rest; the same "
+                f"command goes on with it"
+            )
         lines += [f"next: {step}" for step in self.next_steps]
         return "\n".join(line.rstrip() for line in lines)
 
@@ -351,7 +368,7 @@ def _size(part: Part) -> tuple[str, str]:
     if part.parameters is None:
         return "unknown", "unknown"
     if not part.stays:
-        return f"{part.parameters:,}", "let go"
+        return f"{part.parameters:,}", "none"
     return f"{part.parameters:,}", _gb(part.in_memory)
 
 

@@ -17,16 +17,19 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from decoders.pipeline_arguments import WITHOUT_TEXT_ENCODERS
 from encoders.media import Modality
 from services.presets import BoxPreset, LanguageModelPreset, Origin, Preset, QuantizationName, shown
 from services.weight_files import absent_shards, damage, read_header
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 NOT_MODELS = ("scheduler", "tokenizer", "feature_extractor", "safety_checker", "image_encoder")
-LINKS_OWN = "projection"
+LINKS_OWN, TABLES = "projection", "tables.safetensors"
+DOWNLOADS = ".cache/huggingface/download"
+"""Where, in a folder that the hub is downloaded to, unfinished files lie."""
 TOWERS = {"vision": "vision tower", "audio": "audio tower"}
 TAKEN_APART = ("StableDiffusionPipeline", "TextToVideoSDPipeline", "AudioLDMPipeline")
-"""Pipelines whose text encoder is let go when it is not needed."""
+"""Pipelines that do not run as a whole. Their text encoder is let go when it is not needed."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Part:
 
     ``parameters`` is None where neither weights nor a configuration tell. ``dtype`` is that in which the
     box will hold them, ``missing`` are files that it needs and does not have. Of its weights ``matrices``
-    are those that ``quantization`` replaces. ``stays`` is False for what is let go after a moment's use.
+    are those that ``quantization`` replaces. ``stays`` is False for what is let go after a moment's use, or
+    becomes part of another's weights.
     """
 
     name: str
@@ -174,6 +178,18 @@ def missing_files(preset: Preset) -> list[Path]:
     return [path for name in _needed(preset).values() for path in name]
 
 
+def unfinished_downloads(preset: Preset) -> dict[Path, int]:
+    """Return the folders into which a download of the hub was broken off, and the bytes that have come."""
+    folders = [preset.encoder_folder, *(preset.encoder_folder / tower for tower in TOWERS)]
+    folders += [preset.base_folder, *map(preset.decoder_folder, preset.decoders)]
+    found = {}
+    for folder in folders:
+        partial = [path.stat().st_size for path in (folder / DOWNLOADS).rglob("*.incomplete")]
+        if partial:
+            found[folder] = sum(partial)
+    return found
+
+
 def damaged_files(preset: Preset) -> list[str]:
     """Say which files of a preset are there and are not whole; they are opened, and nothing is loaded."""
     encoder, own = preset.encoder_folder, preset.bridge_folder
@@ -190,16 +206,14 @@ def damaged_files(preset: Preset) -> list[str]:
 def _needed(preset: Preset) -> dict[str, list[Path]]:
     """Return the missing files of each part, by ``box/part``."""
     encoder, llm, own = preset.encoder_folder, preset.language_model_folder, preset.bridge_folder
-    bridge = [own / "bridge.json", own / "bridge.safetensors"]
     manifest = _configured(preset, own, "bridge.json")
-    if manifest.get("lora"):
-        bridge += [llm / "adapter" / "adapter_config.json", llm / "adapter" / "adapter_model.safetensors"]
-    if manifest.get("base_tables"):
-        bridge.append(llm / "tables.safetensors")
+    lora = [llm / "adapter" / name for name in ("adapter_config.json", "adapter_model.safetensors")]
     base = [preset.base_folder / "config.json", preset.base_folder / "tokenizer.json"]
     missing = {
         **{f"encoder/{part}": _absent(files) for part, (_, files) in _encoder_parts(preset, encoder).items()},
-        "language model/bridge": _absent(bridge),
+        "language model/bridge": _absent([own / "bridge.json", own / "bridge.safetensors"]),
+        "language model/LoRA": _absent(lora if manifest.get("lora") else []),
+        "language model/tables": _absent([llm / TABLES] if manifest.get("base_tables") else []),
         "language model/base": _absent(base) + _without_weights(preset.base_folder),
     }
     for modality, decoder in preset.decoders.items():
@@ -249,6 +263,7 @@ def _language_model(preset: Preset) -> Box:
     needed, llm = _needed(preset), preset.language_model_folder
     dtype = preset.language_model_dtype
     config, own = _configured(preset, preset.base_folder), preset.bridge_folder
+    manifest = _configured(preset, own, "bridge.json")
     count, matrices = _counted(preset.base_folder, config, "language model")
     base = Part(
         "base",
@@ -261,14 +276,26 @@ def _language_model(preset: Preset) -> Box:
     )
     bridge = Part(
         "bridge",
-        _counted(own, _configured(preset, own, "bridge.json"), "bridge")[0],
+        _counted(own, manifest, "bridge")[0],
         "float32",
-        _weight(own) + _weight(llm / "adapter"),
+        _weight(own, "bridge.safetensors"),
         tuple(needed["language model/bridge"]),
     )
+    parts = [base, bridge]
+    if manifest.get("lora"):
+        adapter = llm / "adapter"
+        added = _configured(preset, adapter, "adapter_config.json")
+        count = _numbers_in(adapter) or _lora_numbers(json.dumps(config), json.dumps(added))
+        missing = tuple(needed["language model/LoRA"])
+        parts.append(Part("LoRA", count, dtype, _weight(adapter), missing, stays=False))
+    if manifest.get("base_tables"):
+        rows, width = (manifest.get(name) for name in ("base_vocabulary", "llm_width"))
+        count = 2 * rows * width if isinstance(rows, int) and isinstance(width, int) else None
+        missing = tuple(needed["language model/tables"])
+        parts.append(Part("tables", count, dtype, _weight(llm, TABLES), missing, stays=False))
     return Box(
         "language model",
-        (base, bridge),
+        tuple(parts),
         preset.language_model.origins,
         _cache(config, dtype, preset.language_model),
     )
@@ -282,12 +309,12 @@ def _decoder(preset: Preset, modality: Modality) -> Box:
     )
     needed, dtype = _needed(preset), decoder.dtype or "float32"
     index = _configured(preset, folder, "model_index.json")
-    parts = []
+    kind, parts = index.get("_class_name"), []
     for part in _models(index):
         config = _configured(preset, folder / part)
         count, _ = _counted(folder / part, config, index[part][1])
         missing = tuple(needed.get(f"{name}/{part}", [folder / part / "config.json"]))
-        let_go = part.startswith("text_encoder") and index.get("_class_name") in TAKEN_APART
+        let_go = part.startswith("text_encoder") and kind in (*TAKEN_APART, *WITHOUT_TEXT_ENCODERS)
         stays = not let_go or decoder.link == "caption"
         parts.append(Part(part, count, dtype, _weight(folder / part), missing, stays=stays))
     if not parts:
@@ -329,8 +356,8 @@ def _without_weights(folder: Path) -> list[Path]:
     return [] if any(folder.glob("*.safetensors")) else [folder / "model.safetensors"]
 
 
-def _weight(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+def _weight(folder: Path, name: str = "*.safetensors") -> int:
+    return sum(path.stat().st_size for path in folder.glob(name))
 
 
 Matrices = tuple[tuple[int, int], ...]
@@ -361,6 +388,26 @@ def _described(kind: str, config: str) -> tuple[int | None, Matrices]:
 
         matrices = tuple((layer.out_features, layer.in_features) for _, layer in quantizable(model))
     return sum(parameter.numel() for parameter in model.parameters()), matrices
+
+
+@lru_cache(maxsize=32)
+def _lora_numbers(base: str, lora: str) -> int | None:
+    """Count what LoRA of a configuration adds to a base."""
+    import torch
+
+    try:
+        values = json.loads(lora)
+        rank, targets = int(values["r"]), tuple(values["target_modules"])
+        with torch.device("meta"):
+            model = _build("language model", json.loads(base))
+    except (ImportError, KeyError, TypeError, ValueError):
+        return None
+    layers = [
+        layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear) and name.endswith(targets)
+    ]
+    return sum(rank * (layer.in_features + layer.out_features) for layer in layers)
 
 
 def _numbers_in(folder: Path) -> int | None:

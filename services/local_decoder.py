@@ -90,7 +90,10 @@ class LocalDecoder:
     def _engine(self) -> DenoisingEngine | PipelineEngine:
         config = EngineConfig(max_batch=self.chosen.max_batch, max_wait_s=self.chosen.max_wait_s)
         with loading(f"{self.modality.value} decoder"):
-            decoder = load_decoder(self.modality, self.key.folder, self.key.device, self.key.dtype)
+            reads = self.chosen.link == "caption"
+            decoder = load_decoder(
+                self.modality, self.key.folder, self.key.device, self.key.dtype, reads_captions=reads
+            )
             decoder.use_vae(self.chosen.vae)
             compile_if_possible(f"{self.modality.value} decoder", self.chosen.compile, decoder)
             if isinstance(decoder, WholePipeline):
@@ -213,13 +216,22 @@ class LocalDecoder:
 
 
 def load_decoder(
-    modality: Modality, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+    modality: Modality,
+    folder: Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    reads_captions: bool = True,
 ) -> LatentDecoder | WholePipeline:
-    """Load what makes ``modality`` from a folder: part by part where its pipeline is known, else whole."""
+    """Load what makes ``modality`` from a folder: part by part where its pipeline is known, else whole.
+
+    Without ``reads_captions`` a whole pipeline keeps no text encoders; the others load theirs when they
+    are needed.
+    """
     known = decoder_class(modality)
     if PipelineFolder(folder).pipeline_class in known.pipelines:
         return known.load(folder, device, dtype)
-    pipeline = WholePipeline.load(folder, device, dtype)
+    pipeline = WholePipeline.load(folder, device, dtype, reads_captions=reads_captions)
     if pipeline.modality is not modality:
         raise ValueError(
             f"{folder} holds a {pipeline.folder.pipeline_class}, which makes {pipeline.modality.value}; "

@@ -51,8 +51,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         )
     if odd := [str(name) for name, value in content.items() if not _is_plain(value)]:
         raise ValueError(
-            f"{path}: {', '.join(odd[:5])} is sparse, quantised or without numbers; expected plain tensors. "
-            f"Use the file as its authors published it."
+            f"{path}: {', '.join(odd[:5])} is sparse, quantised or without numbers of its own; expected "
+            f"plain tensors. Use the file as its authors published it."
         )
     return {str(name): value.detach() for name, value in content.items()}
 
@@ -96,6 +96,10 @@ def _expect_checksums(path: Path) -> None:
     """Read the archive once: the reader of PyTorch would take damaged numbers for numbers."""
     try:
         with zipfile.ZipFile(path) as archive:
+            # torch.save compresses nothing; what claims to hold more than the file has bytes is a trap.
+            inside = sum(entry.file_size for entry in archive.infolist())
+            if inside > path.stat().st_size:
+                raise ValueError(f"{inside:,} bytes in it")
             damaged = archive.testzip()
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise _unreadable(path) from error
@@ -122,7 +126,9 @@ def _way_to_the_table(path: Path, content: Mapping[Any, Any]) -> str:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def convert_pickles(folder: Path) -> list[Path]:
@@ -162,7 +168,9 @@ def _read_index(path: Path) -> dict[str, Any]:
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
         names = values["weight_map"].values()
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("a name that is no text")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no index of a saved model. Download it again.") from error
     if absent := [str(name) for name in names if not (path.parent / str(name)).is_file()]:
         raise ValueError(f"{path} names {absent[0]}, which is not beside it. Download the whole folder.")

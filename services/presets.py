@@ -36,7 +36,7 @@ class Origin(_Strict):
     ``source`` is a hub id or an address; ``get`` a command, in which ``{weights}`` stands for the preset's
     folder, ``{preset}`` for how commands name the preset, and ``{source}`` and ``{revision}`` for these.
     ``revision`` is a commit, as a branch may hold something else tomorrow. ``commercial`` says whether the
-    licence allows such use.
+    licence allows such use, ``gated`` whether the hub asks for a sign-in and its terms to be accepted.
     """
 
     model: str
@@ -44,6 +44,7 @@ class Origin(_Strict):
     revision: str | None = Field(default=None, pattern=r"^[0-9a-f]{40}$")
     licence: str
     commercial: bool
+    gated: bool = False
     get: str
 
     @model_validator(mode="after")

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 INDEX = "*.safetensors.index.json"
+MOST_HEADER_BYTES = 100_000_000
+"""A longer beginning is refused by the format itself."""
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -22,13 +24,16 @@ def read_header(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-        if length > size - 8:
+        if length > min(size - 8, MOST_HEADER_BYTES):
             raise ValueError(f"{path} is no safetensors file, or is cut off. Copy or download it again.")
         try:
             header: Any = json.loads(file.read(length))
             tensors = {name: value for name, value in header.items() if name != "__metadata__"}
             end = max((value["data_offsets"][1] for value in tensors.values()), default=0)
-        except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
+            counts = [number for value in tensors.values() for number in value["shape"]]
+            if not all(isinstance(number, int) and number >= 0 for number in counts):
+                raise ValueError("a shape that is none")
+        except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise ValueError(f"{path} is no safetensors file. Copy or download it again.") from error
     if (expected := 8 + length + end) != size:
         raise ValueError(
@@ -43,7 +48,7 @@ def absent_shards(folder: Path) -> list[Path]:
     for index in folder.glob(INDEX):
         try:
             names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue  # what is wrong with it, damage() says
         absent |= {folder / str(name) for name in names if not (folder / str(name)).is_file()}
     return sorted(absent)
@@ -55,7 +60,7 @@ def damage(folders: Iterable[Path]) -> Iterator[str]:
         for path in sorted(folder.glob("*.json")):
             try:
                 values: Any = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield f"{path} is no JSON: {error}. Copy or download it again."
                 continue
             if path.match(INDEX) and not (

@@ -93,6 +93,47 @@ def test_the_toy_box_draws_with_another_decoder_after_one_line_and_one_command(
     )
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "sizes", "request_", "pipeline"),
+    [
+        (
+            "video",
+            "wan",
+            {"width_px": 16, "height_px": 16, "num_frames": 5},
+            "film a bell",
+            "WanPipeline",
+        ),
+        ("audio", "stable-audio", {"duration_s": 0.5}, "play a bell", "StableAudioPipeline"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_another_decoder_films_or_sounds_after_one_line_and_one_command(
+    tiny_preset: Path,
+    tmp_path: Path,
+    part: str,
+    name: str,
+    sizes: dict[str, Any],
+    request_: str,
+    pipeline: str,
+) -> None:
+    values: Any = tiny_values()
+    folder = tiny_current.write(name, tmp_path / name)
+    values["decoders"][part] = {"folder": str(folder), "steps": 2, "guidance_scale": 1.0, **sizes}
+    path = written(tiny_preset, values, f"other-{part}")
+    captions = ["--captions", str(captions_file(tmp_path))] if part == "audio" else []
+
+    assert train(path, part, tmp_path / "runs", *captions) == 0
+
+    preset = load_preset(str(path))
+    with Session.open(str(path)) as session:
+        reply = session.chat([{"role": "user", "content": request_}], seed=1)
+    (made,) = [each for each in reply.parts if each.text is None]
+    assert made.error is None
+    assert made.manifest is not None
+    assert (made.type, made.manifest["pipeline"]) == (part, pipeline)
+    _expect_only_the_signal_of(Modality(part), preset.language_model_folder, preset.bridges_folder)
+
+
 def _expect_only_the_signal_of(modality: Modality, former: Path, bridges: Path) -> None:
     old, new = bridge_tensors(former), bridge_tensors(bridges / "llm")
     tokens = list(SignalVocabulary().tokens)

@@ -235,6 +235,17 @@ def test_a_converted_model_survives_saving(converted: Path, tmp_path: Path) -> N
     assert again.tokenizer.role_words == model.tokenizer.role_words
 
 
+def test_a_bridge_to_another_part_leaves_a_converted_model_its_words(
+    tensors: dict[str, Tensor], converted: Path, tmp_path: Path
+) -> None:
+    LanguageModel.load(converted / "llm").save_bridge(tmp_path, converted / "llm" / "base")
+
+    again = LanguageModel.load(converted / "llm", bridge=tmp_path)
+
+    torch.testing.assert_close(again.embed(torch.arange(300)), tensors[EMBEDDING][:300].float())
+    assert again.parameters_of("lora")
+
+
 def test_the_record_names_the_source_the_base_and_every_file(converted: Path) -> None:
     record: Any = read_json(converted / "converted.json")
 

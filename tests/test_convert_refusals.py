@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import IncompleteSnapshotError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -201,6 +202,19 @@ def test_a_base_that_is_nowhere_is_refused_with_how_to_fetch_it(
     file = save_pt(tensors, tmp_path / "a.pt")
     with pytest.raises(ValueError, match=r"hf download nobody/vicuna"):
         convert_nextgpt(file, tmp_path / "w", "nobody/vicuna", **SIZES)
+
+
+def test_a_base_whose_download_was_broken_off_is_refused_with_how_to_go_on(
+    tensors: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def partly(*args: object, **options: object) -> str:
+        raise IncompleteSnapshotError("3 of 14 files are missing", snapshot_path="x")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", partly)
+    with pytest.raises(
+        ValueError, match=r"in part: its download was broken off\. .* hf download some/vicuna"
+    ):
+        convert_nextgpt(save_pt(tensors, tmp_path / "a.pt"), tmp_path / "w", "some/vicuna", **SIZES)
 
 
 def test_an_earlier_result_is_never_overwritten(tensors: dict[str, Tensor], tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from decoders.settings import DecodeSettings
 from encoders.media import Modality
 from services import footprint
 from services.cli import main
-from services.doctor import fitting, survey
+from services.doctor import expect_files, fitting, survey
+from services.errors import PresetProblem
 from services.footprint import boxes_of, missing_files, needed
 from services.presets import SHIPPED, Preset, load_preset
 from services.session import Session
@@ -40,6 +41,8 @@ def test_the_published_preset_has_the_published_sizes(published: Preset) -> None
         "encoder/towers": 632_829_440 + 86_235_648,
         "language model/base": 6_738_423_808,
         "language model/bridge": 3 * (4096 * 1024 + 4096) + 2 * 38 * 4096,
+        "language model/LoRA": 32 * 4 * 32 * (4096 + 4096),
+        "language model/tables": 2 * 32_000 * 4096,
         "image decoder/text_encoder": 123_060_480,
         "image decoder/unet": 859_520_964,
         "image decoder/vae": 83_653_863,
@@ -61,7 +64,8 @@ def test_memory_follows_from_parameters_dtype_and_context(published: Preset) -> 
 
     assert encoder.in_memory == 2 * 719_065_088
     assert language_model.cache == 8 * 2 * 32 * 4096 * 2048 * 2  # slots, keys and values, layers, ...
-    base, bridge = language_model.parts
+    base, bridge, lora, tables = language_model.parts
+    assert (lora.in_memory, tables.in_memory) == (0, 0)  # they become the base's own weights
     assert (base.dtype, base.in_memory) == ("float16", 2 * 6_738_423_808)
     assert (bridge.dtype, bridge.in_memory) == ("float32", 4 * 12_906_496)
 
@@ -193,13 +197,18 @@ def test_doctor_says_what_the_published_preset_lacks_and_what_to_type(
     assert "missing, 3 files of about 13.48 GB" in row
     assert "6,738,423,808" in row
     assert "13.48 GB" in row
+    (row,) = [line for line in lines if line.startswith("language model: tables")]
+    cells = [cell.strip() for cell in row.split("  ") if cell.strip()]
+    assert cells[1:] == ["missing, 1 file of about 0.52 GB", "262,144,000", "none", "float16"]
+    (row,) = [line for line in lines if line.startswith("language model: LoRA")]
+    assert "missing, 2 files of about 67.1 MB" in row
     assert "ImageBind-Huge: CC-BY-NC-4.0; NOT for commercial use." in captured.out
     assert "NExT-GPT 7B v0: CC-BY-NC-SA-4.0; NOT for commercial use." in captured.out
     assert "language model: bridge" in captured.out
     (whole,) = [line for line in lines if line.startswith("language model: in all")]
     assert whole.split()[4:6] == ["22.15", "GB"]
     (disk,) = [line for line in lines if line[4:].startswith("disk")]
-    assert disk.endswith("23.10 GB of weights are missing")
+    assert disk.endswith("23.69 GB of weights are missing")
     assert "imagebind_huge.pth; no revision is known" in captured.out
     assert "From lmsys/vicuna-7b-delta-v0; revision 142d4e179e45304c430e5bf2cf5f9816f1c2be7a" in captured.out
     (working,) = [line for line in lines if line.startswith("video decoder: at work")]
@@ -296,6 +305,7 @@ def test_every_part_of_the_open_preset_names_its_licence_and_the_one_with_condit
     }
     (other,) = [origin for origin in origins if origin.model.startswith("Stable Audio")]
     assert "on its conditions only" in other.licence
+    assert [origin.model for origin in origins if origin.gated] == [other.model]
     hub = [origin for origin in origins if origin.get.startswith("hf download")]
     assert len(hub) == 6
     assert all(origin.revision and len(origin.revision) == 40 for origin in hub)
@@ -333,11 +343,37 @@ def test_the_open_preset_trains_its_bridge_after_all_downloads(tmp_path: Path) -
         yaml.safe_dump(values | {"weights": "w", "sizes": str(SHIPPED / "open-8b")})
     )
 
-    steps = survey(load_preset(str(tmp_path / "my.yaml"))).next_steps
+    found = survey(load_preset(str(tmp_path / "my.yaml")))
+    steps = found.next_steps
 
+    hub = "https://huggingface.co/stabilityai/stable-audio-open-1.0"
+    assert f"accept its terms on {hub} and sign in: hf auth login" in found.table()
     (training,) = [i for i, step in enumerate(steps) if step.startswith("patchbay train bridge")]
     assert f"--preset {tmp_path}/my.yaml" in steps[training]
     assert training > max(i for i, step in enumerate(steps) if step.startswith("hf download"))
+
+
+def test_a_download_that_was_broken_off_is_said_and_how_to_go_on(
+    published: Preset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = yaml.safe_load(published.file.read_text()) | {
+        "weights": "w",
+        "sizes": str(published.sizes_folder),
+    }
+    path = tmp_path / "my.yaml"
+    path.write_text(yaml.safe_dump(values))
+    partial = tmp_path / "w/image/.cache/huggingface/download/unet/abc.incomplete"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(bytes(3_000_000))
+
+    assert (
+        f"broken off: a download into {tmp_path}/w/image, of which 3.0 MB"
+        in survey(load_preset(str(path))).table()
+    )
+    with pytest.raises(
+        PresetProblem, match=r"lacks .*\. A download into .*/w/image was broken off; the same"
+    ):
+        expect_files(load_preset(str(path)))
 
 
 def test_a_budget_too_small_for_a_decoder_is_said_before_anything_is_loaded(

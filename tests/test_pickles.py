@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -103,6 +104,23 @@ def test_numbers_that_were_damaged_on_the_way_are_noticed(tmp_path: Path) -> Non
         read_pickle(tmp_path / "p.pt")
 
 
+def test_an_archive_that_holds_more_than_its_bytes_is_not_unpacked(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "p.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("p/data.pkl", b"")
+        archive.writestr("p/data/0", bytes(50_000_000))
+    assert (tmp_path / "p.pt").stat().st_size < 100_000
+
+    with pytest.raises(ValueError, match=r"p.pt .* cannot be read as tensors alone"):
+        read_pickle(tmp_path / "p.pt")
+
+
+def test_a_tensor_that_claims_more_numbers_than_there_are_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "p.pt")
+
+    with pytest.raises(ValueError, match=r"a is sparse, quantised or without numbers of its own"):
+        read_pickle(tmp_path / "p.pt")
+
+
 def test_an_index_that_names_a_missing_shard_is_refused(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / "pytorch_model-00001-of-00002.bin")
     index = {"metadata": {}, "weight_map": {"b": "pytorch_model-00002-of-00002.bin"}}
@@ -111,7 +129,11 @@ def test_an_index_that_names_a_missing_shard_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r"names pytorch_model-00002-of-00002.bin, which is not beside it"):
         convert_pickles(tmp_path)
-    path.write_text("{oops")
+    for content in ("{oops", '{"weight_map": {"a": 3}}', '{"weight_map": 3}', "[" * 100_000):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"index.json is no index of a saved model"):
+            convert_pickles(tmp_path)
+    path.write_text("[]")
     with pytest.raises(ValueError, match=r"index.json is no index of a saved model"):
         convert_pickles(tmp_path)
 

@@ -39,13 +39,33 @@ def test_a_file_that_is_too_long_is_damaged_too(weights: Path) -> None:
         read_header(weights)
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[" * 100_000,
+        b'{"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 0]}}',
+        b'{"a": {"dtype": "F32", "data_offsets": [0, 0]}}',
+        b'{"a": 3}',
+    ],
+)
+def test_a_beginning_that_makes_no_sense_is_damage(tmp_path: Path, header: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+
+    (found,) = damage([tmp_path])
+
+    assert found.endswith("model.safetensors is no safetensors file. Copy or download it again.")
+
+
 def test_a_configuration_that_is_no_json_is_damaged(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{oops")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
 
-    first, second = damage([tmp_path])
+    first, deep, second = damage([tmp_path])
 
     assert "config.json is no JSON" in first
+    assert "deep.json is no JSON" in deep
     assert "expected weight_map and metadata" in second
 
 
