@@ -86,7 +86,7 @@ RECIPES: Mapping[str, FitConfig] = {
         num_steps=900, learning_rate=1e-3, average_decay=0.99, flat_fraction=0.4, muon=True
     ),
     "decoder-side": FitConfig(
-        num_steps=700, learning_rate=1e-3, average_decay=0.99, flat_fraction=0.4, muon=True
+        num_steps=1100, learning_rate=1e-3, average_decay=0.99, flat_fraction=0.4, muon=True
     ),
     "instruction": FitConfig(
         num_steps=2200, learning_rate=1e-3, average_decay=0.995, flat_fraction=0.4, muon=True
