@@ -8,7 +8,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +21,7 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from decoders.patch_autoencoder import PatchAutoencoderKL
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 NULL_FILE = "null.safetensors"
 DEFAULTS_FILE = "patchbay.json"
+MISSHAPEN = re.compile(r"(\S+) expected shape torch\.Size\(\[(.*?)\]\), but got torch\.Size\(\[(.*?)\]\)")
+"""How diffusers puts it that a tensor does not fit."""
 
 
 class PipelineFolder:
@@ -92,6 +95,8 @@ class PipelineFolder:
                 f"{folder} holds no .safetensors file. Copy the complete folder, or convert other "
                 f"formats to safetensors first."
             )
+        # transformers would tell the shapes only in a table that it logs.
+        wishes = {"ignore_mismatched_sizes": True} if issubclass(model_class, PreTrainedModel) else {}
         try:
             with _quiet():
                 model, report = model_class.from_pretrained(
@@ -100,9 +105,12 @@ class PipelineFolder:
                     use_safetensors=True,
                     output_loading_info=True,
                     local_files_only=True,
+                    **wishes,
                 )
+            for name, given, expected in sorted(report["mismatched_keys"]):
+                raise ValueError(_does_not_fit(name, given, expected))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
+            reason = _reason(error)
             raise ValueError(f"{folder} cannot be loaded as {model_class.__name__}: {reason:.600}") from error
         missing = sorted(report["missing_keys"])
         if missing:
@@ -125,9 +133,8 @@ class PipelineFolder:
                     self.path, dtype=self.dtype, use_safetensors=True, local_files_only=True, **whole
                 )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
             raise ValueError(
-                f"{self.path} cannot be loaded as {pipeline_class.__name__}: {reason:.600}. Copy the "
+                f"{self.path} cannot be loaded as {pipeline_class.__name__}: {_reason(error):.600} Copy the "
                 f"complete folder, or convert other formats to safetensors first."
             ) from error
         return pipeline
@@ -262,3 +269,19 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         for each in shown:
             each.enable_progress_bar()
+
+
+def _reason(error: Exception) -> str:
+    """Return a library's complaint in one line, without its advice to load what does not fit."""
+    if found := MISSHAPEN.search(str(error)):
+        name, expected, given = found.groups()
+        return _does_not_fit(name, given.split(", "), expected.split(", "))
+    return f"{' '.join(str(error).split()).rstrip('.')}."
+
+
+def _does_not_fit(name: str, given: Sequence[int | str], expected: Sequence[int | str]) -> str:
+    shapes = [f"({', '.join(map(str, sizes))})" for sizes in (given, expected)]
+    return (
+        f"{name} has shape {shapes[0]}; expected {shapes[1]}. The weights and the config.json belong to "
+        "different models."
+    )

@@ -235,7 +235,8 @@ class Agent:
         except Exception as caught:
             error = translate(caught)
             if error.status == 500:
-                logger.exception("The language model failed.")
+                traced = error is not caught  # what has a message of its own needs no traceback
+                logger.error("The language model failed: %s", error.message, exc_info=traced)
         reply.tell(-1, SpeechEnded(error))
 
     def _start_decoder(
@@ -340,7 +341,7 @@ async def _told(events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, No
     except Exception as error:
         known = translate(error)
         if known.status == 500:
-            logger.exception("A turn failed.")
+            logger.error("A turn failed: %s", known.message, exc_info=known is not error)
         yield TurnFailed(sequence=next(sequence), error=known.to_wire())
 
 

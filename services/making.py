@@ -109,7 +109,8 @@ class Making:
         except Exception as caught:
             error = translate(caught)
             if error.status == 500:
-                logger.exception("The %s decoder failed.", order.signal.modality.value)
+                kind, traced = order.signal.modality.value, error is not caught
+                logger.error("The %s decoder failed: %s", kind, error.message, exc_info=traced)
             tell(PartFailure(error))
 
     async def _decoded(self, order: Order, tell: Callable[[Told], None]) -> Made:

@@ -116,6 +116,12 @@ def script(store: ArtefactStore) -> list[Event]:
     ]
 
 
+def about(file_id: str) -> list[Any]:
+    """Return a conversation about an uploaded file."""
+    file = {"type": "file", "file": {"file_id": file_id}}
+    return [{"role": "user", "content": [file, {"type": "text", "text": "what is this?"}]}]
+
+
 def body(content: Any = "draw a bell", **rest: Any) -> dict[str, Any]:
     return {"model": "tiny", "messages": [{"role": "user", "content": content}], **rest}
 

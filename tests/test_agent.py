@@ -16,7 +16,7 @@ from services.boxes import (
     SpokenEarlier,
     Words,
 )
-from services.errors import BadRequest
+from services.errors import BadRequest, PresetProblem
 from services.events import (
     PartDone,
     PartFailed,
@@ -108,6 +108,21 @@ async def test_an_error_nobody_foresaw_is_logged_and_hides_its_details(
     assert failed.code == "internal_error"
     assert "secret" not in failed.message
     assert "secret path" in caplog.text
+
+
+async def test_a_failure_with_words_of_its_own_is_logged_in_one_line(
+    store: ArtefactStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    problem = PresetProblem("The image decoder cannot be loaded: x is missing.", code="weights_missing")
+    lost = FakeDecoder(store, IMAGE, error=problem)
+    await events_of(agent(store, FakeSpeaker(signal(IMAGE), Finished("stop")), lost))
+    await events_of(agent(store, FakeSpeaker(problem)))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"The image decoder failed: {problem.message}",
+        f"The language model failed: {problem.message}",
+        f"A turn failed: {problem.message}",
+    ]
+    assert not any(record.exc_info for record in caplog.records)
 
 
 async def test_closing_a_turn_stops_speaker_and_decoders(store: ArtefactStore) -> None:

@@ -101,22 +101,11 @@ def test_the_same_seed_makes_the_same_picture_as_in_one_process(
 
 
 def test_media_are_uploaded_to_and_read_by_other_processes(client: openai.OpenAI, tmp_path: Path) -> None:
-    from tests.scripted_agent import PNG
+    from tests.scripted_agent import PNG, about
 
     (tmp_path / "a.png").write_bytes(PNG)
     file = client.files.create(file=tmp_path / "a.png", purpose="vision")
-    completion = client.chat.completions.create(
-        model="tiny",
-        messages=[
-            {
-                "role": "user",
-                "content": [
-                    {"type": "file", "file": {"file_id": file.id}},
-                    {"type": "text", "text": "what is this?"},
-                ],
-            }
-        ],
-    )
+    completion = client.chat.completions.create(model="tiny", messages=about(file.id))
     assert completion.choices[0].message.content
 
 

@@ -105,24 +105,13 @@ def test_a_stream_gives_the_words_as_they_come_and_the_media(client: openai.Open
 
 
 def test_files_are_uploaded_and_referred_to(client: openai.OpenAI, tmp_path: Path) -> None:
-    from tests.scripted_agent import PNG
+    from tests.scripted_agent import PNG, about
 
     (tmp_path / "a.png").write_bytes(PNG)
     file = client.files.create(file=tmp_path / "a.png", purpose="vision")
     assert client.files.retrieve(file.id).filename == "a.png"
     assert client.files.content(file.id).content == PNG
-    completion = client.chat.completions.create(
-        model="tiny",
-        messages=[
-            {
-                "role": "user",
-                "content": [
-                    {"type": "file", "file": {"file_id": file.id}},
-                    {"type": "text", "text": "what is this?"},
-                ],
-            }
-        ],
-    )
+    completion = client.chat.completions.create(model="tiny", messages=about(file.id))
     assert completion.choices[0].message.content
     assert client.files.delete(file.id).deleted
 
