@@ -181,7 +181,10 @@ def _read(path: str) -> bytes:
     try:
         return Path(path).expanduser().read_bytes()
     except OSError as error:
-        raise BadRequest(f"{path} cannot be read: {error.strerror}.", code="file_not_readable") from error
+        raise BadRequest(
+            f"{path} cannot be read: {error.strerror}. Give the path of a file that you may read.",
+            code="file_not_readable",
+        ) from error
 
 
 def _user(text: str, attached: list[dict[str, Any]]) -> dict[str, Any]:
