@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from alignment.embedded import contrastive, pools
 from alignment.embedded.captions import Kind
 from alignment.embedded.contrastive import HIDDEN, JUDGED, hide
-from alignment.toybox.world import Clip, Scene, sample_clip, sample_look, sample_sound
+from alignment.toybox.world import Scene, sample_clip, sample_look, sample_sound
 
 
 def test_hidden_rows_lose_their_colours_and_the_others_stay():
@@ -63,13 +63,16 @@ def test_nothing_is_asked_about_what_is_hidden(monkeypatch):
                 assert bool(asked[0]) is (name not in HIDDEN[kind])
 
 
-def test_clips_that_stand_still_are_met_more_often():
-    listed = [clip for clip in pools.scenes("clip", 400) if isinstance(clip, Clip)]
-    shares = pools.shares(listed)
-    own = [after - before for before, after in pairwise([0.0, *shares])]
-
-    assert {share for share, clip in zip(own, listed, strict=True) if clip.motion == "still"} == {
-        pools.STILL_SHARE
+def test_still_clips_and_quiet_sounds_are_met_more_often():
+    listed = [*pools.scenes("clip", 40), *pools.scenes("sound", 40), *pools.scenes("look", 3)]
+    own = [after - before for before, after in pairwise([0.0, *pools.shares(listed)])]
+    rare = {
+        "still": [s for s, scene in zip(own, listed, strict=True) if getattr(scene, "motion", "") == "still"],
+        "quiet": [
+            s for s, scene in zip(own, listed, strict=True) if getattr(scene, "loudness", "") == "quiet"
+        ],
     }
-    assert {share for share, clip in zip(own, listed, strict=True) if clip.motion != "still"} == {1.0}
-    assert pools.shares(pools.scenes("sound", 3)) == [1.0, 2.0, 3.0]
+
+    assert set(rare["still"]) == {pools.STILL_SHARE}
+    assert set(rare["quiet"]) == {pools.QUIET_SHARE}
+    assert own.count(1.0) == len(listed) - len(rare["still"]) - len(rare["quiet"])

@@ -36,6 +36,7 @@ from decoders.mel import log_mel
 
 SEED = 20_231
 STILL_SHARE = 3.0
+QUIET_SHARE = 3.0
 Number = TypeVar("Number", bound=np.generic)
 
 
@@ -58,13 +59,16 @@ def scenes(kind: str, number: int, seed: int = SEED) -> list[Scene]:
 def shares(listed: Sequence[Scene]) -> list[float]:
     """Return how often each scene is to be met, added up for :func:`random.choices`.
 
-    A clip that stands still tells its tempo by its own small movement alone, and is met more often.
+    A clip that stands still tells its tempo by its own small movement alone, and a quiet sound's latents
+    differ little from silence's: both are met more often.
     """
-    return list(
-        accumulate(
-            STILL_SHARE if isinstance(scene, Clip) and scene.motion == "still" else 1.0 for scene in listed
-        )
-    )
+
+    def share(scene: Scene) -> float:
+        if isinstance(scene, Clip) and scene.motion == "still":
+            return STILL_SHARE
+        return QUIET_SHARE if isinstance(scene, Sound) and scene.loudness == "quiet" else 1.0
+
+    return list(accumulate(map(share, listed)))
 
 
 def look_pixels(folder: Path, number: int, seed: int = SEED) -> NDArray[np.uint8]:
