@@ -18,7 +18,7 @@ from decoders.settings import DecodeSettings
 from decoders.whole_pipeline import WholePipeline
 from encoders.media import Modality
 from services.artefacts import ArtefactStore
-from services.footprint import boxes_of, decoder_bytes
+from services.footprint import boxes_of, decoder_bytes, missing_files
 from services.local_decoder import LocalDecoder
 from services.presets import Preset, load_preset
 from tests import tiny_current
@@ -176,12 +176,13 @@ def test_doctor_counts_what_a_whole_pipeline_holds(
 ) -> None:
     decoder, modality = {"signal": spare, "caption": reader}[link], reader.modality
     decoders = {modality: {"folder": str(folder), "link": link}}
-    values_: dict[str, Any] = tiny_values() | {"decoders": decoders, "weights": str(folder)}
+    values_: dict[str, Any] = tiny_values() | {"decoders": decoders, "weights": str(folder / "none")}
     preset = Preset(**values_, file=folder / "tiny.yaml")
 
     networks = [part for part in decoder.pipeline.components.values() if isinstance(part, nn.Module)]
     held = sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
     assert decoder_bytes(preset, modality) == held
+    assert [path for path in missing_files(preset) if not path.is_relative_to(folder / "none")] == []
 
 
 @pytest.mark.parametrize("link", ["signal", "caption"])
