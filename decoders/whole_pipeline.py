@@ -350,8 +350,9 @@ class WholePipeline:
 
     def _read(self, caption: str) -> dict[str, Tensor]:
         """Return what the text encoders give for one caption, without the batch dimension."""
-        reader, names = (table.get(self.folder.pipeline_class) for table in (READERS, ENCODED))
-        if reader is None and names is None:
+        kind = self.folder.pipeline_class
+        reader, names = READERS.get(kind), ENCODED.get(kind, ())
+        if reader is None and not names:
             return {}
         self._recall_text_encoders()
         device = getattr(self.pipeline, self.folder.text_encoders[0]).device

@@ -89,12 +89,16 @@ class AdapterShelf(Generic[A]):
                     adapter = read(name, self.folders[name])
                 except ValueError as error:
                     raise PresetProblem(
-                        f"The adapter {name!r} cannot be loaded: {error}", code="adapter_invalid"
+                        self._hidden(f"The adapter {name!r} cannot be loaded: {error}"),
+                        code="adapter_invalid",
                     ) from error
                 except (ArithmeticError, AttributeError, KeyError, OSError, TypeError) as error:
                     raise PresetProblem(
-                        f"The adapter {name!r} cannot be loaded: {type(error).__name__}: {error}. Expected "
-                        f"files in {self.folders[name]} as peft or diffusers write them; copy them again.",
+                        self._hidden(
+                            f"The adapter {name!r} cannot be loaded: {type(error).__name__}: {error}. "
+                            f"Expected files in {self.folders[name]} as peft or diffusers write them; copy "
+                            f"them again."
+                        ),
                         code="adapter_invalid",
                     ) from error
                 with self._lock:
@@ -105,6 +109,10 @@ class AdapterShelf(Generic[A]):
             with self._lock:
                 self._loaded.move_to_end(name)
                 return self._loaded[name]
+
+    def _hidden(self, message: str) -> str:
+        """Return a message without the place of the weights: whoever sent the request reads it."""
+        return message.replace(f"{self.preset.weights_folder}/", "")
 
     def unload(self, name: str) -> bool:
         """Put an adapter away; return whether it was loaded. Raises Conflict while requests use it."""

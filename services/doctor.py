@@ -66,9 +66,14 @@ def _way_to_files(preset: Preset) -> str:
     if any(box.origins for box in _settings(preset)):
         look = f"patchbay doctor --preset {preset.as_argument}"
         return f"Restore the folder {folder}, or see with `{look}` how to get it."
-    if preset.shipped:
+    if _is_trained_here(preset):
         return f"Restore the folder {folder}, or train it with `patchbay train all --preset {preset.name}`."
     return f"Put it there, or correct the folders in {preset.file}."
+
+
+def _is_trained_here(preset: Preset) -> bool:
+    """Whether the weights are those that `patchbay train all` makes; a copy with other parts has others."""
+    return preset.shipped and preset.weights_folder.name == preset.name
 
 
 def expect_trainable(preset: Preset) -> None:
@@ -326,7 +331,7 @@ def survey(preset: Preset, memory: int | None = None) -> Survey:
     ]
     if any(box.missing for box in boxes) and not steps:
         all_of_it = f"patchbay train all --preset {preset.as_argument}"
-        steps.append(all_of_it if preset.shipped else f"correct the folders in {preset.file}")
+        steps.append(all_of_it if _is_trained_here(preset) else f"correct the folders in {preset.file}")
     elif not steps and (damaged := damaged_files(preset)):
         steps.append(f"replace what is damaged: {damaged[0]}")
     steps.sort(key=lambda step: step.startswith("patchbay train"))  # training wants all parts to be there

@@ -24,6 +24,7 @@ from services.weight_files import absent_shards, damage, read_header
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 NOT_MODELS = ("scheduler", "tokenizer", "feature_extractor", "safety_checker", "image_encoder")
+"""How the names of parts begin that hold no weights, or none that are used: tokenizer_2 is one too."""
 LINKS_OWN, TABLES = "projection", "tables.safetensors"
 DOWNLOADS = ".cache/huggingface/download"
 """Where, in a folder that the hub is downloaded to, unfinished files lie."""
@@ -342,7 +343,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _models(index: dict[str, Any]) -> Iterator[str]:
     for part, value in index.items():
-        if isinstance(value, list) and len(value) == 2 and value[1] and part not in NOT_MODELS:
+        if isinstance(value, list) and len(value) == 2 and value[1] and not part.startswith(NOT_MODELS):
             yield part
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from decoders.settings import DecodeSettings
 from decoders.writing import read_manifest
@@ -83,7 +84,7 @@ class ChatRequest(BaseModel):
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     modalities: list[Modality] | None = None
     decoders: dict[Modality, DecoderRequest] = {}
-    lora: str | list[str] | None = None
+    lora: list[str] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: float | None = None
@@ -104,12 +105,14 @@ class ChatRequest(BaseModel):
     logprobs: bool | None = None
     response_format: dict[str, Any] | None = None
 
-    @field_validator("stop", mode="before")
+    @field_validator("stop", "lora", mode="before")
     @classmethod
-    def _listed(cls, stop: object) -> object:
-        if stop is None:
+    def _listed(cls, value: object) -> object:
+        if value is None:
             return []
-        return [stop] if isinstance(stop, str) else stop
+        if not isinstance(value, str | list):
+            raise PydanticCustomError("words", "Input should be a string or a list of strings")
+        return [value] if isinstance(value, str) else value
 
     def options(self) -> TurnOptions:
         """Return how the reply is wanted."""
@@ -140,7 +143,7 @@ class ChatRequest(BaseModel):
     @property
     def adapters(self) -> tuple[str, ...]:
         """The adapters that are named, whichever box they are for."""
-        return (self.lora,) if isinstance(self.lora, str) else tuple(self.lora or ())
+        return tuple(self.lora)
 
     def refuse_unsupported(self) -> None:
         """Raise BadRequest for wishes that would silently not be granted."""

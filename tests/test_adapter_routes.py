@@ -71,11 +71,22 @@ async def test_a_decoder_can_be_told_its_adapter(adapted: Preset, store: Artefac
     assert agent.options.decoders[IMAGE].lora == "ink"
 
 
-@pytest.mark.parametrize("lora", [{"name": "ink", "path": "/x"}, 3, [3], {"path": "/etc"}])
-async def test_lora_is_a_name_and_nothing_else(adapted: Preset, store: ArtefactStore, lora: Any) -> None:
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"name": "ink", "path": "/x"}, "lora: Input should be a string or a list of strings."),
+        (3, "lora: Input should be a string or a list of strings."),
+        ([3], "lora.0: Input should be a valid string."),
+        ([["ink"]], "lora.0: Input should be a valid string."),
+    ],
+)
+async def test_lora_is_a_name_and_nothing_else(
+    adapted: Preset, store: ArtefactStore, lora: Any, message: str
+) -> None:
     answer = await ask(FakeAgent(), adapted, store, body(lora=lora))
     assert answer.status_code == 400
-    assert answer.json()["error"]["param"].startswith("lora")
+    assert answer.json()["error"]["message"] == message
+    assert answer.json()["error"]["param"] == message.partition(":")[0]
 
 
 async def test_a_model_with_an_unknown_adapter_is_answered_with_the_known_ones(

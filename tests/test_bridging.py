@@ -17,6 +17,7 @@ from encoders.media import Image, Modality
 from llm.signals import SignalVocabulary
 from llm.tokenizer import train_tokenizer
 from services.cli import main
+from services.doctor import expect_files
 from services.footprint import missing_files
 from services.presets import SHIPPED, load_preset
 from services.session import Session
@@ -82,6 +83,7 @@ def test_the_toy_box_draws_with_another_decoder_after_one_line_and_one_command(
     assert train(path, "image", tmp_path / "runs") == 0
 
     assert f"bridge to image: wrote {tmp_path}/bridges/toybox" in capsys.readouterr().out
+    expect_files(load_preset(str(path)))
     with Session.open(str(path)) as session:
         reply = session.chat(request, seed=1)
         (made,) = [part for part in reply.parts if part.text is None]

@@ -18,10 +18,11 @@ from decoders.settings import DecodeSettings
 from decoders.whole_pipeline import WholePipeline
 from encoders.media import Modality
 from services.artefacts import ArtefactStore
-from services.footprint import boxes_of, decoder_bytes
+from services.footprint import boxes_of, decoder_bytes, missing_files
 from services.local_decoder import LocalDecoder
 from services.presets import Preset, load_preset
 from tests import tiny_current
+from tests.lora_files import change_json
 from tests.test_condition_layouts import WISHES, values
 from tests.tiny import tiny_values
 
@@ -74,6 +75,22 @@ def test_media_are_the_same_with_and_without_text_encoders(
 
     assert text_encoders(spare) == [None] * len(text_encoders(reader))
     assert all(isinstance(part, nn.Module) for part in text_encoders(reader))
+
+
+def test_a_pipeline_that_guides_itself_is_given_the_empty_caption(tmp_path: Path) -> None:
+    folder = tiny_current.write("klein", tmp_path)
+    change_json(folder / "model_index.json", is_distilled=False)
+    reader, spare = WholePipeline.load(folder), WholePipeline.load(folder, reads_captions=False)
+    condition = reader.encode_caption(CAPTION)
+
+    guided, plain = (made(spare, condition, "klein", guidance) for guidance in (3.0, 1.0))
+
+    expected = reader.pipeline(
+        prompt=CAPTION, generator=torch.Generator("cpu").manual_seed(1), num_inference_steps=2,
+        guidance_scale=3.0, width=32, height=32, output_type="np",
+    ).images[0]  # fmt: skip
+    np.testing.assert_array_equal(guided, (expected.clip(0, 1) * 255).round().astype(np.uint8))
+    assert not np.array_equal(guided, plain)
 
 
 def test_the_engine_can_be_calibrated_without_them(spare: WholePipeline, reader: WholePipeline) -> None:
@@ -159,12 +176,13 @@ def test_doctor_counts_what_a_whole_pipeline_holds(
 ) -> None:
     decoder, modality = {"signal": spare, "caption": reader}[link], reader.modality
     decoders = {modality: {"folder": str(folder), "link": link}}
-    values_: dict[str, Any] = tiny_values() | {"decoders": decoders, "weights": str(folder)}
+    values_: dict[str, Any] = tiny_values() | {"decoders": decoders, "weights": str(folder / "none")}
     preset = Preset(**values_, file=folder / "tiny.yaml")
 
     networks = [part for part in decoder.pipeline.components.values() if isinstance(part, nn.Module)]
     held = sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
     assert decoder_bytes(preset, modality) == held
+    assert [path for path in missing_files(preset) if not path.is_relative_to(folder / "none")] == []
 
 
 @pytest.mark.parametrize("link", ["signal", "caption"])
