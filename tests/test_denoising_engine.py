@@ -579,6 +579,19 @@ async def test_a_request_that_never_fits_fails_alone_wherever_it_fails(
     assert (stats.requests, stats.stepping) == (0, 0)
 
 
+async def test_an_engine_without_memory_to_measure_learns_from_its_requests(
+    engine: DenoisingEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    short_of_memory(engine.decoder, monkeypatch, 2, torch.OutOfMemoryError("CUDA out of memory."))
+
+    engine.calibrate()
+    known = engine.cost.known
+    await made(engine, condition(engine.decoder), DecodeSettings(steps=3, guidance_scale=3.0))
+
+    assert "not enough memory to measure" in caplog.text
+    assert (known, engine.cost.known) == (False, True)
+
+
 async def test_a_condition_that_does_not_fit_into_memory_is_told_like_a_medium(
     engine: DenoisingEngine,
 ) -> None:

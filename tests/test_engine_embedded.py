@@ -106,6 +106,7 @@ def test_the_bench_prints_ours_beside_the_peers(
         "2 streams",
         "2 streams, padded",
         "2 streams, first token",
+        "2 streams, padded, first token",
     ]
     for row in result["rows"]:
         assert set(row) == {"case", "value", "unit", "peer", "peer_value", "ratio"}
