@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from decoders.condition import Condition, ConditionSpec, digest
+from decoders.condition import Condition, ConditionSpec
 from decoders.deep_features import DeepFeatures, step_reusing
 from decoders.denoising import (
     Denoising,
@@ -319,19 +319,7 @@ class LatentDecoder(ABC):
 
         """
         first = plans[0]
-        alike = {
-            (
-                p.shape,
-                p.settings.steps,
-                p.settings.scheduler,
-                p.source is None,
-                p.strength,
-                p.deep_every,
-                p.lora,
-            )
-            for p in plans
-        }
-        if len(alike) > 1:
+        if len({plan.kind for plan in plans}) > 1:
             raise ValueError(
                 "Requests of one batch differ in steps, scheduler, size or LoRA. Run them apart."
             )
@@ -432,21 +420,11 @@ class LatentDecoder(ABC):
             "modality": self.modality.value,
             "pipeline": self.folder.pipeline_class,
             "weights": self.digest,
-            "seed": plan.settings.seed,
-            "scheduler": plan.settings.scheduler,
-            "steps": plan.settings.steps,
-            "guidance_scale": plan.settings.guidance_scale,
             **self._sizes(medium),
-            "condition": digest(plan.condition.embeddings),
+            **plan.manifest(),
         }
         if self._vae_use == "tiled":
             manifest["vae"] = "tiled"
-        if plan.deep_every > 1:
-            manifest["deep_every"] = plan.deep_every
-        if plan.lora is not None:
-            manifest["lora"] = {"name": plan.lora.name, "digest": plan.lora.digest}
-        if plan.source is not None:
-            manifest |= {"source": digest(plan.source), "strength": plan.strength}
         return manifest
 
     @abstractmethod

@@ -387,7 +387,8 @@ class SlotModel:
         given[:count] = embeddings
         at = torch.tensor([*starts, *[self.context] * (size - count)], device=self._device)[:, None]
         if (size, seen) not in self._graphs:
-            rows, steps, one = self._steps[:size], self._steps[:seen], self._passes[False]
+            rows = torch.arange(size, device=self._device)
+            steps, one = self._steps[:seen], self._passes[False]
 
             def work(embeddings: Tensor, at: Tensor) -> Tensor:
                 result: Tensor = one(embeddings, at, rows, (0, size), steps)

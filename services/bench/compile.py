@@ -40,7 +40,7 @@ BACKEND = "inductor"
 ROWS = (2, 32)
 STREAMS = (1, 32)
 PEER = "not compiled"
-COMPILE_LIMIT_S, QUICK_LIMIT_S = 300.0, 30.0
+COMPILE_LIMIT_S, QUICK_LIMIT_S = 120.0, 20.0
 
 Box = Modality | None
 """None is the language model."""
