@@ -354,7 +354,8 @@ class WholePipeline:
 
     def _read(self, caption: str) -> dict[str, Tensor]:
         """Return what the text encoders give for one caption, without the batch dimension."""
-        reader, names = (table.get(self.folder.pipeline_class) for table in (READERS, ENCODED))
+        kind = self.folder.pipeline_class
+        reader, names = READERS.get(kind), ENCODED.get(kind)
         if reader is None and names is None:
             return {}
         self._recall_text_encoders()
@@ -371,6 +372,7 @@ class WholePipeline:
         given = {name: value for name, value in (wanted | counts).items() if name in known}
         with torch.inference_mode():
             answers = self.pipeline.encode_prompt(**given)
+        assert names is not None
         pairs = zip(names, answers, strict=True)
         return {
             name: answer[0].clone() for name, answer in pairs if answer is not None and name in self._takes
