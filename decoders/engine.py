@@ -199,8 +199,19 @@ class DenoisingEngine:
     def calibrate(self) -> None:
         """Measure what steps and media cost, by taking some, and make ready to show previews.
 
-        Not while requests are under way.
+        Not while requests are under way. What there is no memory for is left to be learnt from requests,
+        which have ways to do with less.
         """
+        try:
+            self._calibrate()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.warning("There was not enough memory to measure what media cost; requests will show it.")
+            error = error.with_traceback(None)  # its frames hold the tensors that did not fit
+            release(self.decoder.folder.device)
+
+    def _calibrate(self) -> None:
         plan = self.decoder.plan(self._empty(), DecodeSettings(seed=0, steps=3, guidance_scale=1.0))
         measured = []
         for rows in CALIBRATION_ROWS:

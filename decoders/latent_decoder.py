@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from decoders.condition import Condition, ConditionSpec, digest
+from decoders.condition import Condition, ConditionSpec
 from decoders.deep_features import DeepFeatures, step_reusing
 from decoders.denoising import (
     Denoising,
@@ -39,7 +39,7 @@ from decoders.patch_autoencoder import PatchAutoencoderKL
 from decoders.pipeline_folder import DEFAULTS_FILE, PipelineFolder
 from decoders.plan import Decoded, Plan
 from decoders.preview import LinearPreview
-from decoders.recorded import RecordedNetwork
+from decoders.quick_network import Capture, QuickNetwork
 from decoders.settings import USUAL_STRENGTH, DecoderDefaults, DecodeSettings
 from decoders.thrift import Thrift, aside
 from encoders.media import Image, Medium, Modality
@@ -71,8 +71,6 @@ class LatentDecoder(ABC):
         self._deep: DeepFeatures | None = None
         self._vae_use: VaeUse = "whole"
         self._worn = WornLora(self._network)
-        self._compiled: Any = None
-        self._recorded: RecordedNetwork | None = None
         null = folder.saved_null()
         self._null = self.embed_captions([""])[0] if null is None else null  # (S, E)
         if self._null.ndim != 2 or self._null.shape[1] != self._condition_width():
@@ -80,6 +78,9 @@ class LatentDecoder(ABC):
                 f"{folder.path}: its text encoder gives embeddings of shape {tuple(self._null.shape)}, its "
                 f"network wants a width of {self._condition_width()}. The parts do not belong together."
             )
+        usual_null = self._prepared(self._null[None].to(folder.device, folder.dtype))[0]
+        usual_shape = self._latent_shape(DecodeSettings())
+        self._quick = QuickNetwork(self._network, self._run, usual_shape, usual_null)
         self.digest = folder.digest()
 
     @classmethod
@@ -165,16 +166,7 @@ class LatentDecoder(ABC):
                 uncompiled.
 
         """
-        self._compiled = torch.compile(self._network.forward, dynamic=True, backend=backend)
-        tokens, width = self._null.shape
-        silence = Condition(torch.zeros(tokens, width))
-        try:
-            for scale in (1.0, 2.0):  # one row is a case of its own
-                plan = self.plan(silence, DecodeSettings(seed=0, steps=2, guidance_scale=scale))
-                self.step([self.begin([plan])])
-        except Exception:
-            self._compiled = None
-            raise
+        self._quick.compile(backend)
 
     def trace(self) -> None:
         """Record the denoising network and repeat it without Python, for whole steps at the usual size.
@@ -185,8 +177,18 @@ class LatentDecoder(ABC):
             RuntimeError: the network cannot be recorded. The decoder goes on as it is.
 
         """
-        null = self._prepared(self._null[None].to(self.folder.device, self.folder.dtype))[0]
-        self._recorded = RecordedNetwork(self._network, self._run, self._latent_shape(DecodeSettings()), null)
+        self._quick.trace()
+
+    def graph(self, capture: Capture) -> None:
+        """Replay steps of small batches at the usual size as CUDA graphs, which ``capture`` makes.
+
+        What :meth:`trace` leaves as it is, is left here too.
+
+        Raises:
+            RuntimeError: there is no GPU, or a step cannot be captured. The decoder goes on as it is.
+
+        """
+        self._quick.graph(capture)
 
     def move(self, device: torch.device | str) -> None:
         """Move all weights to ``device``. Before anything is decoded they must be on the decoder's own."""
@@ -317,19 +319,7 @@ class LatentDecoder(ABC):
 
         """
         first = plans[0]
-        alike = {
-            (
-                p.shape,
-                p.settings.steps,
-                p.settings.scheduler,
-                p.source is None,
-                p.strength,
-                p.deep_every,
-                p.lora,
-            )
-            for p in plans
-        }
-        if len(alike) > 1:
+        if len({plan.kind for plan in plans}) > 1:
             raise ValueError(
                 "Requests of one batch differ in steps, scheduler, size or LoRA. Run them apart."
             )
@@ -386,13 +376,8 @@ class LatentDecoder(ABC):
 
     def _predict(self, latents: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
         """Run the denoising network; each row has its own timestep."""
-        # Other code than Python's knows nothing of hooks, which LoRA, deep features and onlookers need.
         hooked = not self._worn.nothing or (self._deep is not None and self._deep.is_recording)
-        hooked = hooked or bool(self._network._forward_hooks or self._network._forward_pre_hooks)
-        if not hooked and self._recorded is not None and self._recorded.fits(latents):
-            return self._recorded(latents, timesteps, conditions)
-        network = self._network if hooked or self._compiled is None else self._compiled
-        return self._run(network, latents, timesteps, conditions)
+        return self._quick(latents, timesteps, conditions, plain=hooked)
 
     def complete(
         self, latents: Tensor, plans: Sequence[Plan], *, thrift: Thrift = Thrift.NONE
@@ -435,21 +420,11 @@ class LatentDecoder(ABC):
             "modality": self.modality.value,
             "pipeline": self.folder.pipeline_class,
             "weights": self.digest,
-            "seed": plan.settings.seed,
-            "scheduler": plan.settings.scheduler,
-            "steps": plan.settings.steps,
-            "guidance_scale": plan.settings.guidance_scale,
             **self._sizes(medium),
-            "condition": digest(plan.condition.embeddings),
+            **plan.manifest(),
         }
         if self._vae_use == "tiled":
             manifest["vae"] = "tiled"
-        if plan.deep_every > 1:
-            manifest["deep_every"] = plan.deep_every
-        if plan.lora is not None:
-            manifest["lora"] = {"name": plan.lora.name, "digest": plan.lora.digest}
-        if plan.source is not None:
-            manifest |= {"source": digest(plan.source), "strength": plan.strength}
         return manifest
 
     @abstractmethod

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from decoders.condition import Condition
+from decoders.condition import Condition, digest
 from decoders.denoising import steps_run
 from decoders.lora import DecoderLora
 from decoders.settings import DecodeSettings
@@ -38,6 +38,13 @@ class Plan:
     lora: DecoderLora | None = None
 
     @property
+    def kind(self) -> tuple[object, ...]:
+        """What must be the same for requests that take every step together."""
+        wishes = self.settings
+        own = (self.source is None, self.strength, self.deep_every, self.lora)
+        return (self.shape, wishes.steps, wishes.scheduler, *own)
+
+    @property
     def strength(self) -> float:
         """The share of the schedule that runs."""
         return self.settings.strength or 1.0
@@ -57,3 +64,20 @@ class Plan:
         """Rows that a step takes in the network: 2 with guidance, else 1; fewer if features are reused."""
         halves = 2 if (self.settings.guidance_scale or 0) > 1 else 1
         return halves * (1 + SHALLOW_SHARE * (self.deep_every - 1)) / self.deep_every
+
+    def manifest(self) -> dict[str, Any]:
+        """Return what of a manifest the request decides."""
+        manifest: dict[str, Any] = {
+            "seed": self.settings.seed,
+            "scheduler": self.settings.scheduler,
+            "steps": self.settings.steps,
+            "guidance_scale": self.settings.guidance_scale,
+            "condition": digest(self.condition.embeddings),
+        }
+        if self.deep_every > 1:
+            manifest["deep_every"] = self.deep_every
+        if self.lora is not None:
+            manifest["lora"] = {"name": self.lora.name, "digest": self.lora.digest}
+        if self.source is not None:
+            manifest |= {"source": digest(self.source), "strength": self.strength}
+        return manifest

@@ -35,6 +35,12 @@ def _check(name: str, value: object) -> None:
     if name == "strength":
         check_strength(value)
         return
+    if name == "fast":
+        if not isinstance(value, bool):
+            raise ValueError(
+                f"fast is {value!r}; it must be true or false. Leave it out for the preset's way."
+            )
+        return
     if name == "scheduler":
         if value not in SCHEDULER_NAMES:
             raise ValueError(f"scheduler is {value!r}; choose one of {', '.join(SCHEDULER_NAMES)}.")
@@ -71,9 +77,10 @@ class DecodeSettings:
     ``guidance_scale`` up to 1 turns classifier-free guidance off, as in diffusers. Sizes are in pixels,
     ``duration_s`` in seconds (sound only), ``num_frames`` for video only. ``deep_every`` n above 1 computes
     the deep features of the U-Net in every n-th step only, which is faster and less exact (see
-    :mod:`decoders.deep_features`); nothing else turns that on. ``lora`` names LoRA that the network wears
-    for this request (see :mod:`decoders.lora`). ``strength``, in (0, 1], is how far to go away from a source
-    that the request starts from; only that part of the steps is taken. Immutable; checked when made.
+    :mod:`decoders.deep_features`). ``fast`` leaves that n to the preset: a decoder alone knows no such thing.
+    ``lora`` names LoRA that the network wears for this request (see :mod:`decoders.lora`). ``strength``, in
+    (0, 1], is how far to go away from a source that the request starts from; only that part of the steps is
+    taken. Immutable; checked when made.
     """
 
     seed: int | None = None
@@ -85,6 +92,7 @@ class DecodeSettings:
     num_frames: int | None = None
     duration_s: float | None = None
     deep_every: int | None = None
+    fast: bool | None = None
     lora: str | None = None
     strength: float | None = None
 

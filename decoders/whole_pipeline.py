@@ -230,6 +230,10 @@ class WholePipeline:
         """Raise ValueError: neither are they recorded."""
         self.compile()
 
+    def graph(self, capture: object) -> None:
+        """Raise ValueError: nor captured."""
+        self.compile()
+
     def encode_source(self, medium: Medium, settings: DecodeSettings | None = None) -> Tensor:
         """Raise ValueError: pipelines that are not taken apart always start from noise."""
         raise self._no_source()
@@ -299,7 +303,7 @@ class WholePipeline:
             raise ValueError(
                 f"scheduler is {wishes.scheduler!r} and deep_every {wishes.deep_every!r}; a "
                 f"{self.folder.pipeline_class} keeps its own scheduler and computes every step. "
-                f"Leave both out."
+                f"Leave both out, and fast."
             )
         if wishes.strength is not None:
             raise self._no_source()

@@ -28,7 +28,7 @@ from llm.model import LanguageModel
 from llm.reply import GenerationEvent, GenerationOptions, Reply
 from llm.request_lora import LoraRows, RequestLora
 from llm.sampling import Sampler
-from llm.slots import SlotModel
+from llm.slots import Capture, SlotModel
 from llm.template import Dialogue, MediaSlot, Row
 
 LEAST_REUSED = 8  # a shorter common beginning is not worth copying
@@ -162,6 +162,15 @@ class Engine:
 
         """
         self._slot_model.trace()
+
+    def graph(self, capture: Capture) -> None:
+        """Replay steps of running replies as CUDA graphs, which ``capture`` makes; before any request.
+
+        Raises:
+            RuntimeError: there is no GPU, or a pass cannot be captured. The engine goes on as before.
+
+        """
+        self._slot_model.graph(capture)
 
     # --- requests ---------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ Shape letters in this file:
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -28,6 +29,14 @@ COPIED_BYTES = 1 << 20
 row once per head, and what has left the core's own cache in between comes slowly; a copy stays there."""
 ROUNDING = 1e-2
 """How much of the largest value may be rounding, in half precision too."""
+
+GRAPH_POSITIONS = 512
+"""A graph looks back on a multiple of so many positions, so that there are few of them."""
+
+logger = logging.getLogger(__name__)
+
+Capture = Callable[[Callable[..., Tensor], Sequence[Tensor]], Callable[..., Tensor]]
+"""Makes a graph of what a function does with tensors like these; it takes others of the same shapes."""
 
 Bounds = tuple[int, int] | tuple[Tensor, Tensor]
 """Tensors where a pass is recorded, which would keep numbers as they were then."""
@@ -279,6 +288,8 @@ class SlotModel:
         self._passes = self._made_of(self._base)
         self._compiled: Mapping[bool, SlotPass] | None = None
         self._traced: Mapping[bool, Any] | None = None
+        self._capture: Capture | None = None
+        self._graphs: dict[tuple[int, int], Callable[..., Tensor]] = {}
 
     def _made_of(self, base: Any) -> Mapping[bool, SlotPass]:
         """Return both ways to take a pass, by whether they copy."""
@@ -343,12 +354,50 @@ class SlotModel:
             what = self._noise(rows, length), list(range(rows)), [start] * rows
             for way, repeat in traced.items():
                 wanted = self._passes[way](*self._inputs(*what))
-                error = (repeat(*self._recorded_inputs(*what)) - wanted).abs().max()
-                if not error <= ROUNDING * wanted.abs().max():
-                    raise RuntimeError(
-                        f"a recorded pass of {type(self._base).__name__} computes something else when it is "
-                        f"repeated for {rows} rows of {length}"
-                    )
+                again = repeat(*self._recorded_inputs(*what))
+                _check_alike(again, wanted, f"a recorded pass of {rows} rows of {length}")
+
+    @torch.inference_mode()
+    def graph(self, capture: Capture) -> None:
+        """Replay passes that feed one position to each of the first slots, unless they are to be ``plain``.
+
+        A graph is made when its size first comes up: for a number of rows, which is a power of two or all,
+        and so many positions to look back on. The cache gets its full size now.
+
+        Raises:
+            RuntimeError: there is no GPU, or a pass cannot be captured. Passes go on as before.
+
+        """
+        self.run(self._noise(1, 2), [0], [0])  # makes the cache
+        self.cache.reserve(self.context + 1, self.context + 1)
+        self._graphs = {}
+        self._replayed(capture, self._noise(1, 1), [1])
+        self._capture = capture
+
+    def _replayed(self, capture: Capture, embeddings: Tensor, starts: Sequence[int]) -> Tensor:
+        """Feed one position to each of the first slots, ``(B, 1, D)``, by a graph of at least B rows.
+
+        Slots that are too many write to their spare position, which nobody reads.
+        """
+        num_slots, count = self.cache.kept[0].num_slots, len(starts)
+        size = min(1 << (count - 1).bit_length(), num_slots)
+        blocks = -(-(max(starts) + 1) // GRAPH_POSITIONS)
+        seen = min(blocks * GRAPH_POSITIONS, self.context)
+        given = embeddings.new_zeros(size, 1, embeddings.shape[2], dtype=self._dtype)
+        given[:count] = embeddings
+        at = torch.tensor([*starts, *[self.context] * (size - count)], device=self._device)[:, None]
+        if (size, seen) not in self._graphs:
+            rows = torch.arange(size, device=self._device)
+            steps, one = self._steps[:seen], self._passes[False]
+
+            def work(embeddings: Tensor, at: Tensor) -> Tensor:
+                result: Tensor = one(embeddings, at, rows, (0, size), steps)
+                return result
+
+            graph = capture(work, (given, at))
+            _check_alike(graph(given, at), work(given, at), f"a captured pass of {size} rows")
+            self._graphs[size, seen] = graph
+        return self._graphs[size, seen](given, at)[:count]
 
     def _noise(self, rows: int, length: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -372,6 +421,12 @@ class SlotModel:
             ``(B, T, D)`` after the final norm, in the dtype of the base; an inference tensor.
 
         """
+        if self._capture is not None and not plain and embeddings.shape[1] == 1 and rows[-1] < len(rows):
+            try:
+                return self._replayed(self._capture, embeddings, starts)
+            except RuntimeError:
+                logger.warning("A pass could not be captured; from now on none is replayed.", exc_info=True)
+                self._capture, self._graphs = None, {}
         seen = min(max(starts) + embeddings.shape[1], self.context)
         self.cache.reserve(seen + 1, self.context + 1)
         copies = rows[-1] - rows[0] != len(rows) - 1 or self._is_long(len(rows) * seen)
@@ -412,3 +467,8 @@ class SlotModel:
         if self._runs_on.type != "cpu" or not kept:
             return False
         return positions * kept[0][0, 0].nbytes > COPIED_BYTES
+
+
+def _check_alike(again: Tensor, wanted: Tensor, what: str) -> None:
+    if not (again - wanted).abs().max() <= ROUNDING * wanted.abs().max():
+        raise RuntimeError(f"{what} computes something else when it is repeated")

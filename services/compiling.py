@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Literal, Protocol
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
 
 logger = logging.getLogger(__name__)
 
-Compile = Literal["trace"] | bool
-"""``True`` is torch.compile. ``trace`` records what a network does and repeats it without Python."""
+Compile = Literal["trace", "graphs"] | bool
+"""``True`` is torch.compile. ``trace`` records what a network does and repeats it without Python; ``graphs``
+are CUDA graphs, which a GPU repeats without the CPU."""
 
 
 class Compilable(Protocol):
@@ -21,6 +23,9 @@ class Compilable(Protocol):
     def trace(self) -> None:
         """Record it."""
 
+    def graph(self, capture: Callable[..., Callable[..., Any]]) -> None:
+        """Capture it."""
+
 
 def compile_if_possible(box: str, how: Compile, model: Compilable) -> None:
     """Make the model of a box faster; where that fails, say so and why, and leave it as it is."""
@@ -28,11 +33,15 @@ def compile_if_possible(box: str, how: Compile, model: Compilable) -> None:
         return
     began = time.monotonic()
     done, way_out = "compiled", "Install a C++ compiler such as g++, or take compile out of the preset."
-    if how == "trace":
-        done, way_out = "recorded", "Take compile out of the preset."
+    if how is not True:
+        done, way_out = {"trace": "recorded", "graphs": "captured"}[how], "Take compile out of the preset."
     try:
         if how == "trace":
             model.trace()
+        elif how == "graphs":
+            from services.cuda_graphs import capture
+
+            model.graph(capture)
         else:
             model.compile()
     except RuntimeError as error:

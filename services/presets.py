@@ -90,7 +90,8 @@ class LanguageModelPreset(BoxPreset):
     ``quantization`` keeps the weights in 8 or 4 bits, see :mod:`llm.quantization`. ``compile`` true
     has torch.compile make code for the steps of running replies, which takes a while at the start and a C++
     compiler. ``trace`` records the model at the start and repeats that without Python, which pays for small
-    models on a CPU. `patchbay bench compile` says how much.
+    models on a CPU; ``graphs`` captures CUDA graphs, for a GPU that waits for Python.
+    `patchbay bench compile` says how much.
     """
 
     folder: str = "llm"
@@ -140,8 +141,8 @@ class DecoderPreset(BoxPreset):
     ``sliced`` sends pictures and frames through the VAE one at a time, ``tiled`` also in tiles where they are
     larger than it was made for, which shows a little.
     ``deep_every`` above 1 makes media faster and less exact where a request does not say (see
-    :mod:`decoders.deep_features`); `patchbay bench decode` measures both. ``compile`` is that of
-    :class:`LanguageModelPreset`, for the denoising network.
+    :mod:`decoders.deep_features`), ``fast_deep_every`` where it says ``fast``; `patchbay bench decode`
+    measures both. ``compile`` is that of :class:`LanguageModelPreset`, for the denoising network.
     """
 
     waits_in: Literal["device", "cpu", "disk"] = "device"
@@ -156,11 +157,14 @@ class DecoderPreset(BoxPreset):
     num_frames: int | None = Field(default=None, ge=1)
     duration_s: float | None = Field(default=None, gt=0)
     deep_every: int | None = Field(default=None, ge=1, le=16)
+    fast_deep_every: int = Field(default=2, ge=2, le=16)
     compile: Compile = False
     limits: CostLimits = CostLimits()
 
     def fill(self, settings: DecodeSettings) -> DecodeSettings:
         """Return ``settings`` with the preset's choice wherever the request made none."""
+        if settings.fast is not None and settings.deep_every is None:
+            settings = replace(settings, deep_every=self.fast_deep_every if settings.fast else 1)
         sizes = ("width_px", "height_px", "num_frames", "duration_s")
         names = ("steps", "guidance_scale", "deep_every", *sizes)
         silent = [name for name in names if getattr(settings, name) is None]

@@ -51,6 +51,8 @@ class DecoderRequest(BaseModel):
     seconds: float | None = None
     lora: Annotated[str | None, Field(min_length=1, description="name of an adapter for this decoder")] = None
     strength: Annotated[float | None, Field(description="start from the newest medium of this kind")] = None
+    fast: Annotated[bool | None, Field(description="reuse deep features as the preset says")] = None
+    deep_every: Annotated[int | None, Field(description="reuse deep features for so many steps")] = None
 
     def settings(self) -> DecodeSettings:
         """Return the same wishes as the decoder understands them."""
@@ -66,6 +68,8 @@ class DecoderRequest(BaseModel):
             duration_s=self.seconds,
             lora=self.lora,
             strength=self.strength,
+            fast=self.fast,
+            deep_every=self.deep_every,
         )
 
 

@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from decoders.image import ImageDecoder
 from decoders.latent_decoder import LatentDecoder
 from decoders.settings import DecodeSettings
 from decoders.video import VideoDecoder
+from encoders.media import Modality
 from services.bench import BenchRow, caching, decode, run_bench, table, write_tables
 from services.bench import compile as compile_bench
 from services.bench.pipelines import CAPTION, medium_of, parts_from_disk, parts_of, pipeline
 from services.cli import main
+from services.compiling import Compile
 from services.presets import load_preset
 from tests import tiny_pipelines
 from tests.tiny_llm import tiny_model
@@ -57,10 +60,18 @@ def test_each_row_of_the_decode_bench_holds_both_sides(
 
     rows = decode.measure(tiny_decoder("image", tmp_path), rounds=1)
 
-    assert [row.case for row in rows] == ["image 1 at once", "image 3 at once"]
+    assert [(row.case, row.unit) for row in rows] == [
+        ("image 1 at once", "media/s"),
+        ("image 1 at once, latency", "s"),
+        ("image 3 at once", "media/s"),
+        ("image 3 at once, latency", "s"),
+    ]
     for row in rows:
         assert row.value > 0
         assert row.ratio == pytest.approx(row.value / row.peer_value)
+    rate, latency = rows[2:]
+    assert latency.peer_value == pytest.approx(2 / rate.peer_value)  # the mean of 1, 2 and 3 media
+    assert 1 / rate.value <= latency.value <= 3 / rate.value + 0.05
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -120,16 +131,42 @@ def test_the_compile_rows_hold_both_sides_and_the_time_of_compiling(
     monkeypatch.setattr(compile_bench, "STREAMS", (1,))
     monkeypatch.setattr(compile_bench, "prompts", lambda count, seed: ["draw a bell"] * 2)
 
-    rows = compile_bench.decoder_rows(tiny_decoder("image", tmp_path), rounds=1)
-    rows += compile_bench.model_rows(tiny_model(), tiny_model(), rounds=1)
-    rows += compile_bench.recorded_model_rows(tiny_model(), rounds=1)
+    decoder, model = tiny_decoder("image", tmp_path), tiny_model()
+    hows: list[Compile] = ["trace", True]
+    rows = [row for how in hows for row in compile_bench.decoder_rows(decoder, how, rounds=1)]
+    rows += [row for how in hows for row in compile_bench.model_rows(model, how, rounds=1)]
 
-    compiled = ["image step of 2 rows", "image step of 2 rows, recorded", "1 stream"]
-    assert [row.case for row in rows] == [*compiled, "1 stream, recorded"]
-    assert all(row.value > 0 for row in rows)
-    for row in rows[:3]:
+    assert [row.case for row in rows] == [
+        "image step of 2 rows, recorded",
+        "image step of 2 rows",
+        "1 stream, recorded",
+        "1 stream",
+    ]
+    for row in rows:
+        assert row.value > 0
         assert row.details is not None
         assert row.details["compile_s"] > 0
+
+
+def test_what_is_not_compiled_in_time_has_a_rate_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {
+        Modality.IMAGE: BenchRow("image step of 2 rows, recorded", 3.0, "steps/s", "plain", 2.0),
+        None: BenchRow("1 stream, recorded", 30.0, "tokens/s", "plain", 20.0),
+    }
+    monkeypatch.setattr(compile_bench, "box_rows", lambda preset, box, how, rounds: [made[box]])
+    monkeypatch.setattr(compile_bench, "QUICK_LIMIT_S", 0.01)
+    preset = load_preset("toybox")
+    one = preset.model_copy(update={"decoders": {Modality.IMAGE: preset.decoders[Modality.IMAGE]}})
+
+    rows = compile_bench.run(one, quick=True)
+
+    assert rows[:2] == list(made.values())
+    assert [(row.case, row.value, row.peer_value) for row in rows[2:]] == [
+        ("image step of 2 rows", 0.0, 2.0),
+        ("1 stream", 0.0, 20.0),
+    ]
+    assert all(row.details == {"compile_s": 0.01} for row in rows[2:])
+    assert not multiprocessing.active_children()
 
 
 def test_a_bench_prints_one_object_that_programs_can_read(

@@ -92,6 +92,13 @@ async def test_options_reach_the_agent(preset: Preset, store: ArtefactStore) -> 
     assert agent.options == TurnOptions()
 
 
+async def test_fast_media_are_asked_for_by_word_or_by_number(preset: Preset, store: ArtefactStore) -> None:
+    agent = FakeAgent(TurnStarted(seed=1), TurnDone(finish_reason="stop"))
+    wishes = {IMAGE: {"fast": True}, VIDEO: {"deep_every": 3}, AUDIO: {"fast": False}}
+    await ask(agent, preset, store, body(decoders=wishes))
+    assert agent.options.decoders == {kind: DecodeSettings(**wish) for kind, wish in wishes.items()}
+
+
 async def test_an_earlier_reply_comes_back_as_signals(preset: Preset, store: ArtefactStore) -> None:
     """However much of our reply a client keeps, its media are known again."""
     answer = await ask(FakeAgent(*script(store)), preset, store, body())
@@ -168,6 +175,7 @@ REFUSED: list[tuple[dict[str, Any], int, str, str | None]] = [
     (body(decoders={"image": {"stesp": 3}}), 400, "invalid_value", "decoders.image.stesp"),
     (body(decoders={"image": {"num_inference_steps": 0}}), 400, "invalid_value", "decoders.image"),
     (body(decoders={"image": {"strength": 0}}), 400, "invalid_value", "decoders.image"),
+    (body(decoders={"image": {"deep_every": 17}}), 400, "invalid_value", "decoders.image"),
     (body(temperature=3), 400, "invalid_value", "temperature"),
     (body(top_p=0), 400, "invalid_value", "top_p"),
     (body(top_k=-1), 400, "invalid_value", "top_k"),

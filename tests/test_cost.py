@@ -9,6 +9,7 @@ from decoders.cost import SHAPES_KEPT, CostModel
 from decoders.engine import DenoisingEngine, EngineConfig
 from decoders.settings import DecodeSettings
 from encoders.media import Modality
+from services.compiling import compile_if_possible
 from services.local_decoder import decoder_class
 from services.presets import load_preset
 
@@ -96,7 +97,9 @@ async def test_predictions_for_an_embedded_decoder_are_within_a_fifth_of_what_re
 ) -> None:
     """Processor time, and the median of many, as other programs on the machine may be busy."""
     monkeypatch.setattr("decoders.engine.time", SimpleNamespace(perf_counter=time.process_time))
-    decoder = decoder_class(modality).load(load_preset("toybox").decoder_folder(modality))
+    preset = load_preset("toybox")
+    decoder = decoder_class(modality).load(preset.decoder_folder(modality))
+    compile_if_possible(f"{modality.value} decoder", preset.decoders[modality].compile, decoder)
     engine = DenoisingEngine(decoder, EngineConfig(max_wait_s=1e6))
     engine.calibrate()
     condition = decoder.encode_caption("a big red bell")

@@ -3,7 +3,7 @@ import gc
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from decoders.audio import AudioDecoder
 from decoders.condition import Condition
 from decoders.denoising import Cancelled, Denoising, make_scheduler
 from decoders.engine import (
@@ -22,23 +21,14 @@ from decoders.engine import (
     EngineConfig,
     Preview,
     StepDone,
-    is_out_of_memory,
 )
-from decoders.failures import DecoderOutOfMemory, QueueFull
+from decoders.failures import QueueFull
 from decoders.image import ImageDecoder
 from decoders.latent_decoder import LatentDecoder
 from decoders.plan import Decoded
 from decoders.settings import SCHEDULER_NAMES, DecodeSettings
-from decoders.video import VideoDecoder
 from tests import tiny_pipelines
-
-CAPTIONS = ["a big red bell", "a small blue drum", "bell", "a red drum", "big blue bell", "small"]
-
-KINDS: dict[str, tuple[type[LatentDecoder], Callable[[], Any]]] = {
-    "image": (ImageDecoder, tiny_pipelines.image_pipeline),
-    "video": (VideoDecoder, tiny_pipelines.video_pipeline),
-    "audio": (AudioDecoder, tiny_pipelines.audio_pipeline),
-}
+from tests.tiny_decoders import CAPTIONS, KINDS, condition, kept_latents, made, network_batches, slow_network
 
 
 @pytest.fixture(scope="module")
@@ -63,54 +53,6 @@ def engine(decoder: ImageDecoder) -> Iterator[DenoisingEngine]:
     engine = DenoisingEngine(decoder, EngineConfig(max_batch=4, max_wait_s=1e6))
     yield engine
     engine.close()
-
-
-def condition(decoder: LatentDecoder, number: int = 0) -> Condition:
-    return decoder.encode_caption(CAPTIONS[number % len(CAPTIONS)])
-
-
-async def made(engine: DenoisingEngine, *args: Any, **options: Any) -> Decoded:
-    """Read a stream to its end and return the medium."""
-    async with aclosing(engine.decode(*args, **options)) as stream:
-        heard = [value async for value in stream]
-    assert isinstance(heard[-1], Decoded)
-    return heard[-1]
-
-
-def kept_latents(decoder: LatentDecoder, monkeypatch: pytest.MonkeyPatch) -> dict[int, Tensor]:
-    """Return a dictionary that will hold, by seed, the latents of what is completed."""
-    kept: dict[int, Tensor] = {}
-    complete = decoder.complete
-
-    def keeping(latents: Tensor, plans: Any, **options: Any) -> list[Decoded]:
-        kept.update({plan.settings.seed: row for plan, row in zip(plans, latents, strict=True)})
-        return complete(latents, plans, **options)
-
-    monkeypatch.setattr(decoder, "complete", keeping)
-    return kept
-
-
-def network_batches(decoder: LatentDecoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list that will hold the rows of each call of the network."""
-    sizes: list[int] = []
-    predict = decoder._predict
-
-    def counting(latents: Tensor, *rest: Tensor) -> Tensor:
-        sizes.append(len(latents))
-        return predict(latents, *rest)
-
-    monkeypatch.setattr(decoder, "_predict", counting)
-    return sizes
-
-
-def slow_network(decoder: LatentDecoder, monkeypatch: pytest.MonkeyPatch, step_s: float) -> None:
-    predict = decoder._predict
-
-    def sleeping(*args: Tensor) -> Tensor:
-        time.sleep(step_s)
-        return predict(*args)
-
-    monkeypatch.setattr(decoder, "_predict", sleeping)
 
 
 def from_pipeline(kind: str, folder: Path, wish: DecodeSettings, caption: str) -> Tensor:
@@ -396,50 +338,6 @@ async def test_a_request_longer_than_the_queue_is_served_when_nothing_waits(
     engine.close()
 
 
-def short_of_memory(
-    decoder: LatentDecoder, monkeypatch: pytest.MonkeyPatch, most_rows: int, error: Exception
-) -> list[int]:
-    """Let the network fail for more than ``most_rows`` rows; return the sizes it was tried with."""
-    tried: list[int] = []
-    predict = decoder._predict
-
-    def limited(latents: Tensor, *rest: Tensor) -> Tensor:
-        tried.append(len(latents))
-        if len(latents) > most_rows:
-            raise error
-        return predict(latents, *rest)
-
-    monkeypatch.setattr(decoder, "_predict", limited)
-    return tried
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory."),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
-    ],
-)
-@pytest.mark.parametrize("most_rows", [4, 2, 1])
-async def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(
-    engine: DenoisingEngine, monkeypatch: pytest.MonkeyPatch, error: Exception, most_rows: int
-) -> None:
-    decoder = engine.decoder
-    wishes = [DecodeSettings(seed=i, steps=3, guidance_scale=3.0) for i in range(4)]
-    expected = [decoder.decode(condition(decoder, i), wish) for i, wish in enumerate(wishes)]
-    tried = short_of_memory(decoder, monkeypatch, most_rows, error)
-
-    results = await asyncio.gather(
-        *(made(engine, condition(decoder, i), wish) for i, wish in enumerate(wishes))
-    )
-
-    for result, want in zip(results, expected, strict=True):
-        assert np.abs(result.medium.pixels.astype(int) - want.medium.pixels).max() <= 1
-    assert max(tried) == 8
-    assert tried.count(8) == 1  # the batch stays small afterwards
-    assert engine.stats().batch_limit == max(1, most_rows // 2)
-
-
 async def test_another_error_of_one_request_does_not_touch_the_others(
     engine: DenoisingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -461,132 +359,6 @@ async def test_another_error_of_one_request_does_not_touch_the_others(
 
     assert isinstance(results[0], Decoded)
     assert isinstance(results[1], ZeroDivisionError)
-
-
-@pytest.mark.parametrize("tiled", [False, True])
-async def test_media_that_do_not_fit_together_are_made_alone_in_slices_and_then_in_tiles(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tiled: bool
-) -> None:
-    decoder = VideoDecoder.load(folders["video"])
-    engine = DenoisingEngine(decoder, EngineConfig(max_batch=4))
-    wishes = [DecodeSettings(seed=i, steps=2) for i in range(2)]
-    expected = [decoder.decode(condition(decoder), wish).medium.frames for wish in wishes]
-    decode, tried = decoder.vae.decode, []
-
-    def limited(latents: Tensor) -> Any:
-        tried.append((len(latents), decoder.vae.use_tiling))
-        if len(latents) > 1 or (tiled and not decoder.vae.use_tiling):
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return decode(latents)
-
-    monkeypatch.setattr(decoder.vae, "decode", limited)
-
-    results = await asyncio.gather(*(made(engine, condition(decoder), wish) for wish in wishes))
-    engine.close()
-
-    for result, frames in zip(results, expected, strict=True):
-        assert np.abs(result.medium.frames.astype(int) - frames).max() <= 1
-    assert tried.count((1, tiled)) == 2 * tiny_pipelines.FRAMES
-    assert tried.count((1, not tiled)) == (2 if tiled else 0)
-    assert not decoder.vae.use_tiling
-
-
-async def test_with_the_last_memory_networks_that_rest_go_to_main_memory_and_come_back(
-    decoder: ImageDecoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    where: dict[str, str] = {}
-
-    def watch(name: str) -> None:
-        module = getattr(decoder, name)
-        move = module.to
-
-        def noted(place: Any) -> Any:
-            where[name] = "aside" if place == "cpu" else "back"
-            return move(place)
-
-        monkeypatch.setattr(module, "to", noted)
-
-    watch("vae")
-    watch("unet")
-    seen: list[dict[str, str]] = []
-    predict, decode = decoder._predict, decoder.vae.decode
-
-    def short(work: Callable[..., Any], idle: str) -> Callable[..., Any]:
-        def limited(*args: Any) -> Any:
-            if where.get(idle) != "aside":
-                raise torch.OutOfMemoryError("CUDA out of memory.")
-            seen.append(dict(where))
-            return work(*args)
-
-        return limited
-
-    monkeypatch.setattr(decoder, "_predict", short(predict, "vae"))
-    monkeypatch.setattr(decoder.vae, "decode", short(decode, "unet"))
-    engine = DenoisingEngine(decoder)
-
-    result = await made(engine, condition(decoder), DecodeSettings(seed=1, steps=2, guidance_scale=1.0))
-    engine.close()
-
-    assert seen == [{"vae": "aside"}, {"vae": "aside"}, {"vae": "back", "unet": "aside"}]
-    assert where == {"vae": "back", "unet": "back"}
-    monkeypatch.undo()
-    expected = decoder.decode(condition(decoder), DecodeSettings(seed=1, steps=2, guidance_scale=1.0))
-    np.testing.assert_array_equal(result.medium.pixels, expected.medium.pixels)
-
-
-@pytest.mark.parametrize("point", ["begin", "step", "media"])
-@pytest.mark.parametrize("kind", ["image", "video", "audio"])
-async def test_a_request_that_never_fits_fails_alone_wherever_it_fails(
-    kind: str, point: str, loaded: dict[str, LatentDecoder], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    decoder, error = loaded[kind], torch.OutOfMemoryError("CUDA out of memory.")
-    begin, predict, complete = decoder.begin, decoder._predict, decoder.complete
-
-    def beginning(plans: Any) -> Denoising:
-        if any(plan.settings.seed == 1 for plan in plans):
-            raise error
-        return begin(plans)
-
-    def stepping(latents: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
-        if (conditions == marked).flatten(1).all(1).any():
-            raise error
-        return predict(latents, timesteps, conditions)
-
-    def completing(latents: Tensor, plans: Any, **options: Any) -> list[Decoded]:
-        if any(plan.settings.seed == 1 for plan in plans):
-            raise error
-        return complete(latents, plans, **options)
-
-    change = {"begin": beginning, "step": stepping, "media": completing}[point]
-    name = {"begin": "begin", "step": "_predict", "media": "complete"}[point]
-    monkeypatch.setattr(decoder, name, change)
-    conditions = [condition(decoder, i) for i in range(4)]
-    marked = decoder._prepared(conditions[1].embeddings)
-    engine = DenoisingEngine(decoder)
-
-    results = await asyncio.gather(
-        *(
-            made(engine, given, DecodeSettings(seed=seed, steps=3, guidance_scale=1.0))
-            for seed, given in enumerate(conditions)
-        ),
-        return_exceptions=True,
-    )
-    stats = engine.stats()
-    engine.close()
-
-    assert isinstance(results[1], DecoderOutOfMemory)
-    assert [result.manifest["seed"] for result in results if isinstance(result, Decoded)] == [0, 2, 3]
-    assert (stats.requests, stats.stepping) == (0, 0)
-
-
-async def test_a_condition_that_does_not_fit_into_memory_is_told_like_a_medium(
-    engine: DenoisingEngine,
-) -> None:
-    def encode() -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    with pytest.raises(DecoderOutOfMemory, match="Ask for a smaller size"):
-        await engine.call(encode)
 
 
 async def test_previews_come_only_when_asked_for_and_look_like_the_end(
@@ -670,10 +442,3 @@ async def test_closing_the_engine_ends_its_requests(engine: DenoisingEngine) -> 
 def test_limits_that_let_nothing_through_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(values))):
         EngineConfig(**values)
-
-
-def test_errors_of_memory_are_told_from_others() -> None:
-    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
-    assert is_out_of_memory(MemoryError())
-    assert not is_out_of_memory(RuntimeError("shape mismatch"))
-    assert not is_out_of_memory(ValueError("out of memory"))

@@ -16,6 +16,7 @@ from llm.reply import Finished, GenerationOptions
 from llm.template import Message
 from services import cli
 from services.bench.llm import Peer, prompts, run_engine
+from services.presets import load_preset
 
 FOLDER = Path(__file__).resolve().parent.parent / "deploy" / "weights" / "toybox" / "llm"
 PROMPTS = 200
@@ -32,7 +33,7 @@ def test_greedy_replies_are_those_of_transformers_token_for_token(model: Languag
     peer = Peer(model)
     texts = prompts(PROMPTS, seed=3)
 
-    ours = run_engine(model, texts, streams=8).replies
+    ours = run_engine(model, texts, 8, load_preset("toybox").language_model.compile).replies
     theirs = peer.one_by_one(texts, streams=1).replies
 
     ties = 0
@@ -106,6 +107,7 @@ def test_the_bench_prints_ours_beside_the_peers(
         "2 streams",
         "2 streams, padded",
         "2 streams, first token",
+        "2 streams, padded, first token",
     ]
     for row in result["rows"]:
         assert set(row) == {"case", "value", "unit", "peer", "peer_value", "ratio"}

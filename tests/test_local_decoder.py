@@ -128,6 +128,12 @@ async def test_several_media_are_made_at_the_same_time_and_stored(box: LocalDeco
     assert box.engine.cost.known
 
 
+async def test_fast_media_reuse_features_as_the_preset_says(box: LocalDecoder) -> None:
+    made = [(await heard(box, 0, DecodeSettings(steps=STEPS, fast=fast)))[-1] for fast in (True, None)]
+
+    assert [step.manifest.get("deep_every") for step in made if isinstance(step, Made)] == [2, None]
+
+
 async def test_a_closed_stream_stops_the_engine(box: LocalDecoder) -> None:
     stream = box.decode(signal(0), DecodeSettings(steps=1000))
     first = await anext(stream)

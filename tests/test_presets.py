@@ -1,3 +1,5 @@
+import json
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -15,6 +17,8 @@ from services.footprint import missing_files
 from services.presets import SHIPPED, load_preset, shipped_presets
 from services.session import Session
 from tests.tiny import tiny_values
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def written(folder: Path, **changes: Any) -> str:
@@ -45,6 +49,36 @@ def test_a_preset_fills_in_what_a_request_leaves_open(tmp_path: Path) -> None:
 
     assert decoder.fill(DecodeSettings()) == DecodeSettings(steps=7, deep_every=2)
     assert decoder.fill(DecodeSettings(deep_every=1)) == DecodeSettings(steps=7, deep_every=1)
+
+
+def test_fast_means_what_the_preset_says_and_a_number_says_more(tmp_path: Path) -> None:
+    decoders = {"image": {"folder": "image", "deep_every": 2, "fast_deep_every": 4}}
+    decoder = load_preset(written(tmp_path, decoders=decoders)).decoders[Modality.IMAGE]
+
+    for wish, every in (
+        (DecodeSettings(), 2),
+        (DecodeSettings(fast=True), 4),
+        (DecodeSettings(fast=False), 1),
+        (DecodeSettings(fast=True, deep_every=3), 3),
+    ):
+        assert decoder.fill(wish).deep_every == every
+
+
+def test_fast_of_the_embedded_model_is_what_its_measurement_says() -> None:
+    """The largest setting that loses at most one medium in a hundred."""
+    result = json.loads((ROOT / "docs" / "benchmarks" / "decode.json").read_text())
+    found = {
+        (match[1], int(match[2])): row
+        for row in result["rows"]
+        if (match := re.fullmatch(r"(\w+) accuracy, deep_every (\d+)", row["case"]))
+    }
+    for modality, decoder in load_preset("toybox").decoders.items():
+        lossless = [
+            every
+            for (name, every), row in found.items()
+            if name == modality.value and row["value"] >= row["peer_value"] - 0.01
+        ]
+        assert decoder.fast_deep_every == max(lossless)
 
 
 def test_an_unknown_preset_is_answered_with_the_known_ones() -> None:

@@ -110,7 +110,7 @@ def test_a_recording_uses_the_weights_that_the_network_has_now(decoder: ImageDec
     changed = pixels(decoder)
 
     assert np.abs(changed - before).max() > 1
-    decoder._recorded = None
+    decoder._quick._recorded = None
     assert np.abs(changed - pixels(decoder)).max() <= 1
 
 

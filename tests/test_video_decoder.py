@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import TextToVideoSDPipeline
+from diffusers import TextToVideoSDPipeline, VideoToVideoSDPipeline
 
 from decoders.condition import ConditionSpec
 from decoders.denoising import Cancelled, denoise, draw_noise, make_scheduler
@@ -54,6 +54,41 @@ def test_latents_equal_those_of_the_diffusers_pipeline(
         decoder._null,
         steps=5,
         guidance=[guidance],
+    )
+
+    torch.testing.assert_close(latents, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", SCHEDULER_NAMES)
+def test_a_start_from_a_source_takes_the_steps_of_the_video_to_video_pipeline(
+    folder: Path, decoder: VideoDecoder, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    editing = VideoToVideoSDPipeline.from_pretrained(folder)
+    editing.set_progress_bar_config(disable=True)
+    editing.scheduler = make_scheduler(editing.scheduler.config, name)
+    monkeypatch.setattr(editing.video_processor, "preprocess_video", lambda video: video)  # these are latents
+    source = torch.randn(1, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    expected = editing(
+        CAPTION,
+        video=source,
+        strength=0.6,
+        num_inference_steps=10,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(5),
+        output_type="latent",
+    ).frames
+
+    frames = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(5))  # it draws frame by frame
+    latents = denoise(
+        decoder._predict,
+        make_scheduler(editing.scheduler.config, name),
+        frames.transpose(0, 1)[None],
+        decoder.encode_caption(CAPTION).embeddings[None],
+        decoder._null,
+        steps=10,
+        guidance=[3.0],
+        source=source,
+        strength=0.6,
     )
 
     torch.testing.assert_close(latents, expected, atol=1e-4, rtol=0)

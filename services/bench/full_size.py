@@ -2,10 +2,10 @@
 
 Shapes come from the configurations of the preset ``nextgpt-7b``; nothing is downloaded. On a machine with
 a GPU the language-model engine, the denoising engines and a turn of three media run for real, in bfloat16,
-and every rate stands beside the limit of that machine: what its memory could deliver or its arithmetic
-could do, whichever is less, both measured in the same run. Without a GPU, or with ``--dry``, the
-models are built on PyTorch's meta device, which holds shapes and no numbers; operations are counted, and
-the limits of a named GPU follow from its data sheet.
+plain and with CUDA graphs, and every rate stands beside the limit of that machine: what its memory could
+deliver or its arithmetic could do, whichever is less, both measured in the same run. Without a GPU, or with
+``--dry``, the models are built on PyTorch's meta device, which holds shapes and no numbers; operations are
+counted, and the limits of a named GPU follow from its data sheet.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from llm.reply import Finished, GenerationOptions
 from llm.template import Message
 from llm.tokenizer import ConversationTokenizer, train_tokenizer
 from services.bench import BenchRow
+from services.compiling import Compile, compile_if_possible
 from services.errors import PresetProblem
 from services.local_decoder import decoder_class
 from services.presets import SHIPPED
@@ -293,10 +294,17 @@ def _options(sizes: Sizes) -> GenerationOptions:
     return GenerationOptions(max_new_tokens=sizes.new_tokens, allowed=frozenset())
 
 
-def _engine(model: LanguageModel, sizes: Sizes, slots: int) -> Engine:
+def _engine(model: LanguageModel, sizes: Sizes, slots: int, how: Compile = False) -> Engine:
     length = len(model.encode(_prompt(sizes), open_reply=True).ids)
     context = min(length + sizes.new_tokens, model.context_length)
-    return Engine(model, slots=slots, context=context, step_tokens=max(512, 2 * slots))
+    engine = Engine(model, slots=slots, context=context, step_tokens=max(512, 2 * slots))
+    compile_if_possible("language model", how, engine)
+    return engine
+
+
+def _ways(device: str) -> dict[Compile, str]:
+    """Return how networks run on ``device``, and what that adds to the name of a case."""
+    return {False: "", "graphs": ", CUDA graphs"} if torch.device(device).type == "cuda" else {False: ""}
 
 
 def language_rows(sizes: Sizes, device: str, limit: Device) -> list[BenchRow]:
@@ -305,16 +313,18 @@ def language_rows(sizes: Sizes, device: str, limit: Device) -> list[BenchRow]:
     shapes = build_base(sizes, "meta")
     length = len(model.encode(_prompt(sizes), open_reply=True).ids)
     rows = []
-    for streams in sizes.streams:
-        times = [second for _ in range(sizes.rounds) for second in _steps(model, sizes, streams)]
-        work = step_work(shapes, streams, length + sizes.new_tokens // 2)
-        rows.append(_held(_streams(streams), streams, median(times), "tokens/s", work, limit))
+    for how, suffix in _ways(device).items():
+        for streams in sizes.streams:
+            times = [second for _ in range(sizes.rounds) for second in _steps(model, sizes, streams, how)]
+            work = step_work(shapes, streams, length + sizes.new_tokens // 2)
+            case = f"{_streams(streams)}{suffix}"
+            rows.append(_held(case, streams, median(times), "tokens/s", work, limit))
     return rows
 
 
-def _steps(model: LanguageModel, sizes: Sizes, streams: int) -> list[float]:
+def _steps(model: LanguageModel, sizes: Sizes, streams: int, how: Compile) -> list[float]:
     """Return the seconds of the steps that took all ``streams`` one token further."""
-    engine = _engine(model, sizes, streams)
+    engine = _engine(model, sizes, streams, how)
     requests = [engine.prepare(_prompt(sizes), _options(sizes)) for _ in range(streams)]
     for request in requests:
         engine.submit(request)
@@ -339,14 +349,16 @@ def medium_rows(sizes: Sizes, modality: Modality, device: str, limit: Device) ->
     work = medium_work(build_decoder(sizes, modality, "meta"), sizes.wish(modality))
     engine = DenoisingEngine(decoder, EngineConfig(max_batch=max(sizes.at_once), max_wait_s=1e6))
     rows = []
-    for count in sizes.at_once:
-        times = []
-        for number in range(max(1, sizes.rounds // count) + 1):
-            began = time.perf_counter()
-            asyncio.run(_media(engine, sizes.wish(modality), count, first_seed=number * count))
-            times.append(time.perf_counter() - began)
-        case = f"{modality.value} {count} at once"
-        rows.append(_held(case, count, median(times[1:]), "media/s", work.times(count), limit))
+    for how, suffix in _ways(device).items():
+        compile_if_possible(f"{modality.value} decoder", how, decoder)
+        for count in sizes.at_once if not how else sizes.at_once[:1]:  # large batches have no graphs
+            times = []
+            for number in range(max(1, sizes.rounds // count) + 1):
+                began = time.perf_counter()
+                asyncio.run(_media(engine, sizes.wish(modality), count, first_seed=number * count))
+                times.append(time.perf_counter() - began)
+            case = f"{modality.value} {count} at once{suffix}"
+            rows.append(_held(case, count, median(times[1:]), "media/s", work.times(count), limit))
     engine.close()
     return rows
 
