@@ -134,7 +134,7 @@ def decision_figures(decided: Sequence[Decided], calibration: Sequence[Decided])
         ``f1`` per modality and for "words alone", ``macro_f1`` over the modalities, ``ece`` as it comes
         and ``ece_calibrated``, per modality; ``false_generation``, the share of replies with a medium
         among those that should be words alone; ``malformed``, a count; ``ask_below``: for thresholds on the
-        sureness of a whole reply, how often the agent would ask back, how many of its wrong decisions
+        confidence of a whole reply, how often the agent would ask back, how many of its wrong decisions
         that catches, and how many of the other replies are wrong.
 
     """
