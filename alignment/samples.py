@@ -162,6 +162,12 @@ def all_right(sample: Sample) -> bool:
     return all(finding.right for finding in findings(sample).values())
 
 
+def right_media(sample: Sample) -> bool:
+    """Return whether the media of the reply are of the wanted kinds, in the wanted order."""
+    wanted = [MODALITY[type(scene)] for scene in sample.exercise.scenes]
+    return [signal.modality for signal in sample.signals] == wanted
+
+
 def medium_findings(sample: Sample, scene: Scene, names: Sequence[str], made: bytes) -> dict[str, Finding]:
     """Judge one file of a sample; an empty file is wrong in everything."""
     named = [name for name in names if name not in MEASURED]

@@ -67,7 +67,7 @@ class Folders:
 class Answer:
     """One reply: its texts and signals in order, and its token ids as they were said.
 
-    ``confidence`` is that of each signal, in order (see :mod:`llm.confidence`).
+    ``confidence`` is that of each signal, in order, as :class:`llm.generate.SignalReady` has it.
     """
 
     parts: list[Spoken]

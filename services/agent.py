@@ -295,7 +295,7 @@ class Agent:
             index=index,
             modality=signal.modality,
             caption=signal.caption,
-            confidence=round(signal.confidence, 4),
+            confidence=round(signal.confidence, 6),
             question=QUESTIONS[signal.modality],
         )
         return [asked]

@@ -91,7 +91,7 @@ class SpokenSignal:
     """A medium the model chose to make: its caption and its signal block.
 
     ``hidden`` are the states at the signal tokens and ``embeddings`` their input embeddings, both
-    ``(k, llm_width)``. ``confidence`` in [0, 1] is how sure the model was of the words and the medium.
+    ``(k, llm_width)``. ``confidence`` in [0, 1] is how probable this kind of medium was.
     """
 
     modality: Modality

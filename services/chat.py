@@ -154,7 +154,7 @@ class _Printer:
                 print(f"[{modality.value} ...]", end="", flush=True)
             case PartAsked(index=index, modality=modality):
                 self._newline(index)
-                print(f"[{modality.value}: {event.confidence:.0%} sure] {event.question}", end="", flush=True)
+                print(f"[{modality.value}? {event.confidence:.5g}] {event.question}", end="", flush=True)
             case PartDone() | PartFailed():
                 pass
 

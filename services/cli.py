@@ -101,8 +101,8 @@ def _parser() -> argparse.ArgumentParser:
         "--ask-below",
         metavar="P",
         type=float,
-        help="ask about media of which the model is less sure than this instead of making them: from 0 (never) "
-        "to below 1 (default: as the preset says)",
+        help="ask about media of which the model is less sure than this instead of making them: from 0 "
+        "(never) to below 1 (default: as the preset says)",
     )
     chat.add_argument("--json", action="store_true", help="print one JSON object instead of the reply")
     chat.add_argument("text", nargs="?", help="what the person says; without it, a conversation")

@@ -55,7 +55,8 @@ class PartStarted:
 class PartAsked:
     """The model has spoken a medium and was less sure of it than it had to be: nothing is made.
 
-    ``confidence`` is in [0, 1]; ``question`` asks the person. A retry of the part makes the medium.
+    ``confidence`` in [0, 1] is how probable this kind of medium was; ``question`` asks the person. A retry of
+    the part makes the medium.
     """
 
     type: ClassVar[str] = "part.asked"

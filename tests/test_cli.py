@@ -102,7 +102,7 @@ def test_what_the_model_is_not_sure_of_is_asked_about_and_made_on_demand(
     monkeypatch.setattr("sys.stdin", io.StringIO("/make\ndraw a bell\n/make\n/make\nplay it"))
     assert run(*chat, "--ask-below", "0.999999") == 0
     captured = capsys.readouterr()
-    assert f"[image: {confidence:.0%} sure] {question}" in captured.out
+    assert f"[image? {confidence:.5g}] {question}" in captured.out
     assert len(re.findall(r"^image: .*\.png$", captured.out, re.MULTILINE)) == 1
     assert captured.err.count("The last reply asked about no medium") == 2
     assert "it sounds like this." in captured.out
