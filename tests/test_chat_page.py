@@ -140,6 +140,8 @@ def test_settings_send_what_is_filled_in_only() -> None:
     }
     others = {settings.again(["", *values[1:]], Modality.AUDIO)["seed"] for _ in range(4)}
     assert len(others) > 1  # what is made again is to be another
+    assert "seed" not in settings.again(["", *values[1:]], Modality.AUDIO, is_first=True)
+    assert settings.again(values, Modality.AUDIO, is_first=True)["seed"] == 7
 
 
 def test_a_setting_that_is_no_number_is_named() -> None:
