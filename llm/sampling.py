@@ -61,13 +61,14 @@ class Sampler:
                 tokens[i] = token
 
         said = [reply.decide(token) for reply, token in zip(replies, tokens, strict=True)]
-        beginning = [i for i, token in enumerate(said) if token in self._starts and sound[i]]
         confidence = [0.0] * len(replies)
-        if beginning:
-            starts = list(self._starts)
-            shares = masked[beginning][:, starts].softmax(dim=-1).tolist()  # beginning replies x media
-            for i, share in zip(beginning, shares, strict=True):
-                confidence[i] = share[starts.index(said[i])]
+        starts = list(self._starts)
+        if beginning := {
+            i: token for i, token in enumerate(said) if token is not None and token in starts and sound[i]
+        }:
+            shares = masked[list(beginning)][:, starts].softmax(dim=-1).tolist()  # replies x media
+            for (i, token), share in zip(beginning.items(), shares, strict=True):
+                confidence[i] = dict(zip(starts, share, strict=True))[token]
         return [(said[i] if sound[i] else -1, confidence[i]) for i in range(len(replies))]
 
 

@@ -32,8 +32,8 @@ from services.messages import TurnOptions
 from services.metrics import exposition
 from services.presets import GenerationDefaults, Preset, load_preset
 from services.session import Session
-from tests.test_agent import FakeDecoder, FakeSpeaker, agent, events_of, said, signal, turn_of
-from tests.test_gateway import FakeAgent, ask, body, chunks_of, client, done
+from tests.fake_boxes import FakeDecoder, FakeSpeaker, agent, events_of, said, signal, turn_of
+from tests.scripted_agent import FakeAgent, ask, body, chunks_of, client, done
 from tests.tiny import tiny_values
 
 IMAGE, AUDIO = Modality.IMAGE, Modality.AUDIO
