@@ -8,6 +8,9 @@ probability h; a modality m has come by the end of the reply unless it was passe
 over the choices up to the one that began it, or up to the end. That is a probability given the words of
 this very reply. Where the mistake is in the words themselves (a caption where one word was asked for) it
 is too sure; a line through its log-odds, fitted to other dialogues (Platt 1999), takes that back.
+
+The running agent asks back by less: by the share of the medium that it has spoken in the h of all media
+at that place, which is the confidence that the engine tells.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from llm.tokenizer import ConversationTokenizer
 
 MEDIA = (Modality.IMAGE, Modality.VIDEO, Modality.AUDIO)
 BINS = 15
-THRESHOLDS = (0.6, 0.8, 0.9, 0.95)
+ASK_BELOW = (0.99, 0.999, 0.9995, 0.9998, 0.9999)
 _MOST_LOG_ODDS = 12.0
 
 
@@ -133,9 +136,7 @@ def decision_figures(decided: Sequence[Decided], calibration: Sequence[Decided])
     Returns:
         ``f1`` per modality and for "words alone", ``macro_f1`` over the modalities, ``ece`` as it comes
         and ``ece_calibrated``, per modality; ``false_generation``, the share of replies with a medium
-        among those that should be words alone; ``malformed``, a count; ``ask_below``: for thresholds on the
-        sureness of a whole reply, how often the agent would ask back, how many of its wrong decisions
-        that catches, and how many of the other replies are wrong.
+        among those that should be words alone; ``malformed``, a count.
 
     """
     lines = {m: calibrate(calibration, m) for m in MEDIA}
@@ -144,8 +145,6 @@ def decision_figures(decided: Sequence[Decided], calibration: Sequence[Decided])
     words = [not d.wanted for d in decided]
     raw = {str(m): calibration_error([d.probability[m] for d in decided], truth[m]) for m in MEDIA}
     read = {m: [lines[m](d.probability[m]) for d in decided] for m in MEDIA}
-    sure = [min(max(read[m][i], 1 - read[m][i]) for m in MEDIA) for i in range(len(decided))]
-    wrong = [set(d.wanted) != set(d.made) for d in decided]
     figures: dict[str, Any] = _rounded(
         {
             "n": len(decided),
@@ -157,17 +156,33 @@ def decision_figures(decided: Sequence[Decided], calibration: Sequence[Decided])
             "calibration": {str(m): {"slope": line.slope, "shift": line.shift} for m, line in lines.items()},
             "false_generation": _share(bool(d.made) for d in decided if not d.wanted),
             "malformed": sum(d.malformed for d in decided),
-            "ask_below": {
-                str(t): {
-                    "asked": _share(s < t for s in sure),
-                    "wrong caught": _share(s < t for s, w in zip(sure, wrong, strict=True) if w),
-                    "wrong among the rest": _share(w for s, w in zip(sure, wrong, strict=True) if s >= t),
-                }
-                for t in THRESHOLDS
-            },
         }
     )
     return figures
+
+
+def asking_figures(
+    confidences: Sequence[Sequence[float]], wrong: Sequence[bool]
+) -> dict[str, int | dict[str, int]]:
+    """Count how often the agent would ask back, and how often with reason.
+
+    Args:
+        confidences: of every signal of each reply; one that is below a threshold is asked about.
+        wrong: whether other media than the wanted ones came in a reply, or the wanted ones in another order.
+
+    Returns:
+        ``n`` replies, of which ``wrong``; for each threshold ``asked``, the replies with a question, and
+        ``caught``, the wrong ones among them.
+
+    """
+    least = [min(each, default=1.0) for each in confidences]
+    pairs = list(zip(least, wrong, strict=True))
+    return {
+        "n": len(pairs),
+        "wrong": sum(wrong),
+        "asked": {str(t): sum(sure < t for sure, _ in pairs) for t in ASK_BELOW},
+        "caught": {str(t): sum(sure < t for sure, is_wrong in pairs if is_wrong) for t in ASK_BELOW},
+    }
 
 
 def _log_odds(probability: float) -> float:

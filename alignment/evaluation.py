@@ -15,9 +15,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignment.chains import CHAINS, ONE_CHAIN_FOR, chain_findings, drift, run_chains
-from alignment.decision import Decided, decision_figures, malformed_signals, media_probabilities
+from alignment.decision import (
+    Decided,
+    asking_figures,
+    decision_figures,
+    malformed_signals,
+    media_probabilities,
+)
 from alignment.embedded.dialogues import MODALITY
-from alignment.samples import Sample, Tally, all_right, converse, decode, findings, medium_findings, prepare
+from alignment.samples import (
+    Sample,
+    Tally,
+    all_right,
+    converse,
+    decode,
+    findings,
+    medium_findings,
+    prepare,
+    right_media,
+)
 from alignment.shared_work import share
 from alignment.system import Folders, System
 from alignment.toybox.cycles import CYCLES, run_cycle
@@ -29,6 +45,7 @@ HELD_OUT_SHARE = 4  # one held-out sample for so many seen ones
 CALIBRATION_SHARE = 2  # one dialogue to calibrate the decision on for so many measured ones
 CEILINGS = ("text-to-image", "text-to-video", "text-to-audio")
 SPLITS = ("seen", "held_out")
+ASKING_KEYS = ("n", "wrong", "asked", "caught")
 Wordings = Literal["reserved", "training"]
 
 
@@ -126,7 +143,7 @@ def _mean_of(values: Sequence[Any], key: str = "") -> Any:
         return there[0]
     if isinstance(there[0], Mapping):
         keys = dict.fromkeys(k for value in there for k in value)
-        inner = "count" if key in ("found", "count") else ""
+        inner = "count" if key in ("found", "count", "asking") else ""
         return {k: _mean_of([v[k] for v in there if k in v], inner or k) for k in keys}
     if key in ("n", "malformed", "count"):
         return sum(there)
@@ -147,6 +164,8 @@ def table(result: Mapping[str, Any]) -> str:
     for row in rows:
         if "decision" in row:
             lines += ["", decision_table(row["decision"])]
+    if asking := asking_of(result["directions"]):
+        lines += ["", asking_table(asking)]
     if chains := {name: row for name, row in result["directions"].items() if "drift" in row}:
         lines += ["", drift_table(chains)]
     seeds = ", ".join(map(str, result["seeds"]))
@@ -175,13 +194,39 @@ def decision_table(figures: Mapping[str, Any]) -> str:
         "",
         f"Of {figures['n']} replies: a medium where words alone were wanted "
         f"{figures['false_generation']:.1%}, malformed signals {figures['malformed']}.",
-        "",
-        "| ask back when less sure than | asked | of the wrong decisions | wrong among the rest |",
-        "|---|---|---|---|",
     ]
-    for threshold, row in figures["ask_below"].items():
-        cells = [f"{row[key]:.1%}" for key in ("asked", "wrong caught", "wrong among the rest")]
-        lines.append(f"| {threshold} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def asking_of(directions: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Return the counts of asking back of all directions together, and of those with wrong media."""
+    measured = {name: row["asking"] for name, row in directions.items() if "asking" in row}
+    if not measured:
+        return {}
+    together = {key: _sum_of([row[key] for row in measured.values()]) for key in ASKING_KEYS}
+    return {"all": together} | {name: row for name, row in measured.items() if row["wrong"]}
+
+
+def _sum_of(counts: Sequence[Any]) -> Any:
+    if isinstance(counts[0], Mapping):
+        return {key: sum(count[key] for count in counts) for key in counts[0]}
+    return sum(counts)
+
+
+def asking_table(asking: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return how often the agent would ask back, and how much of what is wrong that would catch."""
+    thresholds = list(next(iter(asking.values()))["asked"])
+    lines = [
+        f"| ask back when less sure than | wrong media | {' | '.join(thresholds)} |",
+        f"|---|---|{'---|' * len(thresholds)}",
+    ]
+    for name, row in asking.items():
+        asked = [f"{row['asked'][t] / row['n']:.1%}" for t in thresholds]
+        caught = [f"{row['caught'][t] / row['wrong']:.1%}" if row["wrong"] else "" for t in thresholds]
+        lines += [
+            f"| {name}: asked | | {' | '.join(asked)} |",
+            f"| of the wrong | {row['wrong']} of {row['n']} | {' | '.join(caught)} |",
+        ]
     return "\n".join(lines)
 
 
@@ -229,6 +274,9 @@ def measure(system: System, wish: Wish) -> dict[str, Any]:
                 tally.add(findings(sample))
             if split == "seen":
                 result |= _besides(system, wish, done)
+                result["asking"] = asking_figures(
+                    [sample.confidence for sample in done], [not right_media(sample) for sample in done]
+                )
         result[split] = tally.summary()
     return result
 

@@ -140,6 +140,12 @@ def decision_text(result: Result) -> str:
     return evaluation.decision_table(row["decision"]) if "decision" in row else ""
 
 
+def asking_text(result: Result) -> str:
+    """Return what asking back would cost and catch; nothing where it was not measured."""
+    asking = evaluation.asking_of(result["directions"])
+    return evaluation.asking_table(asking) if asking else ""
+
+
 def chains_text(result: Result) -> str:
     """Return what is measured of chains of edits; nothing where they were not."""
     chains = {name: row for name, row in result["directions"].items() if "drift" in row}
@@ -205,7 +211,7 @@ def worst_attributes(result: Result, number: int) -> list[tuple[str, str, dict[s
 
 def _without_sections(result: Result) -> dict[str, Any]:
     return {
-        name: {key: value for key, value in row.items() if key not in ("decision", "drift")}
+        name: {key: value for key, value in row.items() if key not in ("asking", "decision", "drift")}
         for name, row in result["directions"].items()
     }
 
@@ -217,6 +223,7 @@ def _picture(file: str | None) -> str:
 PLACES: Mapping[str, tuple[str, Callable[[Result], str]]] = {
     "directions": ("evaluation", directions_text),
     "decision": ("evaluation", decision_text),
+    "asking": ("evaluation", asking_text),
     "chains": ("evaluation", chains_text),
     "sheets": ("evaluation", sheets_text),
     "gallery": ("evaluation", gallery_text),

@@ -31,7 +31,10 @@ MEASURED = ("hue", "centre", "fundamental")
 
 @dataclass
 class Sample:
-    """One exercise: ``heard`` is the conversation up to the last reply, ``ids`` the tokens of that reply."""
+    """One exercise: ``heard`` is the conversation up to the last reply, ``ids`` the tokens of that reply.
+
+    ``confidence`` is that of each signal of the last reply.
+    """
 
     exercise: Exercise
     media: dict[Scene, Medium]
@@ -39,6 +42,7 @@ class Sample:
     made: list[bytes] = field(default_factory=list)
     heard: Dialogue = field(default_factory=list)
     ids: tuple[int, ...] = ()
+    confidence: tuple[float, ...] = ()
     _seen: dict[bytes, dict[str, Value]] = field(default_factory=dict)
 
     @property
@@ -118,9 +122,9 @@ def converse(system: System, sample: Sample) -> None:
             try:
                 answer = system.answer(dialogue)
             except ContextTooLong:  # only a babbling model talks itself out of its context
-                sample.spoken, sample.ids = [], ()
+                sample.spoken, sample.ids, sample.confidence = [], (), ()
                 return
-            sample.spoken, sample.ids = answer.parts, answer.ids
+            sample.spoken, sample.ids, sample.confidence = answer.parts, answer.ids, answer.confidence
             parts: list[str | MediaTokens | SignalPart] = [
                 SignalPart(part.modality) if isinstance(part, Signal) else part for part in answer.parts
             ]
@@ -156,6 +160,12 @@ def findings(sample: Sample) -> dict[str, Finding]:
 def all_right(sample: Sample) -> bool:
     """Return whether every judged attribute is right."""
     return all(finding.right for finding in findings(sample).values())
+
+
+def right_media(sample: Sample) -> bool:
+    """Return whether the media of the reply are of the wanted kinds, in the wanted order."""
+    wanted = [MODALITY[type(scene)] for scene in sample.exercise.scenes]
+    return [signal.modality for signal in sample.signals] == wanted
 
 
 def medium_findings(sample: Sample, scene: Scene, names: Sequence[str], made: bytes) -> dict[str, Finding]:

@@ -65,10 +65,14 @@ class Folders:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """One reply: its texts and signals in order, and its token ids as they were said."""
+    """One reply: its texts and signals in order, and its token ids as they were said.
+
+    ``confidence`` is that of each signal, in order, as :class:`llm.generate.SignalReady` has it.
+    """
 
     parts: list[Spoken]
     ids: tuple[int, ...]
+    confidence: tuple[float, ...]
 
 
 class System:
@@ -102,16 +106,18 @@ class System:
         parts: list[Spoken] = []
         text = ""
         ids: tuple[int, ...] = ()
+        confidence: tuple[float, ...] = ()
         for event in generate(self.llm, dialogue, options, threading.Event()):
             if isinstance(event, TextDelta):
                 text += event.text
             elif isinstance(event, SignalReady):
                 parts += [text.strip()] if text.strip() else []
                 parts.append(event.signal)
+                confidence += (event.confidence,)
                 text = ""
             elif isinstance(event, Finished):
                 ids = event.ids
-        return Answer([*parts, text.strip()] if text.strip() else parts, ids)
+        return Answer([*parts, text.strip()] if text.strip() else parts, ids, confidence)
 
     def condition(self, signal: Signal, link: LinkName | None = None) -> Condition:
         """Turn a signal into its decoder's condition over a link; None stands for the preset's."""

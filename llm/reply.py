@@ -102,8 +102,8 @@ class TextDelta:
 class SignalReady:
     """A whole signal block.
 
-    ``confidence`` in [0, 1] is the probability, at temperature 1 and among all that could have come, of
-    this medium at this place.
+    ``confidence`` in [0, 1] is the probability, at temperature 1, that a medium which comes at this place is
+    this one of those that could. That any comes at all is left out: it doubts other things too.
     """
 
     signal: Signal
@@ -229,7 +229,7 @@ class Reply:
         return token
 
     def say(self, token: int | None, confidence: float = 0.0) -> list[GenerationEvent]:
-        """Note what :meth:`decide` returned; ``confidence`` is its probability if it starts a block.
+        """Note what :meth:`decide` returned; ``confidence`` is that of a block that it starts.
 
         Afterwards either :attr:`reason` is set, and the last event is the reply's last, or :attr:`ids`
         has grown by what the model must be fed.

@@ -37,7 +37,7 @@ class Sampler:
         self._masks = masks.to(device)
 
     def choose(self, logits: Tensor, replies: Sequence[Reply]) -> list[tuple[int | None, float]]:
-        """Return what each reply says next, and the probability of a block's first token.
+        """Return what each reply says next, and for a block's first token how sure its medium is.
 
         Args:
             logits: ``(R, V)`` float32, row i for ``replies[i]``.
@@ -45,8 +45,8 @@ class Sampler:
 
         Returns:
             Per reply the token, or None where it ends, or -1 where the logits are not finite, which is the
-            model's fault; and, for a token that starts a block, its probability at temperature 1 among
-            all that may be said (0 for other tokens).
+            model's fault; and, for a token that starts a block, its probability at temperature 1 among the
+            blocks that may begin (0 for other tokens).
 
         """
         codes = [sum(self._bits[modality] for modality in reply.open_media()) for reply in replies]
@@ -61,13 +61,14 @@ class Sampler:
                 tokens[i] = token
 
         said = [reply.decide(token) for reply, token in zip(replies, tokens, strict=True)]
-        beginning = [i for i, token in enumerate(said) if token in self._starts and sound[i]]
         confidence = [0.0] * len(replies)
-        if beginning:
-            firsts = torch.tensor([[said[i]] for i in beginning], device=logits.device)
-            probabilities = masked[beginning].softmax(dim=-1).gather(1, firsts)[:, 0].tolist()
-            for i, probability in zip(beginning, probabilities, strict=True):
-                confidence[i] = probability
+        starts = list(self._starts)
+        if beginning := {
+            i: token for i, token in enumerate(said) if token is not None and token in starts and sound[i]
+        }:
+            shares = masked[list(beginning)][:, starts].softmax(dim=-1).tolist()  # replies x media
+            for (i, token), share in zip(beginning.items(), shares, strict=True):
+                confidence[i] = dict(zip(starts, share, strict=True))[token]
         return [(said[i] if sound[i] else -1, confidence[i]) for i in range(len(replies))]
 
 

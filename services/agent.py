@@ -20,6 +20,7 @@ from encoders.media import Modality
 from services.adapters import chosen_adapters, no_adapter
 from services.artefacts import ArtefactStore
 from services.boxes import (
+    LOCAL,
     Counts,
     DecodeBox,
     EncodeBox,
@@ -35,6 +36,7 @@ from services.boxes import (
 from services.errors import BadRequest, ServiceError, Unavailable, translate
 from services.events import (
     Event,
+    PartAsked,
     PartPreview,
     PartProgress,
     PartStarted,
@@ -49,6 +51,12 @@ from services.reading import Reader
 from services.turn_state import MediumState, SpeechEnded, TurnState
 
 logger = logging.getLogger(__name__)
+
+QUESTIONS = {
+    Modality.IMAGE: "Shall I make this picture?",
+    Modality.VIDEO: "Shall I make this video?",
+    Modality.AUDIO: "Shall I make this sound?",
+}
 
 Number = TypeVar("Number", int, float)
 
@@ -79,6 +87,7 @@ class Agent:
         self.cost_limits = cost_limits or {}
         self.making = Making(decode, store)
         self.adapters = adapters or {}
+        self.num_spoken = self.num_asked = 0
 
     async def outputs(self) -> tuple[Modality, ...]:
         """Return the media that can be made now."""
@@ -87,14 +96,18 @@ class Agent:
         return tuple(modality for modality in MEDIA if modality in alive)
 
     async def counts(self) -> dict[str, Mapping[str, Counts]]:
-        """Return what the boxes count: by ``encoder``, ``language_model`` and modality, then by replica."""
+        """Return what is counted: by part of the service (an agent, a box), then by replica."""
         boxes: dict[str, EncodeBox | GenerateBox | DecodeBox] = {
             "encoder": self.encode,
             "language_model": self.generate,
             **{modality.value: box for modality, box in self.decode.items()},
         }
         answers = await asyncio.gather(*(box.counts() for box in boxes.values()))
-        return dict(zip(boxes, answers, strict=True))
+        return {"agent": self.own_counts(), **dict(zip(boxes, answers, strict=True))}
+
+    def own_counts(self) -> Mapping[str, Counts]:
+        """Return what this agent counts itself."""
+        return {LOCAL: {"media_total": self.num_spoken, "asked_total": self.num_asked}}
 
     def turn(self, conversation: Sequence[Message], options: TurnOptions) -> AsyncGenerator[Event, None]:
         """Stream the reply to a conversation. Closing the stream stops all models.
@@ -194,7 +207,9 @@ class Agent:
                             yield delta
                     case SpokenSignal():
                         timings.setdefault("first_signal_s", reply.now())
-                        yield self._start_decoder(reply, item, options, seed, read.newest)
+                        order = self._order(reply, item, options, seed, read.newest)
+                        for event in await self._begun(reply, order, options):
+                            yield event
                     case Finished():
                         finished = item
                     case SpeechEnded():
@@ -239,20 +254,20 @@ class Agent:
                 logger.error("The language model failed: %s", error.message, exc_info=traced)
         reply.tell(-1, SpeechEnded(error))
 
-    def _start_decoder(
+    def _order(
         self,
         reply: TurnState,
         signal: SpokenSignal,
         options: TurnOptions,
         seed: int,
         newest: Mapping[Modality, str],
-    ) -> PartStarted:
+    ) -> Order:
         nth = sum(medium.modality is signal.modality for medium in reply.media.values())
         index = reply.next_medium(signal)
         settings = options.decoders.get(signal.modality, DecodeSettings())
         if settings.seed is None:
             settings = replace(settings, seed=(seed + nth) % (MAX_SEED + 1))
-        order = Order(
+        return Order(
             turn=reply.turn,
             index=index,
             signal=signal,
@@ -261,8 +276,29 @@ class Agent:
             previews=options.previews,
             source=newest.get(signal.modality),
         )
-        reply.tasks.append(self.making.start(order, partial(reply.tell, index)))
-        return PartStarted(index=index, modality=signal.modality, caption=signal.caption)
+
+    async def _begun(self, reply: TurnState, order: Order, options: TurnOptions) -> list[Event]:
+        """Start the decoder, or ask where the model is less sure than it has to be."""
+        index, signal = order.index, order.signal
+        started = PartStarted(index=index, modality=signal.modality, caption=signal.caption)
+        self.num_spoken += 1
+        if signal.confidence >= _given(options.ask_below, self.generation.ask_below or 0.0):
+            reply.expect(index)
+            reply.tasks.append(self.making.start(order, partial(reply.tell, index)))
+            return [started]
+        if (failure := await self.making.put_aside(order)) is not None:
+            reply.expect(index)
+            reply.media[index].settle(index, failure, reply.now())
+            return [started, *reply.ready()]
+        self.num_asked += 1
+        asked = PartAsked(
+            index=index,
+            modality=signal.modality,
+            caption=signal.caption,
+            confidence=round(signal.confidence, 6),
+            question=QUESTIONS[signal.modality],
+        )
+        return [asked]
 
     def _adapted(self, options: TurnOptions) -> tuple[TurnOptions, str | None]:
         """Return options whose decoders have their adapters, and the adapter of the language model."""

@@ -91,13 +91,14 @@ class SpokenSignal:
     """A medium the model chose to make: its caption and its signal block.
 
     ``hidden`` are the states at the signal tokens and ``embeddings`` their input embeddings, both
-    ``(k, llm_width)``.
+    ``(k, llm_width)``. ``confidence`` in [0, 1] is how probable this kind of medium was.
     """
 
     modality: Modality
     caption: str
     hidden: Array
     embeddings: Array
+    confidence: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,15 @@ from typing import Any
 from decoders.settings import DecodeSettings, check_strength
 from encoders.media import Modality
 from services.errors import BadRequest, ServiceError, translate
-from services.events import Event, PartDone, PartFailed, PartStarted, TextDelta
+from services.events import Event, PartAsked, PartDone, PartFailed, PartStarted, TextDelta
 from services.presets import load_preset
 from services.session import Reply, ReplyPart, Session
 
 SUFFIXES = {Modality.IMAGE: "png", Modality.VIDEO: "mp4", Modality.AUDIO: "wav"}
 HELP = (
     "Attach with /image FILE, /audio FILE or /video FILE. /strength image 0.5 makes pictures start from the "
-    "newest one, /strength image off anew. Leave with /quit or Ctrl-D."
+    "newest one, /strength image off anew. /make makes what was asked about in the reply before. Leave with "
+    "/quit or Ctrl-D."
 )
 
 
@@ -33,7 +34,14 @@ def say_once(args: argparse.Namespace) -> int:
     with session:
         printer = None if args.json else _Printer()
         wishes = _wishes(args.strength)
-        reply = session.chat(messages, on_event=printer, seed=args.seed, adapters=args.lora, decoders=wishes)
+        reply = session.chat(
+            messages,
+            on_event=printer,
+            seed=args.seed,
+            adapters=args.lora,
+            decoders=wishes,
+            ask_below=args.ask_below,
+        )
     parts = [_written(part, out) for part in reply.parts]
     if args.json:
         print(json.dumps({"parts": parts, "timings": {"load_s": load_s, **reply.timings}}))
@@ -49,6 +57,7 @@ def converse(args: argparse.Namespace) -> int:
     strengths = dict(args.strength)
     out = _folder(args.out)
     session, _ = _open(args.preset)
+    reply: Reply | None = None
     with session:
         if sys.stdin.isatty():
             print(f"{session.preset.description}\n{HELP}")
@@ -64,13 +73,22 @@ def converse(args: argparse.Namespace) -> int:
                     continue
                 if line == "/quit":
                     break
+                if line == "/make":
+                    reply = _make_asked(session, reply, out)
+                    messages[-1] = _assistant(reply)
+                    continue
                 if line.startswith("/"):
                     print(HELP)
                     continue
                 said = [*messages, _user(line, attached)]
                 wishes = _wishes(strengths.items())
                 reply = session.chat(
-                    said, on_event=_Printer(), seed=args.seed, adapters=args.lora, decoders=wishes
+                    said,
+                    on_event=_Printer(),
+                    seed=args.seed,
+                    adapters=args.lora,
+                    decoders=wishes,
+                    ask_below=args.ask_below,
                 )
             except (ServiceError, ValueError) as error:
                 print(f"patchbay: {translate(error).message}", file=sys.stderr)
@@ -80,6 +98,18 @@ def converse(args: argparse.Namespace) -> int:
             messages += [_user(line, attached), _assistant(reply)]
             attached = []
     return 0
+
+
+def _make_asked(session: Session, reply: Reply | None, out: Path) -> Reply:
+    """Make the media that a reply asked about; return it with them."""
+    asked = [] if reply is None else [i for i, part in enumerate(reply.parts) if part.question is not None]
+    if reply is None or not asked:
+        raise ValueError("The last reply asked about no medium; /make is for those that it asks about.")
+    for index in asked:
+        reply = session.make(reply, index)
+    _list_media([_written(reply.parts[index], out) for index in asked])
+    _report_failures(reply)
+    return reply
 
 
 def read_strength(text: str) -> tuple[Modality, float | None]:
@@ -122,6 +152,9 @@ class _Printer:
             case PartStarted(index=index, modality=modality):
                 self._newline(index)
                 print(f"[{modality.value} ...]", end="", flush=True)
+            case PartAsked(index=index, modality=modality):
+                self._newline(index)
+                print(f"[{modality.value}? {event.confidence:.5g}] {event.question}", end="", flush=True)
             case PartDone() | PartFailed():
                 pass
 
@@ -192,18 +225,16 @@ def _user(text: str, attached: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _assistant(reply: Reply) -> dict[str, Any]:
-    parts: list[dict[str, Any]] = [
-        {"type": "text", "text": part.text}
-        if part.text is not None
-        else {
-            "type": part.type.value,
-            "caption": part.caption or "",
-            "file_id": part.file_id,
-            "error": part.error,
-        }
-        for part in reply.parts
-    ]
-    return {"role": "assistant", "parts": parts}
+    return {"role": "assistant", "parts": [_said_again(part) for part in reply.parts]}
+
+
+def _said_again(part: ReplyPart) -> dict[str, Any]:
+    if part.text is not None:
+        return {"type": "text", "text": part.text}
+    if part.question is not None:
+        return {"type": part.type.value, "status": "asked", "question": part.question}
+    caption = part.caption or ""
+    return {"type": part.type.value, "caption": caption, "file_id": part.file_id, "error": part.error}
 
 
 def _folder(path: str) -> Path:
@@ -222,6 +253,8 @@ def _written(part: ReplyPart, out: Path) -> dict[str, Any]:
     if part.type is Modality.TEXT:
         return {"type": "text", "text": part.text}
     values: dict[str, Any] = {"type": part.type.value, "caption": part.caption}
+    if part.question is not None:
+        return {**values, "status": "asked", "confidence": part.confidence, "question": part.question}
     if part.data is None:
         return {**values, "error": part.error}
     taken = [int(path.name[:4]) for path in out.iterdir() if re.match(r"\d{4}-", path.name)]

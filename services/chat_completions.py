@@ -2,8 +2,8 @@
 
 Text is ``content``, pictures are ``images``, the first sound is ``audio``, videos are ``videos`` by
 URL, in the dialects that clients know. The whole reply, in the order spoken, is the extension
-``parts``; in a stream, ``delta.parts`` tells when a part starts, moves, shows itself, ends or fails, with
-its ``index``, because a medium may arrive after the words that follow it.
+``parts``; in a stream, ``delta.parts`` tells when a part starts, moves, shows itself, ends, fails or is
+asked about, with its ``index``, because a medium may arrive after the words that follow it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from services.artefacts import Artefact, ArtefactStore
 from services.errors import ServiceError
 from services.events import (
     Event,
+    PartAsked,
     PartDone,
     PartFailed,
     PartPreview,
@@ -66,6 +67,9 @@ class Completion:
             case PartStarted(index=index, modality=modality, caption=caption):
                 self.types[index] = modality.value
                 return [self._part(index, "started", caption=caption)]
+            case PartAsked(index=index, question=question):
+                asked = {"index": index, **self.asked(event)}
+                return [self.chunk({"content": self._separator(index) + question, "parts": [asked]})]
             case PartProgress(index=index, step=step, total=total, eta_s=eta_s):
                 if not self.include_progress:
                     return []
@@ -109,6 +113,8 @@ class Completion:
                                 media.setdefault(name, []).extend(value)
                     case PartFailed(index=index):
                         parts[index] = self.failure(event)
+                    case PartAsked(index=index):
+                        parts[index] = self.asked(event)
                     case TurnFailed(error=error):
                         raise ServiceError.from_wire(dict(error))
                     case TurnDone():
@@ -153,6 +159,16 @@ class Completion:
             "error": {"code": event.code, "message": event.message},
         }
 
+    def asked(self, event: PartAsked) -> Json:
+        """Return a medium that was asked about as an entry of ``parts``."""
+        return {
+            "type": event.modality.value,
+            "status": "asked",
+            "caption": event.caption,
+            "confidence": event.confidence,
+            "question": event.question,
+        }
+
     def url(self, artefact: Artefact) -> str:
         """Return where the bytes of an artefact are."""
         return f"{self.base_url.rstrip('/')}/v1/files/{artefact.id}/content"
@@ -176,7 +192,8 @@ class Completion:
         }
 
     def _whole(self, done: TurnDone, parts: list[Json], media: Mapping[str, Any]) -> Json:
-        texts = [part["text"] for part in parts if part["type"] == "text"]
+        said = (part.get("text") or part.get("question") for part in parts)
+        texts = [text for text in said if text]
         message = {
             "role": "assistant",
             "content": "\n".join(texts) if texts else None,

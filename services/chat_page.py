@@ -152,7 +152,8 @@ def _blocks(preset: Preset, base_url: str, folder: Path) -> gr.Blocks:
                 yield gr.skip(), gr.skip(), gr.skip()
                 return
             try:
-                body = settings.again(wishes, Modality(shelf.parts[index]["type"]))
+                part = shelf.parts[index]
+                body = settings.again(wishes, Modality(part["type"]), is_first=part["status"] == "asked")
             except BadRequest as error:
                 yield [*shelf.messages(), problem(error.message)], gr.skip(), shelf
                 return
@@ -220,14 +221,17 @@ class Settings:
             body["decoders"] = decoders
         return body
 
-    def again(self, values: Sequence[Any], modality: Modality) -> Json:
-        """Return the request that makes one medium again: with another seed, unless one is filled in."""
-        seed = _number(values[0], "Seed", int)
-        return {
-            **self._wishes(values, modality),
-            "seed": secrets.randbelow(2**31) if seed is None else seed,
-            "stream_options": self._told(values),
-        }
+    def again(self, values: Sequence[Any], modality: Modality, *, is_first: bool = False) -> Json:
+        """Return the request that makes one medium again: with another seed, unless one is filled in.
+
+        ``is_first`` says that it was only asked about; then its own seed is as good.
+        """
+        body = {**self._wishes(values, modality), "stream_options": self._told(values)}
+        if (seed := _number(values[0], "Seed", int)) is not None:
+            body["seed"] = seed
+        elif not is_first:
+            body["seed"] = secrets.randbelow(2**31)
+        return body
 
     @staticmethod
     def _told(values: Sequence[Any]) -> Json:

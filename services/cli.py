@@ -97,6 +97,13 @@ def _parser() -> argparse.ArgumentParser:
         help="make an image, video or audio from the newest one of the conversation, and go so far from it: "
         "above 0 up to 1; repeatable",
     )
+    chat.add_argument(
+        "--ask-below",
+        metavar="P",
+        type=float,
+        help="ask about media of which the model is less sure than this instead of making them: from 0 "
+        "(never) to below 1 (default: as the preset says)",
+    )
     chat.add_argument("--json", action="store_true", help="print one JSON object instead of the reply")
     chat.add_argument("text", nargs="?", help="what the person says; without it, a conversation")
     chat.set_defaults(run=chat_command, refuse=chat.error)

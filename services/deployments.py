@@ -220,8 +220,12 @@ class AgentReplica:
         return await self.agent.outputs()
 
     async def counts(self) -> dict[str, Mapping[str, Counts]]:
-        """Return what the boxes count."""
+        """Return what the boxes count; of agents, only this replica."""
         return await self.agent.counts()
+
+    async def own_counts(self) -> Mapping[str, Counts]:
+        """Return what this replica of the agent counts."""
+        return _named(self.agent.own_counts())
 
     async def cancel_part(self, turn: str, index: int) -> bool:
         """Stop one medium, if it is being made by this replica."""

@@ -52,6 +52,23 @@ class PartStarted:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PartAsked:
+    """The model has spoken a medium and was less sure of it than it had to be: nothing is made.
+
+    ``confidence`` in [0, 1] is how probable this kind of medium was; ``question`` asks the person. A retry of
+    the part makes the medium.
+    """
+
+    type: ClassVar[str] = "part.asked"
+    sequence: int = 0
+    index: int
+    modality: Modality
+    caption: str
+    confidence: float
+    question: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class PartProgress:
     """A decoder has done ``step`` of ``total`` steps and needs about ``eta_s`` seconds more."""
 
@@ -122,5 +139,5 @@ class TurnFailed:
     error: Mapping[str, Any]
 
 
-PartEvent = PartStarted | PartProgress | PartPreview | PartDone | PartFailed
+PartEvent = PartStarted | PartAsked | PartProgress | PartPreview | PartDone | PartFailed
 Event = TurnStarted | TextDelta | PartEvent | TurnDone | TurnFailed

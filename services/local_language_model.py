@@ -167,12 +167,13 @@ def _speech(said: GenerationEvent) -> Speech:
     match said:
         case TextDelta(text=text):
             return Words(text)
-        case SignalReady(signal=signal):
+        case SignalReady(signal=signal, confidence=confidence):
             return SpokenSignal(
                 signal.modality,
                 signal.caption,
                 signal.hidden.float().cpu().numpy(),
                 signal.embeddings.float().cpu().numpy(),
+                confidence,
             )
         case ModelFinished(reason=reason, usage=usage):
             return Finished(reason, asdict(usage))

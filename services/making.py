@@ -88,6 +88,15 @@ class Making:
         self._under_way[key] = task
         return task
 
+    async def put_aside(self, order: Order) -> PartFailure | None:
+        """Store what a medium is made from without making it; return why that is not possible."""
+        try:
+            await asyncio.to_thread(keep, self.store, order)
+        except Exception as caught:
+            logger.exception("The signal of a medium could not be stored.")
+            return PartFailure(translate(caught))
+        return None
+
     async def cancel(self, turn: str, index: int) -> bool:
         """Stop a medium; return False when it is not being made here. The decoder is rid of it then."""
         task = self._under_way.get((turn, index))

@@ -77,7 +77,8 @@ class InvalidOption(ValueError):
 class TurnOptions:
     """How the reply is wanted. None leaves it to the preset.
 
-    ``modalities`` None allows everything that is up; a list is a promise that must be kept. ``previews``
+    ``modalities`` None allows everything that is up; a list is a promise that must be kept. A medium of which
+    the model is less sure than ``ask_below`` is asked about instead of made; 0 never asks. ``previews``
     of each medium come while it is made. ``user`` is whose request it is: users share the models
     fairly, and a turn of nobody known is a user of its own. ``adapters`` are names of LoRA, at most one
     for each box.
@@ -93,6 +94,7 @@ class TurnOptions:
     frequency_penalty: float = 0.0
     stop: tuple[str, ...] = ()
     max_new_tokens: int | None = None
+    ask_below: float | None = None
     decoders: Mapping[Modality, DecodeSettings] = field(default_factory=dict)
     previews: int = 0
     user: str | None = None
@@ -112,6 +114,11 @@ class TurnOptions:
                 raise InvalidOption(name, f"{name} is {value}; it must be from {least} to {most}.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InvalidOption("top_p", f"top_p is {self.top_p}; it must be above 0 and at most 1.")
+        if self.ask_below is not None and not 0 <= self.ask_below < 1:
+            raise InvalidOption(
+                "ask_below",
+                f"ask_below is {self.ask_below}; it must be at least 0 (never ask) and below 1.",
+            )
         if self.top_k is not None and self.top_k < 0:
             raise InvalidOption("top_k", f"top_k is {self.top_k}; it must be 0 (no limit) or more.")
         if self.repetition_penalty is not None and not 0 < self.repetition_penalty <= 2:

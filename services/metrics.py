@@ -13,6 +13,8 @@ from services.boxes import Counts
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 HELP = {
+    "patchbay_agent_media_total": "Media that were spoken in replies.",
+    "patchbay_agent_asked_total": "Media of those that were asked about instead of made.",
     "patchbay_language_model_slots": "Replies that the language model can make at the same time.",
     "patchbay_language_model_slots_in_use": "Replies that it is making now.",
     "patchbay_language_model_waiting": "Replies that wait for a slot.",
@@ -34,7 +36,7 @@ HELP = {
     "patchbay_encoder_cache_bytes": "Bytes of encoded media that are kept.",
 }
 
-NOT_DECODERS = ("encoder", "language_model")
+NOT_DECODERS = ("agent", "encoder", "language_model")
 
 
 def exposition(counts: Mapping[str, Mapping[str, Counts]]) -> str:

@@ -47,7 +47,8 @@ class Shelf:
             return []
         delta = chunk["choices"][0]["delta"]
         wanted = []
-        if text := delta.get("content"):
+        asked = any(told["status"] == "asked" for told in delta.get("parts", ()))
+        if (text := delta.get("content")) and not asked:  # the question is shown with its medium
             part = self.parts.setdefault(self.text_index, {"type": "text", "text": ""})
             part["text"] = (part["text"] + text).lstrip("\n")
         for told in delta.get("parts", ()):
@@ -127,6 +128,8 @@ class Shelf:
                 continue
             if not self.ended:
                 label, deed = f"Cancel {self._name(index)}", CANCEL
+            elif part["status"] == "asked":
+                label, deed = f"Make {self._name(index)}", AGAIN
             else:
                 label, deed = f"Make {self._name(index)} again", AGAIN
             buttons.append({"label": label, "value": f"{deed} {index}"})
@@ -147,6 +150,8 @@ class Shelf:
                 parts.append({"type": "text", "text": part["text"]})
             elif part["status"] == "done":
                 parts.append({name: part[name] for name in ("type", "file_id", "caption")})
+            elif part["status"] == "asked":
+                parts.append({name: part[name] for name in ("type", "status", "question")})
         return {"role": "assistant", "parts": parts}
 
     def history(self) -> list[Json]:
@@ -164,6 +169,8 @@ def _bubbles(part: Json) -> Shown:
         how = "was cancelled" if part["error"]["code"] == "part_cancelled" else "could not be made"
         title = {"title": f"The {name} {how}", "status": "done"}
         return [{"role": "assistant", "content": part["error"]["message"], "metadata": title}]
+    if part["status"] == "asked":
+        return [{"role": "assistant", "content": part["question"]}]
     progress = "waiting for its decoder"
     if "step" in part:
         left = "" if part.get("eta_s") is None else f", about {part['eta_s']:.0f} s left"

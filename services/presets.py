@@ -172,13 +172,17 @@ class DecoderPreset(BoxPreset):
 
 
 class GenerationDefaults(_Strict):
-    """How the language model speaks when a request does not say."""
+    """How the language model speaks when a request does not say.
+
+    A medium of which it is less sure than ``ask_below`` is asked about instead of made; None never asks.
+    """
 
     temperature: float = Field(default=0.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     repetition_penalty: float = Field(default=1.0, gt=0, le=2)
     max_new_tokens: int = Field(default=256, ge=1)
+    ask_below: float | None = Field(default=None, gt=0, lt=1)
 
 
 class MediaLimits(_Strict):

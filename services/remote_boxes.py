@@ -158,7 +158,7 @@ class RemoteAgent:
             counts: Mapping[str, Mapping[str, Counts]] = await self.handle.counts.remote()
         except (RayError, RayServeException) as error:
             raise _lost("agent", error) from error
-        return counts
+        return {**counts, "agent": await _counts(self.handle, method="own_counts")}
 
     async def cancel_part(self, turn: str, index: int) -> bool:
         """Stop one medium; return False when no replica is making it."""
@@ -262,8 +262,10 @@ async def _all(handle: DeploymentHandle[Any], method: str, *args: Any, within_s:
     return [answer for answer in answers if not isinstance(answer, BaseException)]
 
 
-async def _counts(handle: DeploymentHandle[Any], *args: object) -> Mapping[str, Counts]:
-    answers: list[Mapping[str, Counts]] = await _all(handle, "counts", *args, within_s=COUNTS_WITHIN_S)
+async def _counts(
+    handle: DeploymentHandle[Any], *args: object, method: str = "counts"
+) -> Mapping[str, Counts]:
+    answers: list[Mapping[str, Counts]] = await _all(handle, method, *args, within_s=COUNTS_WITHIN_S)
     return {replica: counts for answer in answers for replica, counts in answer.items()}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -97,6 +97,7 @@ class ChatRequest(BaseModel):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    ask_below: float | None = None
     user: str | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
@@ -138,6 +139,7 @@ class ChatRequest(BaseModel):
             frequency_penalty=self.frequency_penalty or 0.0,
             stop=tuple(self.stop),
             max_new_tokens=limit,
+            ask_below=self.ask_below,
             decoders=decoders,
             previews=self.stream_options.previews if self.stream and self.stream_options else 0,
             user=self.user or None,
@@ -306,9 +308,9 @@ def _from_base64(text: str) -> bytes:
 def _spoken(message: JsonObject, param: str, store: ArtefactStore) -> list[Part]:
     """Read an earlier reply, which may be ours: in order by its ``parts``, else put in order again."""
     if isinstance(own := message.get("parts"), list):
-        return [
+        return _in_lines(
             part for place, value in enumerate(own) for part in _own(value, f"{param}.parts[{place}]", store)
-        ]
+        )
     content = [
         _as_spoken(part, store) for part in _content(message.get("content"), f"{param}.content", store)
     ]
@@ -327,6 +329,17 @@ def _spoken(message: JsonObject, param: str, store: ArtefactStore) -> list[Part]
     return _interleaved(content, media)
 
 
+def _in_lines(parts: Iterable[Part]) -> list[Part]:
+    """Join neighbouring texts as ``content`` has them: where a medium between them is not there."""
+    joined: list[Part] = []
+    for part in parts:
+        if isinstance(part, TextPart) and joined and isinstance(before := joined[-1], TextPart):
+            joined[-1] = TextPart(f"{before.text}\n{part.text}")
+        else:
+            joined.append(part)
+    return joined
+
+
 def _own(part: object, param: str, store: ArtefactStore) -> list[Part]:
     if not isinstance(part, Mapping):
         raise _wrong(param, f"A part is an object with a type, not {part!r:.80}.")
@@ -335,6 +348,9 @@ def _own(part: object, param: str, store: ArtefactStore) -> list[Part]:
         return [_as_spoken(each, store) for each in _content([part], param, store)]
     if part.get("error") is not None:
         return []
+    if part.get("status") == "asked":
+        question = part.get("question")
+        return [TextPart(question)] if isinstance(question, str) else []
     caption, file_id = part.get("caption"), part.get("file_id")
     if isinstance(caption, str):
         return [SpokenPart(modality, caption, file_id if isinstance(file_id, str) else None)]

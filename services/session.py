@@ -11,16 +11,26 @@ import asyncio
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from decoders.settings import DecodeSettings
 from encoders.media import Modality
 from services.agent import Agent
 from services.artefacts import ArtefactStore
 from services.errors import ServiceError
-from services.events import Event, PartDone, PartFailed, TextDelta, TurnDone, TurnFailed
+from services.events import (
+    Event,
+    PartAsked,
+    PartDone,
+    PartFailed,
+    TextDelta,
+    TurnDone,
+    TurnFailed,
+    TurnStarted,
+)
 from services.messages import Message, TurnOptions
 from services.presets import Preset, load_preset
 from services.requests import read_messages
@@ -30,6 +40,7 @@ from services.requests import read_messages
 class ReplyPart:
     """One part of a reply: ``text`` for words, else ``data``, or the ``error`` that prevented it.
 
+    A medium that was asked about instead of made has a ``question`` and ``confidence`` in [0, 1].
     ``file_id`` names a medium in later messages to the same session.
     """
 
@@ -40,12 +51,15 @@ class ReplyPart:
     manifest: Mapping[str, Any] | None = None
     file_id: str | None = None
     error: str | None = None
+    question: str | None = None
+    confidence: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """A whole reply, parts in the order spoken."""
+    """A whole reply, parts in the order spoken. ``id`` names it for :meth:`Session.make`."""
 
+    id: str
     parts: tuple[ReplyPart, ...]
     finish_reason: str
     usage: Mapping[str, int]
@@ -53,8 +67,8 @@ class Reply:
 
     @property
     def text(self) -> str:
-        """All words of the reply."""
-        return "\n".join(part.text for part in self.parts if part.text)
+        """All words of the reply, questions about media included."""
+        return "\n".join(text for part in self.parts if (text := part.text or part.question))
 
 
 class Session:
@@ -94,43 +108,77 @@ class Session:
         conversation = read_messages(messages, self.store)
         return self.runner.run(self._collect(conversation, TurnOptions(**options), on_event))
 
+    def make(self, reply: Reply, index: int) -> Reply:
+        """Make a medium of a reply that was asked about, or make one again.
+
+        Returns the reply with the medium at its place, or the error that prevented it. Raises ServiceError
+        when it cannot even start.
+        """
+        return self.runner.run(self._made(reply, index))
+
     async def _collect(
         self,
         conversation: Sequence[Message],
         options: TurnOptions,
         on_event: Callable[[Event], None] | None,
     ) -> Reply:
+        turn = ""
         parts: dict[int, ReplyPart] = {}
         async with aclosing(self.agent.turn(conversation, options)) as events:
             async for event in events:
                 if on_event is not None:
                     on_event(event)
                 match event:
+                    case TurnStarted():
+                        turn = event.id
                     case TextDelta(index=index, text=text):
                         before = parts[index].text or "" if index in parts else ""
                         parts[index] = ReplyPart(type=Modality.TEXT, text=before + text)
-                    case PartDone():
-                        parts[event.index] = ReplyPart(
-                            type=event.modality,
-                            data=self.store.read(event.artefact.id),
-                            caption=event.caption,
-                            manifest=event.manifest,
-                            file_id=event.artefact.id,
-                        )
-                    case PartFailed():
-                        parts[event.index] = ReplyPart(
-                            type=event.modality, caption=event.caption, error=event.message
-                        )
+                    case PartAsked() | PartDone() | PartFailed():
+                        parts[event.index] = self._medium(event)
                     case TurnFailed():
                         raise ServiceError.from_wire(dict(event.error))
                     case TurnDone():
                         return Reply(
+                            id=turn,
                             parts=tuple(parts[index] for index in sorted(parts)),
                             finish_reason=event.finish_reason,
                             usage=event.usage,
                             timings=event.timings,
                         )
         raise AssertionError("a turn ended without saying so")
+
+    async def _made(self, reply: Reply, index: int) -> Reply:
+        async with aclosing(self.agent.retry_part(reply.id, index, DecodeSettings())) as events:
+            async for event in events:
+                match event:
+                    case PartDone() | PartFailed():
+                        parts = list(reply.parts)
+                        parts[index] = self._medium(event)
+                        return replace(reply, parts=tuple(parts))
+                    case TurnFailed():
+                        raise ServiceError.from_wire(dict(event.error))
+        raise AssertionError("a retry ended without saying so")
+
+    def _medium(self, event: PartAsked | PartDone | PartFailed) -> ReplyPart:
+        match event:
+            case PartDone():
+                return ReplyPart(
+                    type=event.modality,
+                    data=self.store.read(event.artefact.id),
+                    caption=event.caption,
+                    manifest=event.manifest,
+                    file_id=event.artefact.id,
+                )
+            case PartAsked():
+                return ReplyPart(
+                    type=event.modality,
+                    caption=event.caption,
+                    question=event.question,
+                    confidence=event.confidence,
+                )
+            case PartFailed():
+                return ReplyPart(type=event.modality, caption=event.caption, error=event.message)
 
     def close(self) -> None:
         """Stop the threads and remove the session's files."""

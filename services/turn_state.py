@@ -96,8 +96,11 @@ class TurnState:
         self.num_parts += 1
         self.text_index, self.held_space = None, ""
         self.media[index] = MediumState(signal.modality, signal.caption, self.now())
-        self.waiting.append(index)
         return index
+
+    def expect(self, index: int) -> None:
+        """Wait for the outcome of a medium: the turn does not end before it is told."""
+        self.waiting.append(index)
 
     def ready(self) -> list[Event]:
         """Return the outcomes that may be told now: those with no unfinished medium before them."""

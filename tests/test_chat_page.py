@@ -92,6 +92,31 @@ def test_a_failed_medium_says_why_and_is_not_repeated(tmp_path: Path) -> None:
     assert shelf.assistant()["parts"] == []
 
 
+def test_a_question_about_a_medium_has_a_button_and_is_forgotten_when_it_is_made(tmp_path: Path) -> None:
+    question = {"type": "image", "status": "asked", "question": "Shall I make this picture?"}
+    shelf = Shelf(tmp_path, [])
+    shelf.take(chunk(content="A bell."))
+    shelf.take(
+        chunk(content=f"\n{question['question']}", parts=[{"index": 1, "caption": "A bell.", **question}])
+    )
+    shelf.take(chunk(content="\nAnd more."))
+    assert options(shelf) == []
+    shelf.end()
+    texts = ["A bell.", question["question"], "And more."]
+    assert [bubble["content"] for bubble in shelf.messages()] == texts
+    assert options(shelf) == [("Make the picture", "again 1")]
+    assert shelf.assistant()["parts"][1] == question
+
+    shelf.begin_again(1)
+    shelf.take(told(1, "started", caption="A bell."))
+    shelf.take(told(1, "done", caption="A bell.", file_id="file-1", url="http://x/y"))
+    shelf.put(1, b"png")
+    shelf.end()
+    assert [type(bubble["content"]) for bubble in shelf.messages()] == [str, dict, str]
+    assert options(shelf) == [("Make the picture again", "again 1")]
+    assert shelf.assistant()["parts"][1] == {"type": "image", "file_id": "file-1", "caption": "A bell."}
+
+
 def test_settings_send_what_is_filled_in_only() -> None:
     settings = Settings((Modality.IMAGE, Modality.AUDIO), [])
     progress = {"include_progress": True}
@@ -115,6 +140,8 @@ def test_settings_send_what_is_filled_in_only() -> None:
     }
     others = {settings.again(["", *values[1:]], Modality.AUDIO)["seed"] for _ in range(4)}
     assert len(others) > 1  # what is made again is to be another
+    assert "seed" not in settings.again(["", *values[1:]], Modality.AUDIO, is_first=True)
+    assert settings.again(values, Modality.AUDIO, is_first=True)["seed"] == 7
 
 
 def test_a_setting_that_is_no_number_is_named() -> None:

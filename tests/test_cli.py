@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,29 @@ def test_a_conversation_goes_on_until_the_person_leaves(
     assert "nowhere.png cannot be read" in captured.err
 
 
+def test_what_the_model_is_not_sure_of_is_asked_about_and_made_on_demand(
+    chat: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    assert run(*chat, "--ask-below", "0.999999", "--json", "draw a bell") == 0
+    text, asked = json.loads(capsys.readouterr().out)["parts"]
+    assert text == {"type": "text", "text": "here is a bell."}
+    confidence = asked.pop("confidence")
+    question = "Shall I make this picture?"
+    assert asked == {"type": "image", "status": "asked", "caption": "here is a bell.", "question": question}
+    assert 0 < confidence < 0.999999
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("/make\ndraw a bell\n/make\n/make\nplay it"))
+    assert run(*chat, "--ask-below", "0.999999") == 0
+    captured = capsys.readouterr()
+    assert f"[image? {confidence:.5g}] {question}" in captured.out
+    assert len(re.findall(r"^image: .*\.png$", captured.out, re.MULTILINE)) == 1
+    assert captured.err.count("The last reply asked about no medium") == 2
+    assert "it sounds like this." in captured.out
+
+    assert run(*chat, "--ask-below", "1", "draw a bell") == 1
+    assert "ask_below is 1.0; it must be at least 0" in capsys.readouterr().err
+
+
 class FakeSession:
     """Makes the same picture each time, and notes what it was asked."""
 
@@ -102,7 +126,7 @@ class FakeSession:
     def chat(self, messages: Any, *, decoders: Any, **rest: object) -> Reply:
         self.asked.append((messages, decoders))
         picture = ReplyPart(type=Modality.IMAGE, data=PNG, caption="a bell", manifest={}, file_id="file-1")
-        return Reply(parts=(picture,), finish_reason="stop", usage={}, timings={})
+        return Reply(id="turn", parts=(picture,), finish_reason="stop", usage={}, timings={})
 
 
 def test_a_conversation_edits_the_newest_picture_for_as_long_as_it_is_wished(

@@ -7,6 +7,7 @@ import torch
 from alignment.decision import (
     MEDIA,
     Decided,
+    asking_figures,
     calibrate,
     calibration_error,
     decision_figures,
@@ -90,7 +91,17 @@ def test_calibration_leaves_good_probabilities_as_they_are() -> None:
     assert line(0.9) == pytest.approx(0.9, abs=0.02)
 
 
-def test_figures_count_hits_false_media_and_what_asking_back_would_catch() -> None:
+def test_asking_is_counted_with_what_it_catches() -> None:
+    replies: list[tuple[tuple[float, ...], bool]] = [
+        ((0.995,), True), ((0.9999, 0.5), True), ((0.9994,), False), ((0.9999,), False), ((), True)
+    ]  # fmt: skip
+    figures = asking_figures([sure for sure, _ in replies], [wrong for _, wrong in replies])
+    assert (figures["n"], figures["wrong"]) == (5, 3)
+    assert figures["asked"] == {"0.99": 1, "0.999": 2, "0.9995": 3, "0.9998": 3, "0.9999": 3}
+    assert figures["caught"] == {"0.99": 1, "0.999": 2, "0.9995": 2, "0.9998": 2, "0.9999": 2}
+
+
+def test_figures_count_hits_and_false_media() -> None:
     sure = [decided((IMAGE,), (IMAGE,))] * 6 + [decided((AUDIO, VIDEO), (AUDIO, VIDEO))] * 2
     talk = [decided((), ())] * 3
     wrong = [decided((), (IMAGE,), 0.7)]
@@ -100,9 +111,4 @@ def test_figures_count_hits_false_media_and_what_asking_back_would_catch() -> No
     assert figures["macro_f1"] == pytest.approx((2 + 12 / 13) / 3, abs=1e-4)
     assert figures["false_generation"] == 0.25
     assert figures["malformed"] == 0
-    assert figures["ask_below"]["0.95"] == {
-        "asked": pytest.approx(1 / 12, abs=1e-4),
-        "wrong caught": 1.0,
-        "wrong among the rest": 0.0,
-    }
     assert not any(math.isnan(value) for value in figures["ece"].values())

@@ -149,6 +149,23 @@ async def test_every_replica_counts_under_its_own_name(monkeypatch: pytest.Monke
         assert await box.counts() == {"r1": {"slots": 8}}
 
 
+async def test_every_replica_of_the_agent_counts_what_it_asked_about(
+    store: ArtefactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r1"))
+    monkeypatch.setattr(serve, "get_replica_context", lambda: name)
+    monkeypatch.setattr(FakeEncoder, "counts", _nothing, raising=False)
+    monkeypatch.setattr(FakeSpeaker, "counts", _nothing, raising=False)
+    remote = remote_agent(store, FakeDecoder(store, IMAGE))
+    monkeypatch.setattr(FakeDecoder, "counts", _nothing, raising=False)
+    [event async for event in remote.turn(said(), TurnOptions())]
+    assert (await remote.counts())["agent"] == {"r1": {"media_total": 1, "asked_total": 0}}
+
+
+async def _nothing(box: object) -> dict[str, dict[str, float]]:
+    return {}
+
+
 async def test_a_box_that_does_not_answer_counts_nothing() -> None:
     class Broken:
         async def counts(self) -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from alignment.embedded.dialogues import MODALITY
-from alignment.evaluation import over_seeds, table
-from alignment.samples import Sample, Tally, findings
+from alignment.evaluation import asking_of, asking_table, over_seeds, table
+from alignment.samples import Sample, Tally, findings, right_media
 from alignment.toybox.exercises import DIRECTIONS, Exercise, FreshScenes, make
 from alignment.toybox.grammar import caption
 from alignment.toybox.media import Finding, judge, render, to_bytes
@@ -130,6 +130,31 @@ def test_seeds_are_averaged_with_their_spread_and_their_counts_are_added() -> No
     assert seen["right_by_seed"] == [0.5, 0.7, 0.9]
     assert seen["found"] == {"thing": {"bell": {"bell": 12, "drum": 6}}}
     assert merged["ceiling"] == 0.75
+
+
+def test_asking_is_added_up_and_told_of_directions_where_something_is_wrong() -> None:
+    counts = {"n": 10, "wrong": 2, "asked": {"0.99": 3}, "caught": {"0.99": 1}}
+    twice = over_seeds([result_of(0.5, 1) | {"asking": counts}] * 2)
+    assert twice["asking"] == {"n": 20, "wrong": 4, "asked": {"0.99": 6}, "caught": {"0.99": 2}}
+    never_wrong = {"asking": {"n": 20, "wrong": 0, "asked": {"0.99": 0}, "caught": {"0.99": 0}}}
+    rows = {"one": twice, "two": never_wrong, "chain": result_of(0.5, 1)}
+    assert asking_table(asking_of(rows)).splitlines()[2:] == [
+        "| all: asked | | 15.0% |",
+        "| of the wrong | 4 of 40 | 50.0% |",
+        "| one: asked | | 30.0% |",
+        "| of the wrong | 4 of 20 | 50.0% |",
+    ]
+    assert asking_of({"chain": result_of(0.5, 1)}) == {}
+
+
+def test_a_reply_is_wrong_when_its_media_are_of_other_kinds_or_in_another_order() -> None:
+    rng = random.Random(3)
+    sample = perfect(make("image-to-audio", rng, FreshScenes(rng)), rng)
+    assert right_media(sample)
+    sample.spoken.append(signal(Modality.IMAGE))
+    assert not right_media(sample)
+    sample.spoken = [signal(Modality.IMAGE)]
+    assert not right_media(sample)
 
 
 def test_the_table_has_a_line_per_direction_and_their_mean() -> None:

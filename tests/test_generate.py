@@ -274,20 +274,21 @@ def test_streamed_text_is_the_text_of_the_reply() -> None:
         assert text == model.tokenizer.decode_text(end_of(events).ids)
 
 
-def test_confidence_is_the_probability_of_the_medium() -> None:
+@pytest.mark.parametrize("allowed", [frozenset(MEDIA), frozenset({AUDIO, IMAGE})])
+def test_confidence_is_the_probability_of_the_medium_among_those_that_could_come(
+    allowed: frozenset[Modality],
+) -> None:
     model = tiny_model()
     start = model.tokenizer.signal_ids(AUDIO)[0]
     row = model.encode(ask(), open_reply=True)
     with torch.no_grad():
         batch = collate_rows([row], model.tokenizer.pad_id)
         logits, _ = model.forward_embeddings(model.embed_batch(batch))
-    last = logits[0, -1].clone()
-    last[list(model.tokenizer.unspeakable_ids)] = float("-inf")
-    expected = last.softmax(dim=-1)[start]
+    chances = logits[0, -1].softmax(dim=-1)
+    expected = chances[start] / sum(chances[model.tokenizer.signal_ids(m)[0]] for m in allowed)
 
-    reply = Reply(
-        model.tokenizer, GenerationOptions(required=(AUDIO,), max_new_tokens=1), row.ids, model.context_length
-    )
+    wishes = GenerationOptions(required=(AUDIO,), max_new_tokens=1, allowed=allowed)
+    reply = Reply(model.tokenizer, wishes, row.ids, model.context_length)
     reply.ids.append(0)  # the limit is reached: the medium must come
     ((token, confidence),) = Sampler(model.tokenizer).choose(logits[:, -1], [reply])
 

@@ -119,7 +119,7 @@ async def test_everything_that_boxes_count_is_a_metric_and_idle_boxes_have_nothi
     agent: Agent,
 ) -> None:
     counts = await agent.counts()
-    assert set(counts) == {"encoder", "language_model", "image", "video", "audio"}
+    assert set(counts) == {"agent", "encoder", "language_model", "image", "video", "audio"}
     lines = exposition(counts).splitlines()
     assert sum(not line.startswith("#") for line in lines) == sum(
         len(values) for replicas in counts.values() for values in replicas.values()

@@ -38,7 +38,7 @@ def test_directions_are_measured_on_any_preset_over_several_seeds(
     assert list(rows) == names.split(",")
     assert all(row["seen"]["n"] == row["held_out"]["n"] == 2 for row in rows.values())
     assert all(len(row["seen"]["right_by_seed"]) == 2 for row in rows.values())
-    assert rows["decision"]["decision"]["n"] == 2
+    assert rows["decision"]["decision"]["n"] == rows["decision"]["asking"]["n"] == 2
     assert rows["chain image"]["drift"]["right"].keys() == {"1", "3", "5", "10"}
     assert rows["text-to-image"]["ceiling"] is not None
 

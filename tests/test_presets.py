@@ -101,6 +101,8 @@ def test_a_preset_name_is_not_a_path(name: str) -> None:
         ({"decoders": {"text": {"folder": "x"}}}, "text needs no decoder"),
         ({"decoders": {"image": {"folder": "x", "link": "magic"}}}, "decoders.image.link"),
         ({"generation": {"temperature": 9}}, "generation.temperature"),
+        ({"generation": {"ask_below": 0}}, "generation.ask_below"),
+        ({"generation": {"ask_below": 1}}, "generation.ask_below"),
         ({"decoders": {"audio": {"folder": "x", "width_px": 64}}}, "audio has no width_px"),
         ({"encoder": {"dtype": "int4"}}, "encoder.dtype"),
     ],
