@@ -37,7 +37,7 @@ class AsyncEngine:
         self._arrived: list[tuple[Request, _Stream]] = []
         self._news = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._closed = False
+        self._closed = self._forgets = False
 
     @property
     def stats(self) -> EngineStats:
@@ -79,6 +79,11 @@ class AsyncEngine:
             if not ended:
                 self._engine.cancel(request)
 
+    def forget(self) -> None:
+        """Let idle slots forget what they have read, before anything that is asked for from now on."""
+        with self._news:
+            self._forgets = True
+
     def close(self) -> None:
         """End the requests that run, and the thread after them; new streams raise ``RuntimeError``."""
         with self._news:
@@ -103,7 +108,9 @@ class AsyncEngine:
                 while not (self._arrived or self._engine.busy or self._closed):
                     self._news.wait()
                 arrived, self._arrived = self._arrived, []
-                closed = self._closed
+                closed, forgets, self._forgets = self._closed, self._forgets, False
+            if forgets:
+                self._engine.forget()
             for request, stream in arrived:
                 self._streams[request] = stream
                 self._engine.submit(request)

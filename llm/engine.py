@@ -259,6 +259,13 @@ class Engine:
             slot.keys, slot.fed, slot.request, slot.media, slot.last_used = [], 0, None, [], -1
         self._num_running = 0
 
+    def forget(self) -> None:
+        """Let go of what idle slots have read; the next prompts are read whole."""
+        for index, slot in enumerate(self._slots):
+            if slot.request is None:
+                self._slot_model.cache.clear(index)
+                slot.keys, slot.fed, slot.media, slot.last_used = [], 0, [], -1
+
     def _drop_cancelled(self, events: list[tuple[Request, StepEvent]]) -> None:
         for slot in self._slots:
             if slot.request is not None and slot.request.cancelled:

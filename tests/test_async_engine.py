@@ -43,6 +43,20 @@ async def test_streams_share_the_model_and_say_what_they_say_alone() -> None:
     assert engine.stats.steps < sum(len(reply[-1].ids) for reply in replies)
 
 
+async def test_a_prompt_that_was_forgotten_is_read_whole() -> None:
+    engine = AsyncEngine(Engine(eager_model(), slots=3))
+    reused = []
+    for forgets in (False, False, True):
+        if forgets:
+            engine.forget()
+        before = engine.stats.reused_tokens
+        await all_of(engine, "draw a bell", GenerationOptions(max_new_tokens=3))
+        reused.append(engine.stats.reused_tokens - before)
+
+    engine.close()
+    assert reused[0] == reused[2] == 0 < reused[1]
+
+
 async def test_a_closed_stream_frees_its_slot_within_a_step() -> None:
     core = Engine(tiny_model(), slots=1)
     engine = AsyncEngine(core)

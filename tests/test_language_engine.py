@@ -287,6 +287,19 @@ def test_a_next_turn_reads_only_what_is_new() -> None:
     assert_same(reply, list(generate(model, follow_up, options)))
 
 
+def test_what_is_forgotten_is_read_whole() -> None:
+    engine = Engine(eager_model(), slots=2)
+    options = GenerationOptions(max_new_tokens=4)
+    dialogue = [user("what is this in the picture?")]
+    (first,) = run(engine, [engine.prepare(dialogue, options)]).values()
+
+    engine.forget()
+    (second,) = run(engine, [engine.prepare(dialogue, options)]).values()
+
+    assert engine.stats.reused_tokens == 0
+    assert_same(second, first)
+
+
 def test_another_picture_in_the_same_place_is_read_anew() -> None:
     model = eager_model()
     engine = Engine(model, slots=3)

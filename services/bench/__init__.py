@@ -48,7 +48,14 @@ class BenchRow:
 
 
 def run_bench(name: str, preset: Preset, quick: bool) -> dict[str, Any]:
-    """Run one bench; return the object that ``--json`` prints."""
+    """Run one bench; return the object that ``--json`` prints.
+
+    On a CPU, both sides have one thread, as a replica of ``patchbay serve`` has.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
     rows: list[BenchRow] = import_module(BENCHES[name]).run(preset, quick)
     return result_of(name, rows)
 

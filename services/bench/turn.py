@@ -7,9 +7,10 @@ last byte. Our side is the agent in this process, with the engines that ``patchb
 get the same people, requests, seeds, pauses, weights and settings; see :mod:`services.bench.naive`.
 
 A turn alone is also held against the bare forward passes that it needs: those of the language model for
-its prompt and each of its tokens (a signal block in one), and those that its decoders really ran, each as
-transformers and diffusers call it, not compiled.
-Media of one turn are made at the same time, so three may take less than their passes one by one.
+its whole prompt and each of its tokens (a signal block in one), and those that its decoders really ran, each
+as transformers and diffusers call it. For this, neither side is compiled or recorded, and our language
+model has forgotten the turn before, so that both run the same passes. Media of one turn are made at the
+same time, so three may take less than their passes one by one.
 
 In all rows, a ratio below 1 means that we are faster.
 """
@@ -43,6 +44,7 @@ from services.doctor import expect_files
 from services.events import PartDone, PartFailed, TurnFailed
 from services.local import local_agent
 from services.local_decoder import LocalDecoder
+from services.local_language_model import LocalLanguageModel
 from services.messages import Message, Role, TextPart, TurnOptions
 from services.presets import Preset
 
@@ -79,8 +81,18 @@ def run(preset: Preset, quick: bool) -> list[BenchRow]:
             for count, requests in people.items():
                 rounds_of = [workload(count, requests, seed) for seed in range(rounds)]
                 rows += runner.run(crowd(rounds_of, ours, naive, reloaded))
+            plain = local_agent(_as_it_comes(preset), ArtefactStore(Path(folder).as_uri()))
+            ours, naive, _ = servers(_as_it_comes(preset), plain)
             rows += runner.run(overheads(ours, naive.server, 3 if quick else 15))
     return rows
+
+
+def _as_it_comes(preset: Preset) -> Preset:
+    """Return the preset with nothing compiled or recorded."""
+    off = {"compile": False}
+    decoders = {m: decoder.model_copy(update=off) for m, decoder in preset.decoders.items()}
+    language_model = preset.language_model.model_copy(update=off)
+    return preset.model_copy(update={"decoders": decoders, "language_model": language_model})
 
 
 Answer = Callable[[Ask], Awaitable[list[bytes]]]
@@ -104,6 +116,13 @@ class OurService:
 
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
+
+    def forget(self) -> None:
+        """Let the language model forget what it has read, so that the next prompt is read whole."""
+        box = self.agent.generate
+        assert isinstance(box, LocalLanguageModel)
+        if box.engine is not None:
+            box.engine.forget()
 
     async def __call__(self, ask: Ask) -> list[bytes]:
         """Answer with a turn; return the files of its media."""
@@ -204,7 +223,7 @@ def _p95(seconds: Sequence[float]) -> float:
     return sorted(seconds)[max(0, -(-95 * len(seconds) // 100) - 1)]
 
 
-async def overheads(ours: Answer, server: NaiveServer, rounds: int) -> list[BenchRow]:
+async def overheads(ours: OurService, server: NaiveServer, rounds: int) -> list[BenchRow]:
     """Hold turns alone against the forward passes that they need."""
     rows = []
     asks = [ask for person in workload(6, 3, seed=7) for ask in person]
@@ -215,6 +234,7 @@ async def overheads(ours: Answer, server: NaiveServer, rounds: int) -> list[Benc
             await ours(ask)
         turns, bare = [], []
         for _ in range(rounds):
+            ours.forget()
             began = time.perf_counter()
             await ours(ask)
             turns.append(time.perf_counter() - began)
