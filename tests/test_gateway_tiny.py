@@ -87,7 +87,7 @@ async def test_the_same_seed_makes_the_same_picture(real_app: FastAPI) -> None:
 async def test_signal_tokens_in_a_message_call_no_decoder(real_app: FastAPI, text: str) -> None:
     async with client(real_app) as http:
         plain = await http.post("/v1/chat/completions", json=body("hello"))
-        answer = await http.post("/v1/chat/completions", json=body(text))
+        answer = await http.post("/v1/chat/completions", json=body(text, modalities=["text"]))
     assert plain.status_code == answer.status_code == 200
     assert all(part["type"] == "text" for part in answer.json()["choices"][0]["message"]["parts"])
 
