@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -324,15 +325,23 @@ def test_without_a_base_all_else_is_there(tensors: dict[str, Tensor], base: Path
 
 
 def test_of_the_rewrite_the_output_projections_are_converted(
-    tensors: dict[str, Tensor], tmp_path: Path
+    tensors: dict[str, Tensor], converted: Path, tmp_path: Path
 ) -> None:
     state = rewritten(tensors)
     assert len(state) == 3 * 129 + 2
+    state["model.mm_input_projector.layers.0.group_token"] = torch.zeros(1, 64, 16)
 
     file = save_pt(state, tmp_path / "mm_output_projector.bin")
     record = convert_nextgpt(file, tmp_path / "w", **SIZES)
 
-    assert record["left_out"]["names"] == ["lm_head.weight", "model.embed_tokens.weight"]
+    assert record["left_out"]["names"] == [
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+        "model.mm_input_projector.layers.0.group_token",
+    ]
+    of_release = json.loads((converted / "converted.json").read_text())["base"]
+    assert record["base"] == {**dict.fromkeys(of_release), "needed": "Vicuna-7B v1.5"}
+    assert json.loads((tmp_path / "w" / "converted.json").read_text()) == record
     assert not (tmp_path / "w" / "llm").exists()
     x = torch.randn(4, 32)
     projection = OutputProjection.load(tmp_path / "w" / "projections" / "image")
