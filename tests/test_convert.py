@@ -35,12 +35,14 @@ from tests.nextgpt_files import (
     SMALL,
     SMALL_OUTPUTS,
     earlier,
+    llama_pieces,
     read_json,
     rewritten,
     save_pt,
     small_names,
     small_tensors,
     write_base,
+    write_sentencepiece,
 )
 from tests.test_imagebind import TINY
 from tests.tiny_llm import user
@@ -322,6 +324,21 @@ def test_without_a_base_all_else_is_there(tensors: dict[str, Tensor], base: Path
         LanguageModel.load(llm)
     shutil.copytree(base, llm / "base")
     assert LanguageModel.load(llm).width == 32
+
+
+def test_a_base_with_a_tokenizer_of_sentencepiece_alone_is_converted(
+    base: Path, tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").unlink()
+    words = ["\u2581a", "\u2581", "a", *(f"<piece{i}>" for i in range(SMALL.base_vocabulary - 262))]
+    write_sentencepiece(tmp_path / "base" / "tokenizer.model", llama_pieces(words))
+
+    convert_nextgpt(save_pt(tensors, tmp_path / "a.pt"), tmp_path / "w", str(tmp_path / "base"), **SIZES)
+
+    tokenizer = LanguageModel.load(tmp_path / "w" / "llm").tokenizer
+    assert tokenizer.encode_text(" a") == [260, 259]
+    assert tokenizer.signal_ids(IMAGE) == (302, 303, 304, 305)
 
 
 def test_of_the_rewrite_the_output_projections_are_converted(
