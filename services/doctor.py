@@ -29,6 +29,7 @@ from services.memory_plan import LEFT_FREE, Plan, fits, plan_for
 from services.presets import BoxPreset, Preset
 
 QUANTIZER = "torchao"
+OWN_LICENCE = "Apache-2.0"
 LIBRARIES = ("torch", "transformers", "diffusers", "peft", "ray", "gradio", "fastapi", "av", "soundfile")
 SERVICE_MB = 6000  # what `patchbay serve` takes besides the weights, with all its processes
 
@@ -317,6 +318,8 @@ class Survey:
                         f"{origin.model}: gated. Before you download it, accept its terms on "
                         f"https://huggingface.co/{origin.source} and sign in: hf auth login"
                     )
+        if _is_trained_here(self.preset) and not any(box.origins for box in self.boxes):
+            lines.append(f"{self.preset.name}: {OWN_LICENCE}. All of it was trained by this repository")
         for folder, size in unfinished_downloads(self.preset).items():
             lines.append(
                 f"broken off: a download into {folder}, of which {_gb(size)} wait for the rest; the same "

@@ -300,6 +300,14 @@ def test_the_open_preset_has_the_sizes_of_the_published_parts() -> None:
     assert all(count for count in found.values())
 
 
+def test_each_preset_prints_the_licence_of_what_it_is_made_of() -> None:
+    own = "toybox: Apache-2.0. All of it was trained by this repository"
+    tables = {name: survey(load_preset(name)).table().splitlines() for name in ("toybox", "open-8b")}
+    assert own in tables["toybox"]
+    assert not any("trained by this repository" in line for line in tables["open-8b"])
+    assert "on conditions (Stability AI Community License)" in load_preset("open-8b").description
+
+
 def test_every_part_of_the_open_preset_names_its_licence_and_the_one_with_conditions_says_so() -> None:
     origins = [origin for box in boxes_of(load_preset("open-8b")) for origin in box.origins]
 
