@@ -26,6 +26,7 @@ from llm import checkpoint
 from llm.lora import LoraOptions, write_lora
 from llm.projectors import ProjectorConfig
 from llm.role_words import VICUNA_V0
+from llm.sentencepiece_model import read_sentencepiece
 from llm.signals import SignalVocabulary
 from llm.tokenizer import BOS, EOS, ConversationTokenizer
 
@@ -207,23 +208,19 @@ def check_base(base: Path, tensors: Mapping[str, Tensor], sizes: ReleaseSizes) -
 def read_base_tokenizer(base: Path, sizes: ReleaseSizes) -> ConversationTokenizer:
     """Read the base's tokenizer, less the tokens that were added behind its own vocabulary.
 
+    ``tokenizer.model`` goes before ``tokenizer.json``: it is what the checkpoint was trained with, and a fast
+    tokenizer that transformers 5 makes of it treats texts that begin with a space in another way.
+
     Raises:
-        ValueError: there is no ``tokenizer.json``, or it has another vocabulary.
+        ValueError: there is neither file, or it has another vocabulary.
 
     """
-    path = base / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(
-            f"{path} is missing; expected a fast tokenizer. Write it with "
-            f"transformers.AutoTokenizer.from_pretrained({str(base)!r}).save_pretrained({str(base)!r}), "
-            f"which needs the package sentencepiece."
-        )
-    state = _read_json(path)
-    try:
-        state["added_tokens"] = [t for t in state.get("added_tokens", []) if t["id"] < sizes.base_vocabulary]
-        backend = Tokenizer.from_str(json.dumps(state))
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"{path} is no tokenizer: {error}. Use that of {BASE_NAME}.") from error
+    path = base / "tokenizer.model"
+    if path.is_file():
+        backend = read_sentencepiece(path)
+    else:
+        path = base / "tokenizer.json"
+        backend = _fast_tokenizer(path, sizes)
     given = backend.get_vocab_size(with_added_tokens=True)
     if given != sizes.base_vocabulary:
         raise ValueError(
@@ -234,6 +231,20 @@ def read_base_tokenizer(base: Path, sizes: ReleaseSizes) -> ConversationTokenize
         tokenizer_object=backend, bos_token=BOS, eos_token=EOS, unk_token="<unk>"
     )
     return ConversationTokenizer(tokenizer, sizes.signals, VICUNA_V0)
+
+
+def _fast_tokenizer(path: Path, sizes: ReleaseSizes) -> Tokenizer:
+    if not path.is_file():
+        raise ValueError(
+            f"{path.parent} has no tokenizer; expected tokenizer.model or tokenizer.json there. Copy "
+            f"tokenizer.model from the folder that the weights came from."
+        )
+    state = _read_json(path)
+    try:
+        state["added_tokens"] = [t for t in state.get("added_tokens", []) if t["id"] < sizes.base_vocabulary]
+        return Tokenizer.from_str(json.dumps(state))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"{path} is no tokenizer: {error}. Use that of {BASE_NAME}.") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -31,13 +31,14 @@ from llm.nextgpt_release import ReleaseSizes
 from services.pickles import read_pickle
 
 RECORD = "converted.json"
+REWRITTEN_BASE = "Vicuna-7B v1.5"
 LICENCES = {
     "nextgpt": "CC-BY-NC-SA-4.0: not for commercial use",
     "imagebind": "CC-BY-NC-4.0: not for commercial use",
 }
 WANTED = {
     "nextgpt": "pytorch_model.pt of the hub's ChocoWu/nextgpt_7b_tiva_v0",
-    "rewritten": "mm_output_projector.bin of the 2024 code, for Vicuna-7B v1.5 and Stable Diffusion 2",
+    "rewritten": f"mm_output_projector.bin of the 2024 code, for {REWRITTEN_BASE} and Stable Diffusion 2",
     "imagebind": "imagebind_huge.pth",
 }
 NAMES_SHOWN = 6
@@ -122,6 +123,7 @@ def _convert_rewritten(
         **_source(file, "nextgpt", "2024 rewrite"),
         "tensors": groups,
         "left_out": {"why": "the rewrite's language model side has no counterpart here", "names": left_out},
+        "base": {"needed": REWRITTEN_BASE, "given": None, "mean_cosine_of_embeddings": None},
     }
     with _unfinished(out, ("projections", RECORD)) as folder:
         output_side.write_folders(ours, folder / "projections", outputs)

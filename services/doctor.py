@@ -14,6 +14,7 @@ from typing import Any
 
 from services.errors import PresetProblem, ServiceError
 from services.footprint import (
+    MADE_HERE,
     Box,
     Part,
     boxes_of,
@@ -28,6 +29,7 @@ from services.memory_plan import LEFT_FREE, Plan, fits, plan_for
 from services.presets import BoxPreset, Preset
 
 QUANTIZER = "torchao"
+OWN_LICENCE = "Apache-2.0"
 LIBRARIES = ("torch", "transformers", "diffusers", "peft", "ray", "gradio", "fastapi", "av", "soundfile")
 SERVICE_MB = 6000  # what `patchbay serve` takes besides the weights, with all its processes
 
@@ -168,8 +170,13 @@ def too_large_for_turns(preset: Preset, boxes: Sequence[Box]) -> str | None:
 def _disk(preset: Preset, boxes: Sequence[Box]) -> Check:
     place = next(path for path in (preset.weights_folder, *preset.weights_folder.parents) if path.exists())
     free = shutil.disk_usage(place).free
-    to_get = sum(_to_get(part) for box in boxes for part in box.parts if part.missing)
+    missing = [part for box in boxes for part in box.parts if part.missing]
+    as_held = sum(_as_held(part) for part in missing if part.download is None)
+    to_get = sum(part.download or 0 for part in missing) + as_held
     wanted = f"; {_gb(to_get)} of weights are missing" if to_get else ""
+    if as_held:
+        wanted += f", {_gb(as_held)} of them counted as they are held here: how large their downloads are is "
+        wanted += "not known"
     return Check("disk", free > max(to_get, 500 * 2**20), f"{free // 2**20} MB free in {place}{wanted}")
 
 
@@ -252,6 +259,7 @@ class Survey:
                             "dtype": part.dtype,
                             "in_memory": part.in_memory,
                             "on_disk": part.on_disk,
+                            "download": part.download,
                             "missing": [str(path) for path in part.missing],
                         }
                         for part in box.parts
@@ -310,6 +318,8 @@ class Survey:
                         f"{origin.model}: gated. Before you download it, accept its terms on "
                         f"https://huggingface.co/{origin.source} and sign in: hf auth login"
                     )
+        if _is_trained_here(self.preset) and not any(box.origins for box in self.boxes):
+            lines.append(f"{self.preset.name}: {OWN_LICENCE}. All of it was trained by this repository")
         for folder, size in unfinished_downloads(self.preset).items():
             lines.append(
                 f"broken off: a download into {folder}, of which {_gb(size)} wait for the rest; the same "
@@ -361,10 +371,12 @@ def _files(part: Part) -> str:
     if not part.missing:
         return f"there, {_gb(part.on_disk)}"
     files = f"missing, {len(part.missing)} file{'s' if len(part.missing) > 1 else ''}"
-    return files if part.parameters is None else f"{files} of about {_gb(_to_get(part))}"
+    if part.name not in MADE_HERE:
+        files += "; download " + ("not known" if part.download is None else _gb(part.download))
+    return files if part.parameters is None else f"{files}; takes {_gb(_as_held(part))} in {part.dtype} here"
 
 
-def _to_get(part: Part) -> int:
+def _as_held(part: Part) -> int:
     """Return the bytes of weights in the dtype that the box will hold them in, before quantisation."""
     return replace(part, quantization=None, stays=True).in_memory
 

@@ -26,6 +26,8 @@ BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 NOT_MODELS = ("scheduler", "tokenizer", "feature_extractor", "safety_checker", "image_encoder")
 """How the names of parts begin that hold no weights, or none that are used: tokenizer_2 is one too."""
 LINKS_OWN, TABLES = "projection", "tables.safetensors"
+MADE_HERE = ("bridge", "LoRA", "tables", LINKS_OWN)
+"""Parts that no download holds as they are: they are converted or trained."""
 DOWNLOADS = ".cache/huggingface/download"
 """Where, in a folder that the hub is downloaded to, unfinished files lie."""
 TOWERS = {"vision": "vision tower", "audio": "audio tower"}
@@ -40,7 +42,8 @@ class Part:
     ``parameters`` is None where neither weights nor a configuration tell. ``dtype`` is that in which the
     box will hold them, ``missing`` are files that it needs and does not have. Of its weights ``matrices``
     are those that ``quantization`` replaces. ``stays`` is False for what is let go after a moment's use, or
-    becomes part of another's weights.
+    becomes part of another's weights. ``published`` is the dtype of the files that are downloaded; None where
+    that is not known, or nothing is downloaded for it.
     """
 
     name: str
@@ -51,6 +54,14 @@ class Part:
     matrices: tuple[tuple[int, int], ...] = ()
     quantization: QuantizationName | None = None
     stays: bool = True
+    published: str | None = None
+
+    @property
+    def download(self) -> int | None:
+        """Bytes of its published files; None where they are not known."""
+        if self.parameters is None or self.published is None:
+            return None
+        return self.parameters * BYTES[self.published]
 
     @property
     def in_memory(self) -> int:
@@ -136,8 +147,18 @@ def boxes_of(preset: Preset) -> list[Box]:
     boxes = [_encoder(preset), _language_model(preset)]
     boxes += [_decoder(preset, modality) for modality in preset.decoders]
     return [
-        replace(box, adapters=_adapters(preset, box), working=working_bytes(preset, box)) for box in boxes
+        replace(
+            box,
+            parts=tuple(replace(part, published=_published(part, box.origins)) for part in box.parts),
+            adapters=_adapters(preset, box),
+            working=working_bytes(preset, box),
+        )
+        for box in boxes
     ]
+
+
+def _published(part: Part, origins: Sequence[Origin]) -> str | None:
+    return next((origin.published[part.name] for origin in origins if part.name in origin.published), None)
 
 
 def _adapters(preset: Preset, box: Box) -> int:

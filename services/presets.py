@@ -37,6 +37,7 @@ class Origin(_Strict):
     folder, ``{preset}`` for how commands name the preset, and ``{source}`` and ``{revision}`` for these.
     ``revision`` is a commit, as a branch may hold something else tomorrow. ``commercial`` says whether the
     licence allows such use, ``gated`` whether the hub asks for a sign-in and its terms to be accepted.
+    ``published`` is the dtype of the files that ``get`` downloads, by part of the box, as far as it is known.
     """
 
     model: str
@@ -45,6 +46,7 @@ class Origin(_Strict):
     licence: str
     commercial: bool
     gated: bool = False
+    published: dict[str, DtypeName] = {}
     get: str
 
     @model_validator(mode="after")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +186,30 @@ def write_base(folder: Path, change: Callable[[LlamaConfig], None] | None = None
 def read_json(path: Path) -> dict[str, object]:
     values: dict[str, object] = json.loads(path.read_text())
     return values
+
+
+def write_sentencepiece(
+    path: Path,
+    pieces: Sequence[tuple[str, float, int]],
+    *,
+    trainer: bytes = b"\x18\x02\x98\x02\x01",  # model_type 2, byte-pair encoding; byte_fallback true
+    normalizer: bytes = b"\x0a\x08identity\x20\x00",  # name; remove_extra_whitespaces false
+) -> Path:
+    """Write a tokenizer.model: pieces of a text, a score and a kind, then the two settings, in that order."""
+    data = b""
+    for text, score, kind in pieces:
+        name = text.encode()
+        piece = b"\x0a" + bytes([len(name)]) + name + b"\x15" + struct.pack("<f", score)
+        piece += b"\x18" + bytes([kind]) if kind != 1 else b""
+        data += b"\x0a" + bytes([len(piece)]) + piece
+    for key, value in ((b"\x12", trainer), (b"\x1a", normalizer)):
+        data += key + bytes([len(value)]) + value
+    path.write_bytes(data)
+    return path
+
+
+def llama_pieces(words: Sequence[str]) -> list[tuple[str, float, int]]:
+    """Pieces in LLaMA's order: unknown, start and end, all bytes, then ``words``, the best first."""
+    first = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3)]
+    octets = [(f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)]
+    return [*first, *octets, *((word, -float(rank), 1) for rank, word in enumerate(words))]

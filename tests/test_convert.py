@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,14 @@ from tests.nextgpt_files import (
     SMALL,
     SMALL_OUTPUTS,
     earlier,
+    llama_pieces,
     read_json,
     rewritten,
     save_pt,
     small_names,
     small_tensors,
     write_base,
+    write_sentencepiece,
 )
 from tests.test_imagebind import TINY
 from tests.tiny_llm import user
@@ -323,16 +326,39 @@ def test_without_a_base_all_else_is_there(tensors: dict[str, Tensor], base: Path
     assert LanguageModel.load(llm).width == 32
 
 
+def test_a_base_with_a_tokenizer_of_sentencepiece_alone_is_converted(
+    base: Path, tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").unlink()
+    words = ["\u2581a", "\u2581", "a", *(f"<piece{i}>" for i in range(SMALL.base_vocabulary - 262))]
+    write_sentencepiece(tmp_path / "base" / "tokenizer.model", llama_pieces(words))
+
+    convert_nextgpt(save_pt(tensors, tmp_path / "a.pt"), tmp_path / "w", str(tmp_path / "base"), **SIZES)
+
+    tokenizer = LanguageModel.load(tmp_path / "w" / "llm").tokenizer
+    assert tokenizer.encode_text(" a") == [260, 259]
+    assert tokenizer.signal_ids(IMAGE) == (302, 303, 304, 305)
+
+
 def test_of_the_rewrite_the_output_projections_are_converted(
-    tensors: dict[str, Tensor], tmp_path: Path
+    tensors: dict[str, Tensor], converted: Path, tmp_path: Path
 ) -> None:
     state = rewritten(tensors)
     assert len(state) == 3 * 129 + 2
+    state["model.mm_input_projector.layers.0.group_token"] = torch.zeros(1, 64, 16)
 
     file = save_pt(state, tmp_path / "mm_output_projector.bin")
     record = convert_nextgpt(file, tmp_path / "w", **SIZES)
 
-    assert record["left_out"]["names"] == ["lm_head.weight", "model.embed_tokens.weight"]
+    assert record["left_out"]["names"] == [
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+        "model.mm_input_projector.layers.0.group_token",
+    ]
+    of_release = json.loads((converted / "converted.json").read_text())["base"]
+    assert record["base"] == {**dict.fromkeys(of_release), "needed": "Vicuna-7B v1.5"}
+    assert json.loads((tmp_path / "w" / "converted.json").read_text()) == record
     assert not (tmp_path / "w" / "llm").exists()
     x = torch.randn(4, 32)
     projection = OutputProjection.load(tmp_path / "w" / "projections" / "image")

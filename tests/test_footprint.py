@@ -194,21 +194,23 @@ def test_doctor_says_what_the_published_preset_lacks_and_what_to_type(
     lines = captured.out.splitlines()
     (row,) = [line for line in lines if line.startswith("language model: base")]
     assert row.split("  ")[1:] != []
-    assert "missing, 3 files of about 13.48 GB" in row
+    assert "missing, 3 files; download not known; takes 13.48 GB in float16 here" in row
     assert "6,738,423,808" in row
     assert "13.48 GB" in row
+    (row,) = [line for line in lines if line.startswith("image decoder: unet")]
+    assert "missing, 1 file; download 3.44 GB; takes 1.72 GB in float16 here" in row
     (row,) = [line for line in lines if line.startswith("language model: tables")]
     cells = [cell.strip() for cell in row.split("  ") if cell.strip()]
-    assert cells[1:] == ["missing, 1 file of about 0.52 GB", "262,144,000", "none", "float16"]
+    assert cells[1:] == ["missing, 1 file; takes 0.52 GB in float16 here", "262,144,000", "none", "float16"]
     (row,) = [line for line in lines if line.startswith("language model: LoRA")]
-    assert "missing, 2 files of about 67.1 MB" in row
+    assert "missing, 2 files; takes 67.1 MB in float16 here" in row
     assert "ImageBind-Huge: CC-BY-NC-4.0; NOT for commercial use." in captured.out
     assert "NExT-GPT 7B v0: CC-BY-NC-SA-4.0; NOT for commercial use." in captured.out
     assert "language model: bridge" in captured.out
     (whole,) = [line for line in lines if line.startswith("language model: in all")]
     assert whole.split()[4:6] == ["22.15", "GB"]
     (disk,) = [line for line in lines if line[4:].startswith("disk")]
-    assert disk.endswith("23.69 GB of weights are missing")
+    assert "25.83 GB of weights are missing, 21.56 GB of them counted as they are held here" in disk
     assert "imagebind_huge.pth; no revision is known" in captured.out
     assert "From lmsys/vicuna-7b-delta-v0; revision 142d4e179e45304c430e5bf2cf5f9816f1c2be7a" in captured.out
     (working,) = [line for line in lines if line.startswith("video decoder: at work")]
@@ -285,11 +287,25 @@ def test_the_open_preset_has_the_sizes_of_the_published_parts() -> None:
         "video decoder/text_encoder": (11.36e9, 2),
         "audio decoder/transformer": (4.23e9, 4),
     }
+    parts = {
+        f"{box.name}/{part.name}": part for box in boxes_of(load_preset("open-8b")) for part in box.parts
+    }
+    for name in published.keys() - {"video decoder/text_encoder"}:
+        assert parts[name].download == pytest.approx(published[name][0], rel=0.005), name
+    assert {name for name, part in parts.items() if part.download} < published.keys()
     for name, (size, each) in published.items():
         assert found[name] == pytest.approx(size / each, rel=0.005), name
     assert found["encoder/vision tower"] == 428_225_600
     assert found["encoder/audio tower"] == 68_611_864
     assert all(count for count in found.values())
+
+
+def test_each_preset_prints_the_licence_of_what_it_is_made_of() -> None:
+    own = "toybox: Apache-2.0. All of it was trained by this repository"
+    tables = {name: survey(load_preset(name)).table().splitlines() for name in ("toybox", "open-8b")}
+    assert own in tables["toybox"]
+    assert not any("trained by this repository" in line for line in tables["open-8b"])
+    assert "on conditions (Stability AI Community License)" in load_preset("open-8b").description
 
 
 def test_every_part_of_the_open_preset_names_its_licence_and_the_one_with_conditions_says_so() -> None:

@@ -27,7 +27,7 @@ from llm.model import LanguageModel
 from llm.reply import Reply
 from llm.sampling import Sampler
 from llm.template import Dialogue, SignalPart, SignalSpan
-from tests.tiny_llm import WIDTH, assistant, gpt_neox, llama, medium, qwen2, tiny_model, user
+from tests.tiny_llm import WIDTH, assistant, gpt_neox, llama, medium, qwen2, qwen3, tiny_model, user
 
 IMAGE, VIDEO, AUDIO = Modality.IMAGE, Modality.VIDEO, Modality.AUDIO
 MEDIA = (IMAGE, VIDEO, AUDIO)
@@ -89,7 +89,7 @@ def test_every_signal_is_whole_under_wild_sampling_and_any_limit() -> None:
     assert min(seen.values()) >= 2
 
 
-@pytest.mark.parametrize("base", [llama, qwen2, gpt_neox])
+@pytest.mark.parametrize("base", [llama, qwen2, qwen3, gpt_neox])
 def test_states_at_the_signals_are_those_of_training(base: Callable[..., PreTrainedModel]) -> None:
     model = eager_model(base)
     if base is llama:

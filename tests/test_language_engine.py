@@ -25,7 +25,7 @@ from llm.generate import (
 from llm.slots import SlotModel
 from llm.template import Dialogue, SignalPart
 from tests.test_generate import eager_model
-from tests.tiny_llm import WIDTH, assistant, gpt_neox, llama, medium, qwen2, tiny_model, user
+from tests.tiny_llm import WIDTH, assistant, gpt_neox, llama, medium, qwen2, qwen3, tiny_model, user
 
 IMAGE, VIDEO, AUDIO = Modality.IMAGE, Modality.VIDEO, Modality.AUDIO
 WORDS = ("draw a bell", "what does this picture sound like?", "here is a small blue drum", "and how?")
@@ -97,7 +97,7 @@ def assert_same(one: list[Any], other: list[Any]) -> None:
             assert ours == theirs
 
 
-@pytest.mark.parametrize("base", [llama, qwen2, gpt_neox, mistral])
+@pytest.mark.parametrize("base", [llama, qwen2, qwen3, gpt_neox, mistral])
 def test_states_at_any_rows_and_positions_are_those_of_full_passes(
     base: Callable[..., PreTrainedModel],
 ) -> None:

@@ -34,6 +34,7 @@ from tests.tiny_llm import (
     medium,
     mixed_dialogue,
     qwen2,
+    qwen3,
     tiny_model,
     tiny_projectors,
     tiny_tokenizer,
@@ -62,7 +63,7 @@ def tied(rows: int) -> PreTrainedModel:
     return llama(rows, tie_word_embeddings=True)
 
 
-@pytest.mark.parametrize("base", [llama, tied, qwen2, gpt_neox, cohere, granite, gemma2])
+@pytest.mark.parametrize("base", [llama, tied, qwen2, qwen3, gpt_neox, cohere, granite, gemma2])
 def test_base_tokens_get_the_logits_of_the_untouched_base(base: Callable[..., PreTrainedModel]) -> None:
     model = tiny_model(base)
     n = model.tokenizer.base_vocabulary

@@ -11,15 +11,27 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import ClapAudioConfig, ClapModel, SiglipModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    ClapAudioConfig,
+    ClapAudioModelWithProjection,
+    ClapFeatureExtractor,
+    ClapModel,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from encoders.encoder import Encoder, load_encoder
 from encoders.imagebind_encoder import ImageBindEncoder
 from encoders.media import Audio, Image, Modality, Video
-from encoders.towers import TowerEncoder, TowerNumbers, sound_clips, spread
+from encoders.towers import AudioTower, TowerEncoder, TowerNumbers, sound_clips, spread
+from llm.checkpoint import Manifest
 from llm.model import LanguageModel
 from llm.projectors import ProjectorConfig
 from llm.template import MediaTokens, Message
+from services.presets import SHIPPED
 from tests.tiny import tiny_encoder
 from tests.tiny_llm import WIDTH, llama, tiny_tokenizer
 from tests.tiny_towers import AUDIO_WIDTH, VISION_WIDTH, write_towers, write_vision
@@ -250,3 +262,32 @@ def test_the_published_siglip_2_has_the_sizes_that_its_projector_needs() -> None
         output = model(torch.zeros(1, 3, 384, 384))
     assert output.last_hidden_state.shape == (1, 27 * 27, 1152)
     assert output.pooler_output.shape == (1, 1152)
+
+
+def test_the_published_clap_has_the_sizes_that_its_projector_needs() -> None:
+    # config.json of laion/larger_clap_general; what it leaves out is the library's own
+    folder = SHIPPED / "open-8b"
+    values = json.loads((folder / "encoder" / "audio" / "config.json").read_text())
+    manifest = Manifest.model_validate_json((folder / "llm" / "bridge.json").read_bytes())
+    projector = manifest.projector_configs[AUDIO]
+    with torch.device("meta"):
+        tower = AudioTower(
+            ClapAudioModelWithProjection(ClapAudioConfig(**values["audio_config"])), ClapFeatureExtractor()
+        )
+        output = tower.model(torch.zeros(1, 1, 1001, 64), is_longer=torch.zeros(1, 1, dtype=torch.bool))
+    assert output.last_hidden_state.shape == (1, 1024, 2, 32)
+    assert (tower.width, tower.grid) == (projector.encoder_width, projector.grid) == (1024, (2, 32))
+
+
+def test_the_published_qwen3_has_the_sizes_that_the_bridge_needs() -> None:
+    folder = SHIPPED / "open-8b" / "llm"
+    values = json.loads((folder / "base" / "config.json").read_text())
+    manifest = Manifest.model_validate_json((folder / "bridge.json").read_bytes())
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+        states = model.model(inputs_embeds=torch.zeros(1, 3, manifest.llm_width)).last_hidden_state
+    assert states.shape == (1, 3, manifest.llm_width)
+    rows, width = model.get_input_embeddings().weight.shape
+    assert (model.config.head_dim, width) == (128, manifest.llm_width)
+    assert rows >= manifest.base_vocabulary == 151_669  # the rows behind the tokenizer's are for padding
+    assert {config.llm_width for config in manifest.projector_configs.values()} == {width}

@@ -16,6 +16,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from encoders.media import Modality
@@ -47,6 +49,18 @@ def qwen2(rows: int) -> PreTrainedModel:
     sizes: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
     return Qwen2ForCausalLM(Qwen2Config(vocab_size=rows, tie_word_embeddings=True, **sizes))
+
+
+def qwen3(rows: int) -> PreTrainedModel:
+    """Queries and keys are normed, and heads are wider than the width divided by their number."""
+    sizes: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=rows, head_dim=2 * WIDTH // 4, **sizes))
+    with torch.no_grad():  # norms of ones would hide whether each is used
+        for name, weight in model.named_parameters():
+            if name.endswith(("q_norm.weight", "k_norm.weight")):
+                weight.uniform_(0.5, 1.5)
+    return model
 
 
 def gpt_neox(rows: int) -> PreTrainedModel:
