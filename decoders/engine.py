@@ -187,14 +187,7 @@ class DenoisingEngine:
             DecoderOutOfMemory: ``work`` does not fit into memory.
 
         """
-
-        def told() -> T:
-            try:
-                return work()
-            except Exception as error:
-                raise _told(error) from error
-
-        return await asyncio.get_running_loop().run_in_executor(self._pool, told)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, telling(work))
 
     def calibrate(self) -> None:
         """Measure what steps and media cost, by taking some, and make ready to show previews.
@@ -438,6 +431,18 @@ def _error_of(do: _Deed, batch: Sequence[_Request], thrift: Thrift) -> Exception
     except Exception as error:  # noqa: BLE001  (handed to the stream of the request that caused it)
         return error
     return None
+
+
+def telling(work: Callable[[], T]) -> Callable[[], T]:
+    """Return ``work`` with errors as callers are told them: lack of memory as ``DecoderOutOfMemory``."""
+
+    def told() -> T:
+        try:
+            return work()
+        except Exception as error:
+            raise _told(error) from error
+
+    return told
 
 
 def _told(error: Exception) -> Exception:

@@ -22,7 +22,7 @@ from torch import Tensor
 from decoders.condition import Condition
 from decoders.cost import CostModel
 from decoders.denoising import Cancelled
-from decoders.engine import EngineConfig, EngineStats, Heard, StepDone, is_out_of_memory
+from decoders.engine import EngineConfig, EngineStats, Heard, StepDone, is_out_of_memory, telling
 from decoders.failures import DecoderOutOfMemory, QueueFull
 from decoders.fair_queue import FairQueue, Work
 from decoders.lora import DecoderLora
@@ -97,8 +97,13 @@ class PipelineEngine:
                 yield value
 
     async def call(self, work: Callable[[], T]) -> T:
-        """Run ``work``, such as encoding a caption, beside the request that runs; return what it returns."""
-        return await asyncio.get_running_loop().run_in_executor(self._side_pool, work)
+        """Run ``work``, such as encoding a caption, beside the request that runs; return what it returns.
+
+        Raises:
+            DecoderOutOfMemory: ``work`` does not fit into memory.
+
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._side_pool, telling(work))
 
     def calibrate(self) -> None:
         """Measure what steps and media cost, by making one. Not while requests are under way."""

@@ -226,6 +226,14 @@ async def test_captions_are_encoded_while_a_request_runs(
     assert still_running == 1
 
 
+async def test_a_caption_that_does_not_fit_is_told_like_a_medium(engine: PipelineEngine) -> None:
+    def encode() -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes")
+
+    with pytest.raises(DecoderOutOfMemory, match="Ask for a smaller size"):
+        await engine.call(encode)
+
+
 async def test_a_source_is_refused(engine: PipelineEngine, condition: Condition) -> None:
     with pytest.raises(ValueError, match="this decoder always starts from noise"):
         await made(engine, condition, source=torch.zeros(4, 8, 8))
