@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -37,15 +37,16 @@ _UNTRUE_OF_THE_MODEL = ("dtype", "torch_dtype", "transformers_version", "_name_o
 class Manifest(BaseModel):
     """``bridge.json``: which base the bridge belongs to, and the sizes of its parts.
 
-    ``base_config_sha256`` is None where the base was not at hand when the bridge was converted; then shapes
-    alone tell a wrong one. ``base_tables`` says that there is a ``tables.safetensors``. ``role_words`` None
-    stands for role tokens.
+    ``base_config_sha256`` is None where the base was not at hand when the bridge was converted; then
+    ``base_config``, what is known of its ``config.json``, tells a wrong one. ``base_tables`` says that there
+    is a ``tables.safetensors``. ``role_words`` None stands for role tokens.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: int = 1
     base_config_sha256: str | None
+    base_config: dict[str, int | str] = Field(default_factory=dict, exclude_if=lambda known: not known)
     llm_width: int
     base_vocabulary: int
     added_tokens: list[str]
@@ -102,6 +103,14 @@ def read_manifest(folder: Path, base: Path | None = None) -> Manifest:
             f"{base} has {digest}. Put the base there that the bridge was trained on, or train a bridge to "
             f"this one with `patchbay train bridge --part language_model`."
         )
+    given = json.loads((base / "config.json").read_text())
+    for name, expected in manifest.base_config.items():
+        if given.get(name) != expected:
+            raise ValueError(
+                f"{base / 'config.json'} has {name} {given.get(name)}; {path} was written for a base with "
+                f"{expected}. Put the base there that the bridge was trained on, or convert again with "
+                f"--base, which also compares the weights."
+            )
     return manifest
 
 

@@ -59,6 +59,17 @@ class ReleaseSizes:
         return self.base_vocabulary + len(self.signals.tokens)
 
 
+def base_config(sizes: ReleaseSizes) -> dict[str, int | str]:
+    """Return what is known of the ``config.json`` of the base that a checkpoint of ``sizes`` belongs to."""
+    return {
+        "model_type": "llama",
+        "hidden_size": sizes.width,
+        "num_hidden_layers": sizes.num_layers,
+        "vocab_size": sizes.base_rows,
+        "max_position_embeddings": sizes.context_length,
+    }
+
+
 def plain_name(name: str) -> str:
     """Return the one name of a tensor that files of different stages and peft versions name differently.
 
@@ -151,6 +162,7 @@ def write_folder(
     counts = {str(m): sizes.signals.count(m) for m in (Modality.IMAGE, Modality.VIDEO, Modality.AUDIO)}
     manifest = checkpoint.Manifest(
         base_config_sha256=checkpoint.config_digest(base) if base else None,
+        base_config=base_config(sizes),
         llm_width=sizes.width,
         base_vocabulary=sizes.base_vocabulary,
         added_tokens=list(sizes.signals.tokens),
@@ -179,13 +191,7 @@ def check_base(base: Path, tensors: Mapping[str, Tensor], sizes: ReleaseSizes) -
     if not path.is_file():
         raise ValueError(f"{path} is missing; expected the folder of {BASE_NAME}. Give that with --base.")
     config = _read_json(path)
-    for name, expected in (
-        ("model_type", "llama"),
-        ("hidden_size", sizes.width),
-        ("num_hidden_layers", sizes.num_layers),
-        ("vocab_size", sizes.base_rows),
-        ("max_position_embeddings", sizes.context_length),
-    ):
+    for name, expected in base_config(sizes).items():
         if (given := config.get(name)) != expected:
             raise ValueError(
                 f"{path} has {name} {given}; this checkpoint was trained on a base with {expected}. "

@@ -22,7 +22,16 @@ from encoders.media import Modality
 from llm.model import LanguageModel
 from services.cli import main
 from services.convert import convert_nextgpt
-from tests.nextgpt_files import EMBEDDING, SIZES, read_json, rewritten, save_pt, small_tensors, write_base
+from tests.nextgpt_files import (
+    EMBEDDING,
+    SIZES,
+    SMALL,
+    read_json,
+    rewritten,
+    save_pt,
+    small_tensors,
+    write_base,
+)
 
 IMAGE = Modality.IMAGE
 
@@ -180,6 +189,26 @@ def test_a_wrong_base_is_refused_with_what_to_use(
     with pytest.raises(ValueError, match=complaint):
         convert_nextgpt(file, tmp_path / "w", str(tmp_path / "base"), **SIZES)
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (setting("vocab_size", 300), r"has vocab_size 300; .* a base with 301\. Put the base there .*--base"),
+        (setting("max_position_embeddings", 4096), r"max_position_embeddings 4096; .* with 256\."),
+        (setting("model_type", "mistral"), r"has model_type mistral; .* with llama\."),
+    ],
+)
+def test_a_wrong_base_beside_a_checkpoint_that_was_converted_without_one_is_refused(
+    base: Path, tensors: dict[str, Tensor], tmp_path: Path, change: Callable[[Path], object], complaint: str
+) -> None:
+    convert_nextgpt(save_pt(tensors, tmp_path / "a.pt"), tmp_path / "w", **SIZES)
+    folder = tmp_path / "w" / "llm"
+    shutil.copytree(base, folder / "base")
+    assert LanguageModel.load(folder).tokenizer.base_vocabulary == SMALL.base_vocabulary
+    change(folder / "base")
+    with pytest.raises(ValueError, match=complaint):
+        LanguageModel.load(folder)
 
 
 def test_tokens_that_were_added_to_the_base_are_left_out(

@@ -48,6 +48,12 @@ def test_the_best_pair_is_joined_first_behind_a_space_in_front(
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
+def test_the_score_and_not_the_place_says_which_piece_is_better(tmp_path: Path) -> None:
+    words = [("ab", -2.0, 1), ("bc", -1.0, 1), *((letter, -9.0, 1) for letter in "abc\u2581")]
+    path = write_sentencepiece(tmp_path / "tokenizer.model", [*llama_pieces([]), *words])
+    assert said(read_sentencepiece(path), "abc") == ["\u2581", "a", "bc"]
+
+
 def test_what_has_no_piece_is_written_in_bytes(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("a\u2603", add_special_tokens=False).ids
     assert ids == [FIRST, *(BYTES + byte for byte in "\u2603".encode())]
