@@ -124,7 +124,7 @@ def test_lora_of_a_request_is_added_to_the_quantised_weights_of_its_rows_only(
 PROMPTS = (
     "draw a big red bell",
     "hello",
-    "a slow video of a big blue bird moving up, and its sound",
+    "a slow video of a small blue bird moving up, and its sound",
     "let me hear a small drum",
 )
 

@@ -163,12 +163,12 @@ def test_a_recorded_pass_is_the_plain_one_also_when_the_cache_has_grown(rows: li
 def test_what_computes_something_else_when_repeated_is_not_recorded(
     decoder: ImageDecoder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_it = decoder._run
+    run_it = decoder._quick.run
 
     def moody(network: Any, latents: Tensor, *rest: Tensor) -> Tensor:
         return run_it(network, latents, *rest) * len(latents)  # a number that is recorded as it was
 
-    monkeypatch.setattr(decoder, "_run", moody)
+    monkeypatch.setattr(decoder._quick, "run", moody)
     expected = pixels(decoder)
 
     with caplog.at_level("WARNING", "services.compiling"):
