@@ -68,7 +68,7 @@ def test_the_toy_box_draws_with_another_decoder_after_one_line_and_one_command(
 ) -> None:
     tiny_current.write("xl", tmp_path / "xl")
     lines = (SHIPPED / "toybox.yaml").read_text().replace("../weights", f"{SHIPPED.parent}/weights")
-    (line,) = re.findall(r"^  image: {folder: image, .*}$", lines, re.MULTILINE)
+    (line,) = re.findall(r"^  image: {folder: image, .*$", lines, re.MULTILINE)
     path = tmp_path / "toybox.yaml"
     path.write_text(
         lines.replace(line, f"  image: {{folder: {tmp_path}/xl, link: signal, steps: 2}}").partition(
