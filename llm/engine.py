@@ -254,10 +254,10 @@ class Engine:
     def abort(self) -> None:
         """Forget every request, and all that slots hold. No event tells of it."""
         self._waiting.clear()
-        for index, slot in enumerate(self._slots):
-            self._slot_model.cache.clear(index)
-            slot.keys, slot.fed, slot.request, slot.media, slot.last_used = [], 0, None, [], -1
+        for slot in self._slots:
+            slot.request = None
         self._num_running = 0
+        self.forget()
 
     def forget(self) -> None:
         """Let go of what idle slots have read; the next prompts are read whole."""
