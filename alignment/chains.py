@@ -107,7 +107,8 @@ def run_chains(
             else:
                 chain.broken = True
         conditions = [system.condition(signal) for _, signal in asked]
-        made = system.make(modality, conditions, seed + 1000 * turn)
+        sources = [chains[index].now for index, _ in asked]
+        made = system.make(modality, conditions, seed + 1000 * turn, sources=sources)
         for (index, _), medium in zip(asked, made, strict=True):
             _take(chains[index], to_bytes(medium), turn)
         for chain in chains:

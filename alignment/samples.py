@@ -20,7 +20,7 @@ from alignment.toybox.judge_sound import measure_sound
 from alignment.toybox.judge_visual import measure_look
 from alignment.toybox.media import Finding, Value, compare, fitted, judge, lengthened, render, to_bytes
 from alignment.toybox.world import Scene
-from encoders.media import Audio, Image, Medium, read_media
+from encoders.media import Audio, Image, Medium, Modality, read_media
 from llm.generate import ContextTooLong
 from llm.signals import Signal
 from llm.template import Dialogue, MediaTokens, Message, SignalPart
@@ -33,12 +33,13 @@ MEASURED = ("hue", "centre", "fundamental")
 class Sample:
     """One exercise: ``heard`` is the conversation up to the last reply, ``ids`` the tokens of that reply.
 
-    ``confidence`` is that of each signal of the last reply.
+    ``replies`` are the signals of every reply, ``confidence`` is that of each signal of the last one.
     """
 
     exercise: Exercise
     media: dict[Scene, Medium]
     spoken: list[Spoken] = field(default_factory=list)
+    replies: list[list[Signal]] = field(default_factory=list)
     made: list[bytes] = field(default_factory=list)
     heard: Dialogue = field(default_factory=list)
     ids: tuple[int, ...] = ()
@@ -60,6 +61,17 @@ class Sample:
         """The words of the person, turn by turn."""
         turns = [turn for turn in self.exercise.turns if turn.role == "user"]
         return " / ".join(" ".join(p for p in turn.parts if isinstance(p, str)) for turn in turns)
+
+    def shown(self, turn: int) -> list[Medium]:
+        """Return the media that the person shows in a turn of theirs, in order."""
+        asked = [t for t in self.exercise.turns if t.role == "user"][turn : turn + 1]
+        return [self.media[part] for t in asked for part in t.parts if not isinstance(part, str)]
+
+    def keep(self, turn: int, place: int, data: bytes) -> None:
+        """Keep the file of a medium, if it is part of the last reply."""
+        if turn == len(self.replies) - 1:
+            self.made += [b""] * (place + 1 - len(self.made))
+            self.made[place] = data
 
     def judged(self, made: bytes) -> dict[str, Value]:
         """Return what the judge says of a file, asking it once."""
@@ -102,13 +114,33 @@ def prepare(exercise: Exercise, rng: random.Random) -> Sample:
 
 
 def decode(system: System, samples: Sequence[Sample], seed: int) -> None:
-    """Make every medium that the replies ask for, in batches of one modality."""
-    for modality in system.decoders:
-        placed = [(s, i, g) for s in samples for i, g in enumerate(s.signals) if g.modality == modality]
-        media = system.make(modality, [system.condition(signal) for _, _, signal in placed], seed)
-        for (sample, place, _), medium in zip(placed, media, strict=True):
-            sample.made += [b""] * (place + 1 - len(sample.made))
-            sample.made[place] = to_bytes(medium)
+    """Make every medium that the last replies ask for, in batches of one modality.
+
+    Where media start from the newest ones of their kind, those of earlier replies are made first.
+    """
+    newest: list[dict[Modality, Medium]] = [{} for _ in samples]
+    for turn in range(max((len(sample.replies) for sample in samples), default=0)):
+        for sample, known in zip(samples, newest, strict=True):
+            known.update({medium.modality: medium for medium in sample.shown(turn)})
+        found: list[tuple[int, Modality, Medium]] = []
+        for modality in system.decoders:
+            placed = [
+                (i, place, signal)
+                for i, sample in enumerate(samples)
+                if turn < len(sample.replies)
+                if turn == len(sample.replies) - 1 or modality in system.edit_strengths
+                for place, signal in enumerate(sample.replies[turn])
+                if signal.modality == modality
+            ]
+            conditions = [system.condition(signal) for _, _, signal in placed]
+            sources = [newest[i].get(modality) for i, _, _ in placed]
+            media = system.make(modality, conditions, seed + 1000 * turn, sources=sources)
+            for (i, place, _), medium in zip(placed, media, strict=True):
+                data = to_bytes(medium)
+                samples[i].keep(turn, place, data)
+                found.append((i, modality, read_media(data)))
+        for i, modality, medium in found:
+            newest[i][modality] = medium
 
 
 def converse(system: System, sample: Sample) -> None:
@@ -123,8 +155,10 @@ def converse(system: System, sample: Sample) -> None:
                 answer = system.answer(dialogue)
             except ContextTooLong:  # only a babbling model talks itself out of its context
                 sample.spoken, sample.ids, sample.confidence = [], (), ()
+                sample.replies.append([])
                 return
             sample.spoken, sample.ids, sample.confidence = answer.parts, answer.ids, answer.confidence
+            sample.replies.append(sample.signals)
             parts: list[str | MediaTokens | SignalPart] = [
                 SignalPart(part.modality) if isinstance(part, Signal) else part for part in answer.parts
             ]

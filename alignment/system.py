@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -39,7 +39,8 @@ DECODERS: Mapping[Modality, type[LatentDecoder]] = {
 class Folders:
     """Where the parts of a preset lie, and what it asks of its decoders where nobody asks otherwise.
 
-    ``base`` and ``bridge`` take the place of those in ``language_model``.
+    ``base`` and ``bridge`` take the place of those in ``language_model``. A medium whose modality is in
+    ``edit_strengths`` starts from the newest one of its kind, so far away from it.
     """
 
     encoder: Path
@@ -50,6 +51,7 @@ class Folders:
     base: Path | None = None
     bridge: Path | None = None
     settings: Mapping[Modality, DecodeSettings] = field(default_factory=dict)
+    edit_strengths: Mapping[Modality, float] = field(default_factory=dict)
 
     @classmethod
     def of_weights(cls, weights: Path, link: LinkName = "signal") -> Folders:
@@ -81,6 +83,7 @@ class System:
     def __init__(self, folders: Folders) -> None:
         self.links = folders.links
         self.settings = folders.settings
+        self.edit_strengths = folders.edit_strengths
         self.encoder = load_encoder(folders.encoder)
         self.llm = LanguageModel.load(folders.language_model, base=folders.base, bridge=folders.bridge)
         self.llm.merge_adapter()
@@ -133,16 +136,25 @@ class System:
         conditions: Sequence[Condition],
         seed: int | Sequence[int],
         settings: DecodeSettings | None = None,
+        sources: Sequence[Medium | None] | None = None,
     ) -> list[Medium]:
         """Decode conditions of one modality in batches, by default as the preset asks.
 
-        Medium i has the seed ``seed + i``, or ``seed[i]`` where there is one for each.
+        Medium i has the seed ``seed + i``, or ``seed[i]`` where there is one for each. It starts from
+        ``sources[i]`` where there is one and the preset has an edit strength for the modality.
         """
         wish = settings or self.settings.get(modality, DecodeSettings())
-        seeds = [seed + i for i in range(len(conditions))] if isinstance(seed, int) else seed
-        media: list[Medium] = []
-        for start in range(0, len(conditions), DECODE_BATCH):
-            part = list(conditions[start : start + DECODE_BATCH])
-            wishes = [wish.with_seed(one) for one in seeds[start : start + len(part)]]
-            media += [made.medium for made in self.decoders[modality].decode_batch(part, wishes)]
-        return media
+        seeds = [seed + i for i in range(len(conditions))] if isinstance(seed, int) else list(seed)
+        strength = self.edit_strengths.get(modality)
+        starts = list(sources) if sources and strength is not None else [None] * len(conditions)
+        decoder = self.decoders[modality]
+        media: dict[int, Medium] = {}
+        for begins in (False, True):  # a batch has sources or none
+            mine = [i for i, start in enumerate(starts) if (start is not None) is begins]
+            for first in range(0, len(mine), DECODE_BATCH):
+                part = mine[first : first + DECODE_BATCH]
+                wishes = [replace(wish, seed=seeds[i], strength=strength if begins else None) for i in part]
+                latents = [decoder.encode_source(medium, wish) for i in part if (medium := starts[i])]
+                made = decoder.decode_batch([conditions[i] for i in part], wishes, sources=latents or None)
+                media |= {i: one.medium for i, one in zip(part, made, strict=True)}
+        return [media[i] for i in range(len(conditions))]

@@ -67,7 +67,7 @@ RECIPES: Mapping[str, FitConfig] = {
     "look-captions": _CAPTIONS,
     "clip-captions": _CAPTIONS,
     "sound-captions": _CAPTIONS,
-    "look-denoiser": _DENOISER,
+    "look-denoiser": replace(_DENOISER, average_decay=0.998, muon=True),
     "clip-denoiser": replace(_DENOISER, num_steps=3400, average_decay=0.998, muon=True),
     "sound-denoiser": replace(_DENOISER, average_decay=0.998, muon=True),
     "imagebind": FitConfig(

@@ -188,7 +188,8 @@ class DecodeBox(Protocol):
 
         Users share the box fairly: those who ask for equally much get equally much of it. At most
         ``previews`` previews come, evenly spread. ``source`` is the artefact of a medium of the same kind to
-        start from, as far from it as the strength of ``settings`` says.
+        start from, as far from it as the strength of ``settings`` says, or that of the preset; without
+        either it is left alone.
         """
         ...
 

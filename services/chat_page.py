@@ -290,7 +290,7 @@ def _settings(preset: Preset) -> Settings:
                         0,
                         step=0.05,
                         label=f"{name}: strength",
-                        info=f"0: a new {NAMES[modality]}; else the newest one, changed so much",
+                        info=f"0: as usual; else the newest {NAMES[modality]}, changed so much; 1: a new one",
                     )
                 )
     return Settings(tuple(preset.decoders), components)

@@ -7,9 +7,11 @@ same :class:`services.decoder_pool.DecoderPool`.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,10 +36,13 @@ from services.artefacts import ArtefactStore
 from services.boxes import LOCAL, Counts, Made, Preview, Progress, SpokenSignal, Step
 from services.compiling import compile_if_possible
 from services.decoder_pool import DecoderKey, DecoderPool
+from services.errors import ServiceError
 from services.footprint import decoder_bytes
 from services.links import CaptionLink, Link, SignalLink
 from services.loading import LOADING, loading
 from services.presets import Preset
+
+logger = logging.getLogger(__name__)
 
 
 class LocalDecoder:
@@ -97,6 +102,11 @@ class LocalDecoder:
             decoder.use_vae(self.chosen.vae)
             compile_if_possible(f"{self.modality.value} decoder", self.chosen.compile, decoder)
             if isinstance(decoder, WholePipeline):
+                if self.chosen.edit_strength is not None:
+                    raise ValueError(
+                        f"edit_strength is {self.chosen.edit_strength:g}; a {decoder.folder.pipeline_class} "
+                        f"runs as a whole, and always starts from noise. Leave edit_strength out."
+                    )
                 return PipelineEngine(decoder, config)
             decoder.forget_text_encoder()
         return DenoisingEngine(decoder, config)
@@ -157,7 +167,7 @@ class LocalDecoder:
         async with self.pool.use(self.key, need, self._engine) as engine:
             link = self.link(engine) if self._is_linked else await asyncio.to_thread(self.link, engine)
             condition = await engine.call(lambda: link.condition(signal))
-            start = None if source is None else await self._start(engine, settings, source)
+            start, settings = await self._start(engine, settings, source)
             steps = steps_run(settings.steps or engine.decoder.defaults.steps, settings.strength or 1.0)
             every = math.ceil(steps / (previews + 1)) if previews else 0
             with self.adapters.holding(name) if name else nullcontext():
@@ -171,13 +181,26 @@ class LocalDecoder:
                         yield step
 
     async def _start(
-        self, engine: DenoisingEngine | PipelineEngine, settings: DecodeSettings, source: str
-    ) -> Tensor:
-        """Return the latents of the artefact ``source``, for a medium of the size that is wanted."""
+        self, engine: DenoisingEngine | PipelineEngine, settings: DecodeSettings, source: str | None
+    ) -> tuple[Tensor | None, DecodeSettings]:
+        """Return the latents to start from, of the size that is wanted, and the strength among the settings.
+
+        What only the preset wants to start from may be gone or unfit: then the medium starts from noise.
+        """
+        strength = settings.strength or self.chosen.edit_strength
+        if source is None or strength is None:
+            return None, settings
         budget = self.preset.limits.media.budget()
-        data = await asyncio.to_thread(self.store.read, source)
-        medium = await asyncio.to_thread(read_media, data, budget, self.modality)
-        return await engine.call(lambda: engine.decoder.encode_source(medium, settings))
+        try:
+            data = await asyncio.to_thread(self.store.read, source)
+            medium = await asyncio.to_thread(read_media, data, budget, self.modality)
+            latents = await engine.call(lambda: engine.decoder.encode_source(medium, settings))
+        except (ServiceError, ValueError) as error:
+            if settings.strength is not None:
+                raise
+            logger.info("A %s starts from noise: %s", self.modality.value, error)
+            return None, settings
+        return latents, replace(settings, strength=strength)
 
     async def _steps(
         self, signal: SpokenSignal, work: AsyncGenerator[Heard, None]

@@ -42,7 +42,7 @@ Told = Progress | Preview | Made | PartFailure
 class Order:
     """One medium that is to be made: part ``index`` of the reply of ``turn``.
 
-    ``source`` is the artefact that a strength in the settings starts from.
+    ``source`` is the artefact of the newest medium of the same kind in the conversation.
     """
 
     turn: str
@@ -129,7 +129,7 @@ class Making:
             order.settings,
             user=order.user,
             previews=order.previews,
-            source=None if order.settings.strength is None else order.source,
+            source=order.source,
         )
         made: Made | None = None
         async with aclosing(work) as stream:

@@ -69,6 +69,11 @@ def folders_of(preset: Preset, link: Any = None) -> Folders:
         base=preset.base_folder,
         bridge=preset.bridge_folder,
         settings={modality: decoder.fill(DecodeSettings()) for modality, decoder in preset.decoders.items()},
+        edit_strengths={
+            modality: decoder.edit_strength
+            for modality, decoder in preset.decoders.items()
+            if decoder.edit_strength is not None
+        },
     )
 
 

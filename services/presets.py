@@ -144,7 +144,9 @@ class DecoderPreset(BoxPreset):
     larger than it was made for, which shows a little.
     ``deep_every`` above 1 makes media faster and less exact where a request does not say (see
     :mod:`decoders.deep_features`), ``fast_deep_every`` where it says ``fast``; `patchbay bench decode`
-    measures both. ``compile`` is that of :class:`LanguageModelPreset`, for the denoising network.
+    measures both. ``edit_strength`` lets every medium start from the newest one of its kind in the
+    conversation, so far away from it, where a request names no ``strength``; None starts from noise.
+    ``compile`` is that of :class:`LanguageModelPreset`, for the denoising network.
     """
 
     waits_in: Literal["device", "cpu", "disk"] = "device"
@@ -160,6 +162,7 @@ class DecoderPreset(BoxPreset):
     duration_s: float | None = Field(default=None, gt=0)
     deep_every: int | None = Field(default=None, ge=1, le=16)
     fast_deep_every: int = Field(default=2, ge=2, le=16)
+    edit_strength: float | None = Field(default=None, gt=0, le=1)
     compile: Compile = False
     limits: CostLimits = CostLimits()
 

@@ -50,7 +50,7 @@ def test_the_ground_of_a_picture_stays_when_its_thing_gets_another_colour(sessio
     ]
     messages = [{"role": "user", "content": content}]
 
-    anew, edited = (made(session, messages, Modality.IMAGE, strength) for strength in (None, 0.6))
+    anew, edited = (made(session, messages, Modality.IMAGE, strength) for strength in (1.0, 0.6))
 
     off = [float(np.abs(pixels_of(part) - picture)[ground].mean()) for part in (anew, edited)]
     assert off[1] < 0.7 * off[0], off
@@ -71,7 +71,7 @@ def test_videos_and_sounds_start_from_the_one_before(session: Session, kind: Mod
     said = {"type": kind.value, "caption": before.caption, "file_id": before.file_id}
     messages += [{"role": "assistant", "parts": [said]}, {"role": "user", "content": change}]
 
-    anew, edited = (made(session, messages, kind, strength) for strength in (None, 0.5))
+    anew, edited = (made(session, messages, kind, strength) for strength in (1.0, 0.5))
 
     def off(part: ReplyPart) -> float:
         values = []

@@ -1,5 +1,6 @@
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,12 +9,12 @@ import torch
 
 from alignment.embedded.dialogues import MODALITY
 from alignment.evaluation import asking_of, asking_table, over_seeds, table
-from alignment.samples import Sample, Tally, findings, right_media
-from alignment.toybox.exercises import DIRECTIONS, Exercise, FreshScenes, make
+from alignment.samples import Sample, Tally, decode, findings, right_media
+from alignment.toybox.exercises import DIRECTIONS, Exercise, FreshScenes, Turn, make
 from alignment.toybox.grammar import caption
 from alignment.toybox.media import Finding, judge, render, to_bytes
 from alignment.toybox.world import Scene, Sound, attributes
-from encoders.media import Audio, Modality
+from encoders.media import Audio, Image, Medium, Modality, read_media
 from llm.signals import Signal
 
 
@@ -94,6 +95,44 @@ def test_files_are_judged_not_tensors() -> None:
     rng = random.Random(4)
     scene = FreshScenes(rng).sound()
     assert judge(to_bytes(render(scene, rng)))["thing"] == scene.thing
+
+
+class Painter:
+    """A system that paints a grey picture for each call, and remembers what it was to start from."""
+
+    decoders = (Modality.IMAGE,)
+
+    def __init__(self, **edit_strengths: float) -> None:
+        self.edit_strengths = {Modality(name): strength for name, strength in edit_strengths.items()}
+        self.sources: list[Sequence[Medium | None]] = []
+
+    def condition(self, signal: Signal) -> None:
+        return None
+
+    def make(self, modality: Modality, conditions: Any, seed: int, sources: Any) -> list[Medium]:
+        self.sources.append(sources)
+        shade = len(self.sources)
+        return [Image(np.full((64, 64, 3), shade, np.uint8)) for _ in conditions]
+
+
+def test_edits_start_from_what_was_shown_and_then_from_what_was_made() -> None:
+    rng = random.Random(5)
+    exercise = make("text+image-to-image", rng, FreshScenes(rng))
+    asks_again = replace(exercise, turns=(*exercise.turns, Turn("user", ("and now blue",))))
+    for painter, calls in ((Painter(image=0.9), 2), (Painter(), 1)):
+        sample = perfect(asks_again, rng)
+        sample.replies = [[signal(Modality.IMAGE)], [signal(Modality.IMAGE)]]
+        shown = next(iter(sample.media.values()))
+        decode(painter, [sample], 0)  # type: ignore[arg-type]
+
+        made = [sources for sources in painter.sources if sources]
+        assert len(made) == calls
+        assert made[0] == [shown]
+        assert read_media(sample.made[0]).pixels.max() == len(painter.sources)  # type: ignore[union-attr]
+        if calls == 2:
+            (before,) = made[1]
+            assert isinstance(before, Image)
+            assert (before.pixels == 1).all()
 
 
 def test_a_sound_that_stops_early_is_judged_with_silence_behind_it() -> None:

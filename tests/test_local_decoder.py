@@ -91,6 +91,36 @@ async def test_an_edit_takes_its_part_of_the_steps_only_and_stays_near_its_sourc
     assert (made.manifest["steps"], made.manifest["strength"]) == (10, 0.2)
 
 
+async def test_a_preset_may_start_every_medium_from_the_newest_one_of_its_kind(box: LocalDecoder) -> None:
+    picture = to_png(Image(np.zeros((16, 16, 3), np.uint8)), {})
+    source = box.store.put(picture, media_type="image/png", filename="a.png").id
+    box.chosen = box.chosen.model_copy(update={"edit_strength": 0.5})
+
+    async def made(strength: float | None = None, **wishes: Any) -> tuple[int, float | None]:
+        *progress, last = await heard(box, 0, DecodeSettings(steps=10, strength=strength), **wishes)
+        assert isinstance(last, Made)
+        steps = max(step.step for step in progress if isinstance(step, Progress))
+        return steps, last.manifest.get("strength")
+
+    assert await made(source=source) == (5, 0.5)
+    assert await made(0.2, source=source) == (2, 0.2)  # what the request says comes first
+    assert await made() == (10, None)
+
+
+async def test_what_nobody_asked_to_start_from_may_be_gone_or_unfit(box: LocalDecoder) -> None:
+    sound = box.store.put(
+        to_wav(Audio(np.zeros(1600, np.float32), 16_000), {}), media_type="audio/wav", filename="a.wav"
+    ).id
+    box.chosen = box.chosen.model_copy(update={"edit_strength": 0.5})
+    for source in (sound, "file-00000000000000000000000000000000"):
+        made = (await heard(box, 0, DecodeSettings(), source=source))[-1]
+        assert isinstance(made, Made)
+        assert made.manifest.get("strength") is None
+        with pytest.raises(Exception, match=r"audio|file-0000") as refused:
+            await heard(box, 0, DecodeSettings(strength=0.5), source=source)
+        assert translate(refused.value).status in (400, 404)
+
+
 async def test_the_previews_of_an_edit_are_spread_over_the_steps_that_it_takes(box: LocalDecoder) -> None:
     picture = to_png(Image(np.zeros((16, 16, 3), np.uint8)), {})
     source = box.store.put(picture, media_type="image/png", filename="a.png").id
@@ -191,6 +221,18 @@ async def test_a_preset_may_name_a_pipeline_that_no_decoder_takes_apart(
         assert isinstance(made := seen[-1], Made)
         assert made.manifest["pipeline"] == "StableDiffusionXLPipeline"
         assert (made.manifest["caption"], made.manifest["seed"]) == (f"bell {i}", i)
+
+
+def test_a_pipeline_that_runs_as_a_whole_cannot_start_from_the_newest_medium(
+    preset_file: Path, tmp_path: Path
+) -> None:
+    tiny_pipelines.saved(tiny_pipelines.xl_pipeline(), preset_file.parent / "weights" / "xl-edits")
+    values = preset_file.read_text().replace("folder: image", "folder: xl-edits\n    edit_strength: 0.9")
+    other = preset_file.with_name("xl-edits.yaml")
+    other.write_text(values)
+    box = LocalDecoder(load_preset(str(other)), Modality.IMAGE, ArtefactStore(tmp_path.as_uri()))
+    with pytest.raises(PresetProblem, match=r"edit_strength is 0\.9; a StableDiffusionXLPipeline"):
+        box.load()
 
 
 def test_a_pipeline_of_another_modality_is_a_problem_of_the_preset(preset_file: Path, tmp_path: Path) -> None:

@@ -190,8 +190,8 @@ async def test_an_edit_starts_from_the_newest_medium_of_its_kind(store: Artefact
     turn = turn_of(await events_of(the_agent, conversation))
     await events_of(the_agent, [conversation[0]], decoders=wishes)
 
-    assert decoder.sources == [made, None, shown]
-    assert decoder.settings[0].strength == 0.5
+    assert decoder.sources == [made, made, shown]
+    assert [settings.strength for settings in decoder.settings] == [0.5, None, 0.5]
 
     again = [event async for event in the_agent.retry_part(turn, 0, wishes[IMAGE])]
     assert isinstance(again[-1], PartDone)

@@ -31,6 +31,7 @@ SHARES = {
     "new-subject": 4.0,
     "decision": 4.0,
     "text+image-to-image": 2.0,
+    "text+video-to-video": 2.0,
 }
 """How often a direction is met where that is not once: the more there is to keep apart, the more often."""
 

@@ -36,6 +36,9 @@ from decoders.mel import log_mel
 
 SEED = 20_231
 STILL_SHARE = 3.0
+SUBTLE = frozenset({"harp", "clock"})  # standing still, they move by a few pixels
+SUBTLE_SHARE = 2.0
+WHITE_SHARE = 3.0
 QUIET_SHARE = 3.0
 Number = TypeVar("Number", bound=np.generic)
 
@@ -59,14 +62,17 @@ def scenes(kind: str, number: int, seed: int = SEED) -> list[Scene]:
 def shares(listed: Sequence[Scene]) -> list[float]:
     """Return how often each scene is to be met, added up for :func:`random.choices`.
 
-    A clip that stands still tells its tempo by its own small movement alone, and a quiet sound's latents
-    differ little from silence's: both are met more often.
+    A clip that stands still tells its tempo by its own small movement alone, white things are drawn with
+    dark lines where others have none, and a quiet sound's latents differ little from silence's.
     """
 
     def share(scene: Scene) -> float:
+        if isinstance(scene, Sound):
+            return QUIET_SHARE if scene.loudness == "quiet" else 1.0
+        met = WHITE_SHARE if scene.colour == "white" else 1.0
         if isinstance(scene, Clip) and scene.motion == "still":
-            return STILL_SHARE
-        return QUIET_SHARE if isinstance(scene, Sound) and scene.loudness == "quiet" else 1.0
+            met *= STILL_SHARE * (SUBTLE_SHARE if scene.thing in SUBTLE else 1.0)
+        return met
 
     return list(accumulate(map(share, listed)))
 

@@ -168,7 +168,7 @@ def _single(
 
 
 def _said(request: str, rng: Speaker) -> str:
-    if rng.random() < 0.04:
+    if rng.random() < (0.04 if rng.reserved else 0.08):
         request = with_typos(request, rng)
     if request.endswith("?"):
         return request if rng.random() < 0.7 else request[:-1]
@@ -374,6 +374,27 @@ def _about_thing(rng: Speaker, scenes: Scenes) -> Exercise:
     return Exercise("", (Turn("user", (_said(text, rng),)),), answer, tuple(judged(scene) for scene in made))
 
 
+def _and_its_sound(rng: Speaker, scenes: Scenes) -> Exercise:
+    """Ask for a picture or a video in every detail, and for its sound along with it."""
+    while True:
+        scene, request = rng.choice((_wanted_look, _wanted_clip))(rng, scenes)
+        assert not isinstance(scene, Sound)
+        sound, names = _sound_of(scene)
+        if sound.held_out is scene.held_out or scene.held_out:
+            break
+    answer = (caption(scene), scene, caption(sound), sound)
+    asked = _said(request + rng.say(wordings.AND_ITS_SOUND), rng)
+    return Exercise("", (Turn("user", (asked,)),), answer, (judged(scene), names))
+
+
+def _sound_of(scene: Look | Clip) -> tuple[Sound, tuple[str, ...]]:
+    """Return how what is shown sounds, and the attributes of that sound which the scene decides."""
+    count = scene.count if isinstance(scene, Look) else 1
+    tempo = scene.tempo if isinstance(scene, Clip) else "slow"
+    names = ("thing", "pitch", "count" if isinstance(scene, Look) else "tempo")
+    return typical_sound(scene.thing, scene.size, count, tempo), names
+
+
 def _conversation(rng: Speaker, scenes: Scenes) -> Exercise:
     while True:
         wanted = rng.choice((_wanted_look, _wanted_look, _wanted_clip, _wanted_sound))
@@ -412,10 +433,7 @@ def _follow_up(scene: Scene, rng: Speaker) -> tuple[Scene, str, tuple[str, ...]]
         look = typical_look(scene.thing, SIZE_OF_PITCH[scene.pitch], scene.count)
         return look, rng.say(wordings.NOW_AS_PICTURE_OF_SOUND), ("thing", "size", "count")
     if rng.random() < 0.6:
-        count = scene.count if isinstance(scene, Look) else 1
-        tempo = scene.tempo if isinstance(scene, Clip) else "slow"
-        sound = typical_sound(scene.thing, scene.size, count, tempo)
-        names = ("thing", "pitch", "count" if isinstance(scene, Look) else "tempo")
+        sound, names = _sound_of(scene)
         return sound, rng.say(wordings.NOW_AS_SOUND), names
     if isinstance(scene, Look):
         clip = Clip(scene.thing, scene.colour, scene.size, scene.ground, rng.choice(MOTIONS), "slow")
@@ -458,6 +476,7 @@ _DECIDED: tuple[Callable[[Speaker, Scenes], Exercise], ...] = (
     _text_to_audio,
     _text_to_many,
     _about_thing,
+    _and_its_sound,
     _image_to_audio,
     _image_to_video,
     _conversation,

@@ -288,19 +288,22 @@ AUDIO_TO_VIDEO = ways(
     "(show me|let me see) what (you hear|makes this sound|sounds here) in a (video|clip|film)",
     reserved=("film what you hear", "make a clip for this sound", "animate this sound"),
 )
+_IN_TIME_WITH = (
+    "(with the tempo of|at the tempo of|at the pace of|in the rhythm of|as quick or slow as"
+    "|as fast or slow as|as slow or fast as|just as fast or slow as) "
+    "(this sound|the sound|this noise|what you hear)"
+)
 IMAGE_AUDIO_TO_VIDEO = ways(
-    "(make|create|show me) a (video|film) of (this picture|the picture|this) "
-    "(with the tempo of|at the tempo of|as fast or slow as|in the rhythm of) (this sound|the sound)",
-    "(animate|film) (the picture|this picture|what you see) "
-    "(with the tempo of|at the tempo of|as fast or slow as|in the rhythm of) (this sound|the sound)",
-    "a (video|clip) of this, as (fast or slow|slow or fast) as (this sound|the sound)",
-    "turn (the picture|this picture|this) into a (video|clip) "
-    "(as fast or slow as|with the tempo of) the sound",
+    "(make|create|show me|give me|i want) a (video|film|clip) of (this picture|the picture|this|it)(,|) "
+    + _IN_TIME_WITH,
+    "(animate|film) (the picture|this picture|this|it|what you see)(,|) " + _IN_TIME_WITH,
+    "a (video|clip|film) of (this|this picture), " + _IN_TIME_WITH,
+    "turn (the picture|this picture|this) into a (video|clip)(,|) " + _IN_TIME_WITH,
     reserved=(
         "animate this with the tempo of the sound",
         "make a clip of the picture, as fast or slow as the sound",
     ),
-)  # fmt: skip
+)
 ABOUT_THING = ways(
     "(draw|paint|sketch|show me) a {thing}(, then| and|, and then) (play its sound|play the sound of it)",
     "(show me|paint) a {thing} and (let me hear it|let me hear its sound)",
@@ -308,6 +311,15 @@ ABOUT_THING = ways(
     "(a picture|an image) of a {thing}, (and|then|and also) its sound",
     reserved=("draw a {thing} and let me hear it", "show me a picture of a {thing} and play its sound"),
 )
+AND_ITS_SOUND = ways(
+    "(,|) and (|then |also |now )(play|play me|let me hear|give me|make|add|i want to hear) "
+    "(its sound|the sound of it|the noise of it)",
+    "(,|) (and|with|plus|then|and also) (its sound|the sound of it|its noise)",
+    "(. then|. and|. and then|; then|. also) (play its sound|let me hear it|play the sound of it|its sound)",
+    "(,|) and (|then )(let me hear it|i want to hear it|play it)",
+    reserved=(", and let me hear its sound", " and the sound of it", ", then let me hear it"),
+)
+"""What follows the request for a picture or a video whose sound is wanted too."""
 SAME_SOUND_AGAIN = ways(
     "(play|make|repeat|let me hear) "
     "(exactly this|this very sound|the very same one|the very same sound) again",
@@ -326,6 +338,11 @@ SAME_PICTURE_AGAIN = ways(
 
 _SAME = "(the same one|the same thing|this one|this very one|it again) (but|only|just)"
 _LET_IT = "(i want it|i would like it|let it be|it should be|could it be|i want it to be|please let it be)"
+_MAY_IT = (
+    "(could it be|may it be|might it be|will it be|should it be|would it be|can this be|can this one be"
+    "|can the thing be|can we have it|can i have it|can you show it|could this be|is it possible to have it) "
+    "{word}?"
+)
 
 
 CHANGES: Mapping[str, Phrases] = {
@@ -336,6 +353,7 @@ CHANGES: Mapping[str, Phrases] = {
         "(in|now in|and in|do it in) {word}",
         _SAME + " (|in ){word}",
         _LET_IT + " {word}",
+        _MAY_IT,
         reserved=("now make it {word}", "can it be {word}?", "the same but {word}"),
     ),
     "size": ways(
@@ -344,6 +362,7 @@ CHANGES: Mapping[str, Phrases] = {
         "(change|set|switch) (the|its) size to {word}",
         _SAME + " {word}",
         _LET_IT + " {word}",
+        _MAY_IT,
         reserved=("now make it {word}", "can it be {word}?", "the same but {word}"),
     ),
     "place": ways(
@@ -351,18 +370,25 @@ CHANGES: Mapping[str, Phrases] = {
         "(now|and|and now|but now) {word}",
         _SAME + " {word}",
         _LET_IT + " {word}",
+        _MAY_IT,
         reserved=("now put it {word}", "can it be {word}?", "the same but {word}"),
     ),
     "count": ways(
         "(make it|now|and now|please make it) {word}( of them|)",
         "(the same but|i want|show|show me|draw|let there be|there should be|i would like) {word} of them",
+        "(this one|this very one|the same thing|the very same|it again|just this)(,|, but| but) "
+        "{word} of them",
+        "(could|may|might|will|should) there be {word} of them?",
+        "can (we have|i have|i see|you draw|you show|you make it) {word} of them?",
         reserved=(
             "now make it {word} of them", "can there be {word} of them?", "the same one but {word} of them",
         ),
     ),
     "times": ways(
         "(make it sound|let it sound|play it|please play it|it should sound|i want to hear it) {word}",
-        "(now|and|and now|the same but|the same sound but) {word}",
+        "(now|and|and now|the same but|the same sound but|this one but|it again but) {word}",
+        "(could|may|might|will|would|should) it sound {word}?",
+        "can (this|this one|the sound) (be played|be heard|sound) {word}?",
         reserved=("now play it {word}", "can it sound {word}?", "the same one but {word}"),
     ),
     "ground": ways(
@@ -371,18 +397,21 @@ CHANGES: Mapping[str, Phrases] = {
         "(change the background so it is|the background should be) {word}",
         _SAME + " {word}",
         _LET_IT + " {word}",
+        _MAY_IT,
         reserved=("now put it {word}", "can it be {word}?", "the same but {word}"),
     ),
     "motion": ways(
         "(now|and|and now|but now|show it|please show it|film it|make it go, i mean) {word}",
         _SAME + " {word}",
         _LET_IT + " {word}",
+        _MAY_IT,
         reserved=("now show it {word}", "can it be {word}?", "the same but {word}"),
     ),
     "tempo": ways(
         "(make it|now|and|and now|please make it|let it go|do it|play it) {word}",
         "(the same but|the same thing but) {word}",
         _LET_IT + " {word}",
+        _MAY_IT,
         reserved=("now make it {word}", "can it be {word}?", "the same one but {word}"),
     ),
     "pitch": ways(
@@ -391,12 +420,14 @@ CHANGES: Mapping[str, Phrases] = {
         "(change|set|switch) (the|its) pitch to {word}",
         _SAME + " {word}",
         _LET_IT + " {word}",
+        _MAY_IT,
         reserved=("now make it {word}", "can it be {word}?", "the same but {word}"),
     ),
     "loudness": ways(
         "(make it|now|and|and now|please make it|play it) {word}",
         "(the same but|the same sound but) {word}",
         _LET_IT + " {word}",
+        _MAY_IT,
         reserved=("now make it {word}", "can it be {word}?", "the same one but {word}"),
     ),
 }  # fmt: skip
