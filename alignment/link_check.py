@@ -1,7 +1,8 @@
 """``patchbay eval links``: does the learned link earn its keep?
 
-Every reply is decoded over each link that there is, from the same words and with the same seeds, and once
-more with the decoder's own text encoder reading the true caption: the decoder's ceiling.
+Every reply is decoded over each link that there is, from noise, the same words and the same seeds; as the
+preset does it, which may start from what was shown; and with the decoder's own text encoder reading the true
+caption: the decoder's ceiling.
 """
 
 from __future__ import annotations
@@ -13,13 +14,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from alignment.embedded.dialogues import MODALITY
 from alignment.evaluation import CEILINGS, HELD_OUT_SHARE, SPLITS, ceiling
-from alignment.samples import Sample, all_right, converse, prepare
+from alignment.samples import Sample, all_right, converse, decode, prepare
 from alignment.shared_work import share
 from alignment.system import Folders, LinkName, System
 from alignment.toybox.exercises import FreshScenes, make
-from alignment.toybox.media import to_bytes
 
 DIRECTIONS = (*CEILINGS, "beyond-words")
 LINKS: tuple[LinkName, ...] = ("signal", "caption")
@@ -46,8 +45,9 @@ def main_links(folders: Folders, samples: int, seed: int, jobs: int = 1, seeds: 
         seeds: how many seeds, from ``seed`` on; figures are over all their samples.
 
     Returns:
-        ``directions``: for each split ``n``, the share of right samples over the ``chosen`` links and over
-        each one in ``links``, and the ``ceiling``; ``chosen`` names the preset's link for each modality.
+        ``directions``: for each split ``n``, the share of right samples as the preset makes them
+        (``chosen``), over each one in ``links``, and the ``ceiling``; ``chosen`` names the preset's link for
+        each modality.
 
     """
     started = time.monotonic()
@@ -114,10 +114,10 @@ def _measure(system: System, chosen: Mapping[Any, LinkName], wish: Wish) -> dict
         converse(system, sample)
     links = [link for link in LINKS if link == "caption" or system.projections]
     right = {
-        link: _right_over(system, samples, dict.fromkeys(system.links, link), wish.seed) for link in links
+        link: _right_over(system, samples, dict.fromkeys(system.links, link), wish.seed, from_noise=True)
+        for link in links
     }
-    modality = [MODALITY[type(sample.exercise.scenes[0])] for sample in samples]
-    own = [right[chosen[m]][i] for i, m in enumerate(modality)]
+    own = _right_over(system, samples, chosen, wish.seed, from_noise=False)
     return {
         "n": len(samples),
         "chosen": sum(own) / len(own),
@@ -127,17 +127,12 @@ def _measure(system: System, chosen: Mapping[Any, LinkName], wish: Wish) -> dict
 
 
 def _right_over(
-    system: System, samples: list[Sample], links: Mapping[Any, LinkName], seed: int
+    system: System, samples: list[Sample], links: Mapping[Any, LinkName], seed: int, *, from_noise: bool
 ) -> list[bool]:
     """Decode every reply over the given links; a modality without that link takes the caption."""
     copies = [replace(sample, made=[]) for sample in samples]
-    for modality in system.decoders:
-        placed = [(s, i, g) for s in copies for i, g in enumerate(s.signals) if g.modality == modality]
-        link = links[modality] if modality in system.projections else "caption"
-        media = system.make(modality, [system.condition(signal, link) for _, _, signal in placed], seed)
-        for (sample, place, _), medium in zip(placed, media, strict=True):
-            sample.made += [b""] * (place + 1 - len(sample.made))
-            sample.made[place] = to_bytes(medium)
+    there = {m: links[m] if m in system.projections else "caption" for m in system.decoders}
+    decode(system, copies, seed, links=there, from_noise=from_noise)
     return [all_right(sample) for sample in copies]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alignment.embedded.dialogues import MODALITY
-from alignment.system import Spoken, System
+from alignment.system import LinkName, Spoken, System
 from alignment.toybox.exercises import Exercise, Turn
 from alignment.toybox.grammar import read_text
 from alignment.toybox.judge_sound import measure_sound
@@ -113,11 +113,27 @@ def prepare(exercise: Exercise, rng: random.Random) -> Sample:
     return Sample(exercise, media)
 
 
-def decode(system: System, samples: Sequence[Sample], seed: int) -> None:
+def decode(
+    system: System,
+    samples: Sequence[Sample],
+    seed: int,
+    *,
+    links: Mapping[Modality, LinkName] | None = None,
+    from_noise: bool = False,
+) -> None:
     """Make every medium that the last replies ask for, in batches of one modality.
 
     Where media start from the newest ones of their kind, those of earlier replies are made first.
+
+    Args:
+        system: what makes them.
+        samples: finished conversations; they get their media.
+        seed: of the decoders.
+        links: over which link each modality goes, in place of the system's own.
+        from_noise: start from nothing else, whatever the preset says.
+
     """
+    starts = frozenset() if from_noise else frozenset(system.edit_strengths)
     newest: list[dict[Modality, Medium]] = [{} for _ in samples]
     for turn in range(max((len(sample.replies) for sample in samples), default=0)):
         for sample, known in zip(samples, newest, strict=True):
@@ -128,12 +144,13 @@ def decode(system: System, samples: Sequence[Sample], seed: int) -> None:
                 (i, place, signal)
                 for i, sample in enumerate(samples)
                 if turn < len(sample.replies)
-                if turn == len(sample.replies) - 1 or modality in system.edit_strengths
+                if turn == len(sample.replies) - 1 or modality in starts
                 for place, signal in enumerate(sample.replies[turn])
                 if signal.modality == modality
             ]
-            conditions = [system.condition(signal) for _, _, signal in placed]
-            sources = [newest[i].get(modality) for i, _, _ in placed]
+            link = links[modality] if links else None
+            conditions = [system.condition(signal, link) for _, _, signal in placed]
+            sources = [newest[i].get(modality) for i, _, _ in placed] if modality in starts else None
             media = system.make(modality, conditions, seed + 1000 * turn, sources=sources)
             for (i, place, _), medium in zip(placed, media, strict=True):
                 data = to_bytes(medium)

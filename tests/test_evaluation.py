@@ -106,10 +106,12 @@ class Painter:
         self.edit_strengths = {Modality(name): strength for name, strength in edit_strengths.items()}
         self.sources: list[Sequence[Medium | None]] = []
 
-    def condition(self, signal: Signal) -> None:
+    def condition(self, signal: Signal, link: None) -> None:
         return None
 
     def make(self, modality: Modality, conditions: Any, seed: int, sources: Any) -> list[Medium]:
+        if not conditions:
+            return []
         self.sources.append(sources)
         shade = len(self.sources)
         return [Image(np.full((64, 64, 3), shade, np.uint8)) for _ in conditions]
@@ -119,20 +121,22 @@ def test_edits_start_from_what_was_shown_and_then_from_what_was_made() -> None:
     rng = random.Random(5)
     exercise = make("text+image-to-image", rng, FreshScenes(rng))
     asks_again = replace(exercise, turns=(*exercise.turns, Turn("user", ("and now blue",))))
-    for painter, calls in ((Painter(image=0.9), 2), (Painter(), 1)):
-        sample = perfect(asks_again, rng)
+    asked, from_noise = perfect(asks_again, rng), perfect(asks_again, rng)
+    for sample in (asked, from_noise):
         sample.replies = [[signal(Modality.IMAGE)], [signal(Modality.IMAGE)]]
-        shown = next(iter(sample.media.values()))
-        decode(painter, [sample], 0)  # type: ignore[arg-type]
+    editing, anew = Painter(image=0.9), Painter()
 
-        made = [sources for sources in painter.sources if sources]
-        assert len(made) == calls
-        assert made[0] == [shown]
-        assert read_media(sample.made[0]).pixels.max() == len(painter.sources)  # type: ignore[union-attr]
-        if calls == 2:
-            (before,) = made[1]
-            assert isinstance(before, Image)
-            assert (before.pixels == 1).all()
+    decode(editing, [asked], 0)  # type: ignore[arg-type]
+    decode(anew, [from_noise], 0)  # type: ignore[arg-type]
+
+    first, second = [sources for sources in editing.sources if sources]
+    assert first == list(asked.media.values())
+    (before,) = second
+    assert isinstance(before, Image)
+    assert (before.pixels == 1).all()
+    assert not any(anew.sources)
+    last = [read_media(sample.made[0]) for sample in (asked, from_noise)]
+    assert [int(picture.pixels.max()) for picture in last if isinstance(picture, Image)] == [2, 1]
 
 
 def test_a_sound_that_stops_early_is_judged_with_silence_behind_it() -> None:
