@@ -23,6 +23,7 @@ from alignment.decision import (
     media_probabilities,
 )
 from alignment.embedded.dialogues import MODALITY
+from alignment.kept_results import KeptResults
 from alignment.samples import (
     Sample,
     Tally,
@@ -74,6 +75,7 @@ def main_toybox(
     jobs: int = 1,
     seeds: int = 1,
     wordings: Wordings = "reserved",
+    keep: Path | None = None,
 ) -> dict[str, Any]:
     """Measure a preset on Toybox.
 
@@ -89,12 +91,13 @@ def main_toybox(
             is the largest less the smallest share of right samples.
         wordings: ``reserved`` asks in words that training never used, ``training`` in those of training;
             cycles ask in the same words always.
+        keep: a folder for results as they come; a run with the same one goes on where the last was ended.
 
     Returns:
         The object that ``--json`` prints (see the README).
 
     Raises:
-        ValueError: for a direction that does not exist.
+        ValueError: for a direction that does not exist, or a folder of other weights' results.
 
     """
     known = (*DIRECTIONS, *CYCLES, *CHAINS)
@@ -109,7 +112,8 @@ def main_toybox(
         for name in chosen
         for one in all_seeds
     ]
-    results = share("directions", wishes, partial(_measurer, folders), jobs)
+    kept = KeptResults(keep, folders.all, folders.how) if keep is not None else None
+    results = share("directions", wishes, partial(_measurer, folders), jobs, kept)
     by_name = {
         name: [r for wish, r in zip(wishes, results, strict=True) if wish.name == name] for name in chosen
     }
@@ -119,7 +123,7 @@ def main_toybox(
         "seeds": all_seeds,
         "wordings": wordings,
         "directions": {name: over_seeds(runs) for name, runs in by_name.items()},
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": round(kept.seconds if kept is not None else time.monotonic() - started, 1),
     }
 
 

@@ -53,6 +53,21 @@ class Folders:
     settings: Mapping[Modality, DecodeSettings] = field(default_factory=dict)
     edit_strengths: Mapping[Modality, float] = field(default_factory=dict)
 
+    @property
+    def all(self) -> tuple[Path, ...]:
+        """Every folder of weights."""
+        others = [folder for folder in (self.base, self.bridge) if folder is not None]
+        parts = [*self.projections.values(), *self.decoders.values()]
+        return (self.encoder, self.language_model, *others, *(part for part in parts if part.is_dir()))
+
+    @property
+    def how(self) -> str:
+        """How the weights are used, in words that are the same whenever it is the same."""
+        ways = {"links": self.links, "settings": self.settings, "edit strengths": self.edit_strengths}
+        return "; ".join(
+            f"{name} {sorted((str(m), str(v)) for m, v in way.items())}" for name, way in ways.items()
+        )
+
     @classmethod
     def of_weights(cls, weights: Path, link: LinkName = "signal") -> Folders:
         """Return the usual layout below one folder of weights."""

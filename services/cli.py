@@ -150,6 +150,9 @@ def _parser() -> argparse.ArgumentParser:
         "--jobs", type=_positive, default=1, help="processes that share the work (default %(default)s)"
     )
     evaluate.add_argument("--sheets", metavar="DIR", help="write contact sheets and a gallery there")
+    evaluate.add_argument(
+        "--keep", metavar="DIR", help="toybox: keep results there as they come, and go on from those"
+    )
     evaluate.set_defaults(run=eval_command)
 
     report = commands.add_parser("report", help=report_command.__doc__, description=report_command.__doc__)

@@ -38,6 +38,7 @@ def measure(args: argparse.Namespace) -> str:
             args.jobs,
             args.seeds,
             wordings=args.wordings,
+            keep=Path(args.keep) if args.keep else None,
         )
     return _printed(args, found)
 
