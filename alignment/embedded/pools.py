@@ -62,8 +62,8 @@ def scenes(kind: str, number: int, seed: int = SEED) -> list[Scene]:
 def shares(listed: Sequence[Scene]) -> list[float]:
     """Return how often each scene is to be met, added up for :func:`random.choices`.
 
-    A clip that stands still tells its tempo by its own small movement alone, white things are drawn with
-    dark lines where others have none, and a quiet sound's latents differ little from silence's.
+    A clip that stands still tells its tempo by its own small movement alone, white things are the last
+    that denoisers draw clearly, and a quiet sound's latents differ little from silence's.
     """
 
     def share(scene: Scene) -> float:
