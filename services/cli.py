@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.chatter import hush
-from services.bench import BENCHES, GPUS, run_bench, run_full_size, table, write_tables
+from services.bench import BENCHES, GPUS, run_bench, run_full_size, run_service, table, write_tables
 from services.errors import PresetProblem, ServiceError, translate
 from services.presets import load_preset, shipped_presets
 
@@ -188,6 +188,9 @@ def _parser() -> argparse.ArgumentParser:
     _preset_option(bench)
     bench.add_argument("--quick", action="store_true", help="end within a minute; the figures vary more")
     bench.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    bench.add_argument(
+        "--url", help="with service: measure the one that runs there, such as http://127.0.0.1:8000"
+    )
     bench.add_argument(
         "--full-size",
         action="store_true",
@@ -387,11 +390,15 @@ def bench_command(args: argparse.Namespace) -> int:
     chosen = [wish for wish in (args.name, args.full_size, args.tables) if wish]
     if len(chosen) != 1:
         args.refuse(f"choose one: {', '.join(sorted(BENCHES))}, --full-size or --tables DIR")
+    if args.url and args.name != "service":
+        args.refuse("--url belongs to service: patchbay bench service --url http://127.0.0.1:8000")
     if args.tables:
         print("\n".join(write_tables(Path(args.tables))))
         return 0
     if args.full_size:
         result = run_full_size(args.quick, args.dry, args.gpu)
+    elif args.url:
+        result = run_service(args.url, args.quick)
     else:
         result = run_bench(args.name, load_preset(args.preset), args.quick)
     print(json.dumps(result) if args.json else table(result))

@@ -1,7 +1,8 @@
 """``patchbay bench``: speed beside a peer's, in one run on this machine. One file per bench.
 
 A bench is a module here with ``run(preset, quick)``, which returns its rows; its name is a key of
-:data:`BENCHES`. :mod:`services.bench.full_size` is none of them: it needs no preset.
+:data:`BENCHES`. :mod:`services.bench.service` has no peer but the values that this project wants to keep.
+:mod:`services.bench.full_size` is none of them: it needs no preset.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from services.presets import Preset
 GPUS = ("h200", "h100", "a100", "l40s", "l4")
 """Whose limits ``--full-size`` can name without having one; see :mod:`services.bench.full_size`."""
 
-BENCHES: Mapping[str, str] = {name: f"services.bench.{name}" for name in ("compile", "decode", "llm", "turn")}
+BENCHES: Mapping[str, str] = {
+    name: f"services.bench.{name}" for name in ("compile", "decode", "llm", "service", "turn")
+}
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,26 @@ class BenchRow:
 def run_bench(name: str, preset: Preset, quick: bool) -> dict[str, Any]:
     """Run one bench; return the object that ``--json`` prints.
 
-    On a CPU, both sides have one thread, as a replica of ``patchbay serve`` has.
+    On a CPU, both sides have one thread, as a replica of ``patchbay serve`` has. The load of the machine is
+    told as it was before the bench and as it is after it.
     """
     import torch
+
+    before = _load_average()
 
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
     rows: list[BenchRow] = import_module(BENCHES[name]).run(preset, quick)
-    return result_of(name, rows)
+    result = result_of(name, rows)
+    result["machine"]["load_average_1min_before"] = before
+    return result
+
+
+def run_service(url: str, quick: bool) -> dict[str, Any]:
+    """Ask a service that runs already; what it takes to start, and its memory, is not measured."""
+    from services.bench import service
+
+    return result_of("service", service.measure(url, quick))
 
 
 def run_full_size(quick: bool, dry: bool, gpu: str) -> dict[str, Any]:
@@ -82,7 +97,6 @@ def machine() -> dict[str, Any]:
     """Say what the figures were measured on, and with what."""
     import torch
 
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),
@@ -93,8 +107,12 @@ def machine() -> dict[str, Any]:
         "diffusers": version("diffusers"),
         "torch_threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "load_average_1min": load,
+        "load_average_1min": _load_average(),
     }
+
+
+def _load_average() -> float | None:
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def table(result: Mapping[str, Any]) -> str:
