@@ -103,7 +103,9 @@ def pairs_that_tell(pairs: Sequence[Pair], encoder: Encoder) -> Dialogues:
                 features = encoder.encode(read_media(pair.file.read_bytes(), expect=pair.modality))
             except (OSError, MediaError) as error:
                 raise ValueError(f"{pair.file} cannot be read: {error}") from error
-            encoded[pair.file] = MediaTokens(features.modality, features.tokens, features.pooled)
+            encoded[pair.file] = MediaTokens(
+                features.modality, features.tokens, features.pooled, features.blocks
+            )
         return encoded[pair.file]
 
     def draw(rng: random.Random, number: int) -> list[Dialogue]:

@@ -67,7 +67,7 @@ def media_probabilities(llm: LanguageModel, heard: Dialogue, ids: Sequence[int])
     start = len(row.ids)
     row.add(list(ids), True)
     batch = collate_rows([row], tokenizer.pad_id).to(llm.device)
-    hidden = llm.run(llm.embed_batch(batch))[0, start - 1 : -1]  # (tokens, D)
+    hidden = llm.run(llm.embed_batch(batch), media=batch.media_places())[0, start - 1 : -1]  # (tokens, D)
     logits = llm.logits(hidden)  # (tokens, V)
     logits[:, list(tokenizer.unspeakable_ids)] = float("-inf")
     chosen = [i for i, token in enumerate(ids) if token not in tokenizer.unspeakable_ids]

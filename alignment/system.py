@@ -19,6 +19,7 @@ from decoders.settings import DecodeSettings
 from decoders.video import VideoDecoder
 from encoders.encoder import load_encoder
 from encoders.media import Medium, Modality
+from encoders.tiler import Tiling
 from llm.generate import ALL_MEDIA, Finished, GenerationOptions, SignalReady, TextDelta, generate
 from llm.model import LanguageModel
 from llm.signals import Signal
@@ -39,8 +40,8 @@ DECODERS: Mapping[Modality, type[LatentDecoder]] = {
 class Folders:
     """Where the parts of a preset lie, and what it asks of its decoders where nobody asks otherwise.
 
-    ``base`` and ``bridge`` take the place of those in ``language_model``. A medium whose modality is in
-    ``edit_strengths`` starts from the newest one of its kind, so far away from it.
+    ``base`` and ``bridge`` take the place of those in ``language_model``; ``tiling`` is how pictures are cut. A
+    medium whose modality is in ``edit_strengths`` starts from the newest one of its kind, so far away from it.
     """
 
     encoder: Path
@@ -50,6 +51,7 @@ class Folders:
     links: Mapping[Modality, LinkName]
     base: Path | None = None
     bridge: Path | None = None
+    tiling: Tiling | None = None
     settings: Mapping[Modality, DecodeSettings] = field(default_factory=dict)
     edit_strengths: Mapping[Modality, float] = field(default_factory=dict)
 
@@ -99,12 +101,12 @@ class System:
         self.links = folders.links
         self.settings = folders.settings
         self.edit_strengths = folders.edit_strengths
-        self.encoder = load_encoder(folders.encoder)
+        self.encoder = load_encoder(folders.encoder, tiling=folders.tiling)
         self.llm = LanguageModel.load(folders.language_model, base=folders.base, bridge=folders.bridge)
         self.llm.merge_adapter()
         self.decoders = {m: DECODERS[m].load(folder) for m, folder in folders.decoders.items()}
         self.projections = {
-            m: OutputProjection.load(folders.projections[m])
+            m: OutputProjection.from_pretrained(folders.projections[m])
             for m, link in folders.links.items()
             if link == "signal"
         }
@@ -112,7 +114,7 @@ class System:
     def read(self, medium: Medium) -> MediaTokens:
         """Encode a medium as the language model reads it."""
         features = self.encoder.encode(medium)
-        return MediaTokens(features.modality, features.tokens, features.pooled)
+        return MediaTokens(features.modality, features.tokens, features.pooled, features.blocks)
 
     def speak(self, dialogue: Dialogue) -> list[Spoken]:
         """Return the reply to a dialogue, greedily: texts and signals in order."""

@@ -273,7 +273,7 @@ def _trained_pictures(work: Run) -> UNet2DConditionModel:
 def _imagebind(work: Run) -> ImageBindEncoder:
     step = "imagebind"
     encoder = train_imagebind(work.cache, work.folder / step, work.config(step), work.sizes)
-    encoder.save(work.folder / step / "encoder", torch.float32)
+    encoder.save_pretrained(work.folder / step / "encoder", torch.float32)
     return encoder
 
 
@@ -320,7 +320,7 @@ def _stage(work: Run, name: str) -> Aligned:
     encoder = work.folder / "imagebind" / "encoder"
     if not encoder.is_dir():
         raise ValueError(f"{encoder} is missing. First run `patchbay train imagebind`.")
-    encoded = encode_pools(ImageBindEncoder.load(encoder), work.cache, work.sizes)
+    encoded = encode_pools(ImageBindEncoder.from_pretrained(encoder), work.cache, work.sizes)
     stage, config = STAGES[name], work.config(name)
     targets = {}  # a stage of words alone runs before there are text encoders
     if stage.distance:
@@ -365,7 +365,9 @@ def export(work: Run) -> None:
     shared = work.weights / str(Modality.VIDEO) / "vae"  # the very same autoencoder: once on disk is enough
     shutil.rmtree(shared)
     shared.symlink_to(Path("..") / str(Modality.IMAGE) / "vae")
-    export_encoder(ImageBindEncoder.load(work.folder / "imagebind" / "encoder"), work.weights / "encoder")
+    export_encoder(
+        ImageBindEncoder.from_pretrained(work.folder / "imagebind" / "encoder"), work.weights / "encoder"
+    )
     export_aligned(_stage(whole, "instruction"), work.weights)
 
 

@@ -82,4 +82,4 @@ def write_folders(
             with torch.device("meta"):
                 projection = OutputProjection(config)
             projection.load_state_dict(state, assign=True)
-            projection.save(folder / modality)
+            projection.save_pretrained(folder / modality)

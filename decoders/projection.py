@@ -154,22 +154,24 @@ class OutputProjection(nn.Module):
         }
         return self.model(main), named  # (B, Q, O)
 
-    def save(self, folder: Path) -> None:
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` into ``folder``, in this module's dtype."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(self.config.to_json(), indent=2) + "\n")
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         save_file(tensors, folder / "model.safetensors")
 
     @classmethod
-    def load(cls, folder: Path, device: str = "cpu") -> "OutputProjection":
-        """Read what :meth:`save` wrote, as float32, in evaluation mode.
+    def from_pretrained(cls, folder: str | Path, device: str = "cpu") -> "OutputProjection":
+        """Read what :meth:`save_pretrained` wrote, as float32, in evaluation mode.
 
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: a file is damaged, or the weights do not fit the configuration.
 
         """
+        folder = Path(folder)
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(

@@ -11,6 +11,7 @@ import torch
 from encoders.features import Features
 from encoders.imagebind_encoder import ImageBindEncoder
 from encoders.media import Medium, Modality
+from encoders.tiler import Tiling
 from encoders.towers import TOWER_FOLDERS, TowerEncoder
 
 
@@ -40,9 +41,14 @@ class Encoder(Protocol):
 
 
 def load_encoder(
-    folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    folder: Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    tiling: Tiling | None = None,
 ) -> ImageBindEncoder | TowerEncoder:
     """Load the encoder in ``folder``: towers of transformers in folders of their own, or an ImageBind.
+
+    ``tiling`` says how large images are cut.
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
@@ -50,5 +56,5 @@ def load_encoder(
 
     """
     if any((folder / name / "config.json").is_file() for name in TOWER_FOLDERS):
-        return TowerEncoder.load(folder, device, dtype)
-    return ImageBindEncoder.load(folder, device, dtype)
+        return TowerEncoder.from_pretrained(folder, device, dtype, tiling)
+    return ImageBindEncoder.from_pretrained(folder, device, dtype, tiling)

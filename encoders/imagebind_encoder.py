@@ -26,8 +26,15 @@ from encoders.features import Features
 from encoders.imagebind import ImageBind, ImageBindConfig
 from encoders.imagebind_config import TOWER_CONFIGS
 from encoders.media import Audio, Image, Medium, Modality, Video
-from encoders.preprocess import PreprocessConfig, prepare_images, prepare_sounds, prepare_videos
+from encoders.preprocess import (
+    PreprocessConfig,
+    prepare_images,
+    prepare_slices,
+    prepare_sounds,
+    prepare_videos,
+)
 from encoders.text_tokens import TextTokens
+from encoders.tiler import CentreCrop, Tiler, Tiling, cut
 
 Pooled = Literal["unit", "mean"]
 """What stands for a medium: the mean of its clips' unit embeddings, made unit again or left as it is."""
@@ -50,22 +57,29 @@ class ImageBindEncoder:
         preprocessing: PreprocessConfig,
         tokens: TextTokens | None,
         pooled: Pooled = "unit",
+        tiling: Tiling | None = None,
     ) -> None:
-        """Join the parts.
+        """Join the parts. Images are cropped at their centre unless ``tiling`` says how to cut them.
 
         Raises:
             ValueError: they do not fit together.
 
         """
         self.pooled = pooled
+        crop = CentreCrop(preprocessing.image_size)
+        self.tiler: Tiler = tiling.tiler(crop.side, crop) if tiling else crop
         _check_fit(model.config, preprocessing, tokens)
         self.model = model
         self.preprocessing = preprocessing
         self.tokens = tokens
 
     @classmethod
-    def load(
-        cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        tiling: Tiling | None = None,
     ) -> ImageBindEncoder:
         """Read an encoder from a folder, frozen and in evaluation mode.
 
@@ -73,6 +87,7 @@ class ImageBindEncoder:
             folder: see the layout at the top of this file.
             device: where the model runs.
             dtype: what its weights are converted to, whatever they are stored as.
+            tiling: how large images are cut; a bridge has to be trained to it.
 
         Raises:
             FileNotFoundError: the folder or one of its files, named in the message.
@@ -91,9 +106,9 @@ class ImageBindEncoder:
         model.load_state_dict(weights, strict=True, assign=True)
         model.to(device=device, dtype=dtype).eval().requires_grad_(False)
         tokens = TextTokens.load(folder, config.text.context_length) if config.text else None
-        return cls(model, preprocessing, tokens, values["pooled"])
+        return cls(model, preprocessing, tokens, values["pooled"], tiling)
 
-    def save(
+    def save_pretrained(
         self,
         folder: str | Path,
         dtype: torch.dtype = torch.float16,
@@ -174,12 +189,16 @@ class ImageBindEncoder:
         Returns:
             One :class:`~encoders.features.Features` per medium, on the CPU: its patch tokens (not the
             class token), and the unit class embeddings averaged over the clips and, unless the config says
-            ``"pooled": "mean"``, made unit again.
+            ``"pooled": "mean"``, made unit again. Of an image that was cut, the tokens are those of its
+            slices in the order of their plan, and the embedding is that of its overview.
 
         Raises:
             ValueError: no media, several modalities, or one that this encoder does not read.
 
         """
+        self._check_batch(media)
+        if images := [medium for medium in media if isinstance(medium, Image)]:
+            return self._encode_images(images)
         prepared = self.prepare(media)
         modality = media[0].modality
         tower = TOWER_OF[modality]
@@ -191,6 +210,22 @@ class ImageBindEncoder:
         patches = clips[:, :, 1:].flatten(1, 2)  # (N, S * L, E)
         grid = self._grid(modality, clips.shape[1])
         return [Features(modality, t.clone(), p.clone(), grid) for t, p in zip(patches, pooled, strict=True)]
+
+    def _encode_images(self, images: Sequence[Image]) -> list[Features]:
+        plans = [self.tiler.plan(*image.pixels.shape[:2]) for image in images]
+        slices = [part for image, plan in zip(images, plans, strict=True) for part in cut(image.pixels, plan)]
+        vision = self._on_device(prepare_slices(slices))  # (N * slices, 3, Z, Z)
+        states = self.model.embed_tokens({"vision": vision})["vision"].float().cpu()  # (.., 1 + L, E)
+        grid, features, start = self._grid(Modality.IMAGE, 1), [], 0
+        for plan in plans:
+            of_one = states[start : start + len(plan.slices)]
+            start += len(plan.slices)
+            patches = of_one[plan.order, 1:].flatten(0, 1)  # (slices * L, E)
+            pooled = F.normalize(of_one[plan.overview, 0], dim=-1)
+            whole_grid = grid if len(of_one) == 1 else (len(of_one), *grid)
+            blocks = plan.blocks(of_one.shape[1] - 1)
+            features.append(Features(Modality.IMAGE, patches, pooled.clone(), whole_grid, blocks))
+        return features
 
     @torch.inference_mode()
     def embed_text(self, texts: Sequence[str]) -> Tensor:
@@ -239,7 +274,7 @@ class ImageBindEncoder:
 def write_config(
     folder: Path, model: ImageBindConfig, preprocessing: PreprocessConfig, pooled: Pooled = "unit"
 ) -> None:
-    """Write ``config.json``, which :meth:`ImageBindEncoder.load` reads."""
+    """Write ``config.json``, which :meth:`ImageBindEncoder.from_pretrained` reads."""
     values: dict[str, Any] = {"model": model.to_json(), "preprocessing": preprocessing.to_json()}
     if pooled != "unit":
         values["pooled"] = pooled

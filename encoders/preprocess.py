@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 
 from encoders.filter_banks import RATE_HZ, WINDOW, log_mel_bank
 from encoders.media import Audio, Image, Video, resample
+from encoders.tiler import CentreCrop, cut, middle
 
 # Statistics of CLIP's training pictures (Radford et al. 2021, arXiv 2103.00020).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -30,9 +30,6 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # Statistics of AudioSet's filter banks (Gong et al. 2021, arXiv 2104.01778).
 BANK_MEAN = -4.268
 BANK_STD = 9.138
-LONGEST_STRIP = 16
-"""Of a longer picture, in short sides, the ends are cut off before it is scaled: they lie far outside of the
-crop, and a strip of one pixel's width would grow to gigabytes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,8 +126,20 @@ def prepare_images(images: Sequence[Image], config: PreprocessConfig) -> Tensor:
         ``(N, 3, Z, Z)`` float32.
 
     """
-    crops = np.stack([_resize_and_crop(image.pixels, config.image_size) for image in images])
-    return _normalise(torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 255.0)
+    tiler = CentreCrop(config.image_size)
+    return prepare_slices(
+        [part for image in images for part in cut(image.pixels, tiler.plan(*image.pixels.shape[:2]))]
+    )
+
+
+def prepare_slices(slices: Sequence[NDArray[np.uint8]]) -> Tensor:
+    """Normalise pictures that are ``(Z, Z, 3)`` already, as a tiler cuts them.
+
+    Returns:
+        ``(N, 3, Z, Z)`` float32.
+
+    """
+    return _normalise(torch.from_numpy(np.stack(slices)).permute(0, 3, 1, 2).float() / 255.0)
 
 
 def prepare_videos(videos: Sequence[Video], config: PreprocessConfig) -> Tensor:
@@ -189,32 +198,13 @@ def _ceil(value: float) -> int:
     return math.ceil(value - 1e-6)  # 0.1 * 3 * 10 frames are three, not four
 
 
-def _middle(height: int, width: int) -> tuple[slice, slice]:
-    """Return the rows and columns that are left of a picture when a strip has lost its ends."""
-    most = LONGEST_STRIP * min(height, width)
-    top, left = (max(0, (side - most) // 2) for side in (height, width))
-    return slice(top, top + most), slice(left, left + most)
-
-
-def _resize_and_crop(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    pixels = pixels[_middle(*pixels.shape[:2])]
-    height, width = pixels.shape[:2]
-    if min(height, width) != size:
-        short = min(height, width)
-        width, height = (size if side == short else int(size * side / short) for side in (width, height))
-        picture = PIL.Image.fromarray(pixels).resize((width, height), PIL.Image.Resampling.BICUBIC)
-        pixels = np.asarray(picture)
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    return pixels[top : top + size, left : left + size]
-
-
 def _prepare_video(video: Video, config: PreprocessConfig) -> Tensor:
     Z = config.image_size
     chosen = clip_frames(len(video.frames), video.fps, config)
     distinct = sorted({index for clip in chosen for index in clip})
-    rows, columns = _middle(*video.frames.shape[1:3])
-    middle = torch.from_numpy(video.frames[distinct, rows, columns])
-    frames = middle.permute(0, 3, 1, 2).float() / 255.0
+    top, left, height, width = middle(*video.frames.shape[1:3])
+    kept = torch.from_numpy(video.frames[distinct, top : top + height, left : left + width])
+    frames = kept.permute(0, 3, 1, 2).float() / 255.0
     height, width = frames.shape[2:]
     if min(height, width) != Z:
         height, width = (

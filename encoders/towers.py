@@ -37,6 +37,7 @@ from transformers import (
 from encoders.features import Features
 from encoders.media import Audio, Image, Medium, Modality, Video, resample
 from encoders.preprocess import clip_spans
+from encoders.tiler import Tiler, Tiling, Whole, cut
 
 VISION, AUDIO = TOWER_FOLDERS = ("vision", "audio")
 NUMBERS_FILE = "towers.json"
@@ -89,9 +90,10 @@ class VisionTower:
         self.processor = processor
         config: Any = model.config  # typed as if sides could differ, which they do not in a SigLIP
         self.width = int(config.hidden_size)
-        side = int(config.image_size // config.patch_size)
-        self.grid = (side, side)
-        size, expected = dict(processor.size), int(config.image_size)
+        self.side = int(config.image_size)
+        cells = self.side // int(config.patch_size)
+        self.grid = (cells, cells)
+        size, expected = dict(processor.size), self.side
         if (size.get("height"), size.get("width")) != (expected, expected):
             raise ValueError(
                 f"The image processor makes pictures of {size}; this tower reads {expected} x {expected}. "
@@ -167,25 +169,39 @@ class TowerEncoder:
     """Reads pictures and videos with one tower and sounds with another, each of its own width."""
 
     def __init__(
-        self, vision: VisionTower | None, audio: AudioTower | None, numbers: TowerNumbers | None = None
+        self,
+        vision: VisionTower | None,
+        audio: AudioTower | None,
+        numbers: TowerNumbers | None = None,
+        tiling: Tiling | None = None,
     ) -> None:
         if vision is None and audio is None:
             raise ValueError("There is neither a vision nor an audio tower; expected at least one.")
         self.vision = vision
         self.audio = audio
         self.numbers = numbers or TowerNumbers()
+        self.tiler: Tiler = Whole()
+        if tiling and vision:
+            self.tiler = tiling.tiler(vision.side, self.tiler)
 
     @classmethod
-    def load(
-        cls, folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        tiling: Tiling | None = None,
     ) -> TowerEncoder:
         """Read the towers that ``folder`` holds, frozen and in evaluation mode.
+
+        ``tiling`` says how large images are cut; without it, the tower sees the whole image only.
 
         Raises:
             FileNotFoundError: there is no tower, or a file of one is missing.
             ValueError: a model that this encoder does not know, or weights that do not fit.
 
         """
+        folder = Path(folder)
         vision = audio = None
         if _is_there(folder, VISION):
             model = _model(folder / VISION, SiglipVisionModel, VISION, device, dtype)
@@ -198,7 +214,7 @@ class TowerEncoder:
                 f"{folder / VISION / 'config.json'} is missing; expected the folder of a SigLIP in {VISION}, "
                 f"of a CLAP in {AUDIO}, or both."
             )
-        return cls(vision, audio, TowerNumbers.read(folder / NUMBERS_FILE))
+        return cls(vision, audio, TowerNumbers.read(folder / NUMBERS_FILE), tiling)
 
     @property
     def modalities(self) -> frozenset[Modality]:
@@ -228,7 +244,8 @@ class TowerEncoder:
 
         Returns:
             One :class:`~encoders.features.Features` per medium, on the CPU: all patch tokens of its frames
-            or clips, and the mean of their pooled unit vectors, made unit again.
+            or clips, and the mean of their pooled unit vectors, made unit again. Of an image that was cut,
+            the tokens are those of its slices in the order of their plan, the vector is its overview's.
 
         Raises:
             ValueError: no media, several modalities, or one that this encoder does not read.
@@ -240,15 +257,33 @@ class TowerEncoder:
             raise ValueError(f"The batch holds {names}; expected media of one modality.")
         modality = found.pop()
         tower = self._tower(modality)
-        pieces = [self._pieces(medium) for medium in media]
+        if images := [medium for medium in media if isinstance(medium, Image)]:
+            return self._encode_images(images)
+        pieces = [self._pieces(medium) for medium in media if not isinstance(medium, Image)]
         tokens, pooled = tower.read([piece for of_one in pieces for piece in of_one])
         features, start = [], 0
         for of_one in pieces:
             end = start + len(of_one)
             one = F.normalize(F.normalize(pooled[start:end], dim=-1).mean(dim=0), dim=-1)  # (E,)
-            grid = tower.grid if modality is Modality.IMAGE else (len(of_one), *tower.grid)
+            grid = (len(of_one), *tower.grid)
             features.append(Features(modality, tokens[start:end].flatten(0, 1).clone(), one, grid))
             start = end
+        return features
+
+    def _encode_images(self, images: Sequence[Image]) -> list[Features]:
+        tower = self.vision
+        assert tower is not None
+        plans = [self.tiler.plan(*image.pixels.shape[:2]) for image in images]
+        slices = [part for image, plan in zip(images, plans, strict=True) for part in cut(image.pixels, plan)]
+        tokens, pooled = tower.read(slices)
+        features, start = [], 0
+        for plan in plans:
+            of_one = tokens[start : start + len(plan.slices)]  # (slices, L, E)
+            vector = F.normalize(pooled[start + plan.overview], dim=-1)  # (E,)
+            start += len(plan.slices)
+            grid = tower.grid if len(of_one) == 1 else (len(of_one), *tower.grid)
+            blocks = plan.blocks(of_one.shape[1])
+            features.append(Features(Modality.IMAGE, of_one[plan.order].flatten(0, 1), vector, grid, blocks))
         return features
 
     def _tower(self, modality: Modality) -> VisionTower | AudioTower:
@@ -259,10 +294,8 @@ class TowerEncoder:
             )
         return tower
 
-    def _pieces(self, medium: Medium) -> list[NDArray[Any]]:
-        """Return what goes through the tower for one medium: a picture, frames, or clips of sound."""
-        if isinstance(medium, Image):
-            return [medium.pixels]
+    def _pieces(self, medium: Video | Audio) -> list[NDArray[Any]]:
+        """Return what goes through the tower for one medium: frames, or clips of sound."""
         if isinstance(medium, Video):
             return [medium.frames[i] for i in spread(len(medium.frames), self.numbers.video_frames)]
         assert self.audio is not None

@@ -1,17 +1,32 @@
 """The seam for parts that live inside the language model's layers.
 
 An adapter changes an unforked Hugging Face model in place: it registers new modules and wraps or
-hooks what is there. LoRA is not one of these; it comes from peft.
+hooks what is there. Before every forward pass it is told what the pass feeds, and after it, it forgets.
+LoRA is not one of these; it comes from peft.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
 
 PREFIX = "adapter"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Step:
+    """What one forward pass feeds, in training and in generation alike.
+
+    ``media`` ``(B, T)`` bool is True where tokens of a medium lie, False at words, signals and padding. A
+    pass that feeds one token after another, as generation does, has positions of media in the passes of
+    the prompt alone.
+    """
+
+    media: Tensor
 
 
 class LMAdapter(Protocol):
@@ -24,6 +39,19 @@ class LMAdapter(Protocol):
     def install(self, lm: nn.Module) -> None:
         """Change ``lm`` in place."""
         ...
+
+    def bind(self, step: Step) -> AbstractContextManager[None]:
+        """Know ``step`` for as long as the context lasts, which is one pass; know nothing outside of it."""
+        ...
+
+
+@contextmanager
+def bound(adapters: Sequence[LMAdapter], step: Step) -> Iterator[None]:
+    """Let all ``adapters`` know ``step`` while the context lasts, also where the pass fails."""
+    with ExitStack() as stack:
+        for adapter in adapters:
+            stack.enter_context(adapter.bind(step))
+        yield
 
 
 def install_adapters(lm: nn.Module, adapters: Sequence[LMAdapter]) -> None:

@@ -32,6 +32,13 @@ class Batch:
     media: list[tuple[int, MediaSlot]]
     signals: list[tuple[int, SignalSpan]]
 
+    def media_places(self) -> Tensor:
+        """Return ``(B, T)`` bool on the device of the ids, True where tokens of a medium lie."""
+        places = torch.zeros_like(self.present)
+        for row, slot in self.media:
+            places[row, slot.start : slot.start + slot.length] = True
+        return places
+
     def to(self, device: torch.device | str) -> Batch:
         """Move the id tensors; the media follow when they are projected."""
         return replace(

@@ -382,7 +382,8 @@ class Engine:
             embeddings = self._embed(shares, length)  # (B, T, D)
             loras = [slot.running.lora if count else None for slot, count in shares]
             starts = [slot.fed for slot, _ in shares]
-            with self._lora_rows.over(loras):
+            media = self._media_places(shares, length) if self.model.adapters else None
+            with self._lora_rows.over(loras), self.model.step(embeddings, media):
                 hidden = self._slot_model.run(embeddings, rows, starts, plain=any(loras))  # (B, T, D)
         except Exception as error:  # noqa: BLE001  (one request's error must not end the others)
             if len(group) == 1:
@@ -423,12 +424,19 @@ class Engine:
         ]
         embeddings = self.model.embed(torch.tensor(ids, device=self.model.device))
         for row, (slot, count) in zip(embeddings, shares, strict=True) if _any_media(shares) else ():
-            end = slot.fed + count
             for start, values in slot.media if count else ():
-                low, high = max(slot.fed, start), min(end, start + len(values))
+                low, high = max(slot.fed, start), min(slot.fed + count, start + len(values))
                 if low < high:
                     row[low - slot.fed : high - slot.fed] = values[low - start : high - start]
         return embeddings
+
+    def _media_places(self, shares: list[tuple[Slot, int]], length: int) -> Tensor:
+        """Return ``(B, T)`` bool, True where what is fed next belongs to a medium."""
+        places = torch.zeros(len(shares), length, dtype=torch.bool)
+        for row, (slot, count) in zip(places, shares, strict=True):
+            for start, values in slot.media if count else ():
+                row[:count][max(0, start - slot.fed) : max(0, start + len(values) - slot.fed)] = True
+        return places.to(self.model.device)
 
     @torch.inference_mode()
     def _speak(self, slots: list[Slot], hidden: Tensor, events: list[tuple[Request, StepEvent]]) -> None:

@@ -11,6 +11,7 @@ Shape letters in this file:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -24,7 +25,7 @@ from transformers import PreTrainedModel
 
 from encoders.media import Modality
 from llm import checkpoint
-from llm.adapters import LMAdapter, adapter_parameters, install_adapters, is_adapter_name
+from llm.adapters import LMAdapter, Step, adapter_parameters, bound, install_adapters, is_adapter_name
 from llm.batch import IGNORED, Batch, collate_rows
 from llm.lora import LoraOptions, load_lora, put_lora, save_lora
 from llm.projectors import Projector, ProjectorConfig, Prompt, build_projector
@@ -126,6 +127,7 @@ class LanguageModel(nn.Module):
                 f"The base has {len(embedding_table)} embedding rows and its tokenizer "
                 f"{tokenizer.base_vocabulary} tokens. Use the tokenizer that belongs to the base."
             )
+        self.adapters = tuple(adapters)
         install_adapters(base, adapters)
         self.requires_grad_(False)
 
@@ -172,18 +174,28 @@ class LanguageModel(nn.Module):
         new = F.embedding((ids - n).clamp(min=0), self.signal_rows.embedding)
         return torch.where((ids >= n)[..., None], new, old.to(new.dtype))
 
-    def run(self, embeddings: Tensor, present: Tensor | None = None) -> Tensor:
+    def run(self, embeddings: Tensor, present: Tensor | None = None, media: Tensor | None = None) -> Tensor:
         """Return the last hidden states ``(B, T, D)``, after the final norm, of ``embeddings`` ``(B, T, D)``.
 
-        ``present`` ``(B, T)`` bool masks padding at the right.
+        ``present`` ``(B, T)`` bool masks padding at the right. ``media`` ``(B, T)`` bool tells adapters where
+        tokens of media lie, by default nowhere.
         """
         lm = self.causal_lm
-        output = lm.base_model(
-            inputs_embeds=embeddings.to(lm.dtype),
-            attention_mask=None if present is None else present.long(),
-            use_cache=False,
-        )
+        with self.step(embeddings, media):
+            output = lm.base_model(
+                inputs_embeds=embeddings.to(lm.dtype),
+                attention_mask=None if present is None else present.long(),
+                use_cache=False,
+            )
         return cast(Tensor, output.last_hidden_state)
+
+    def step(self, embeddings: Tensor, media: Tensor | None = None) -> AbstractContextManager[None]:
+        """Tell the adapters about one pass of ``embeddings`` ``(B, T, D)``, while the context lasts."""
+        if not self.adapters:
+            return nullcontext()
+        if media is None:
+            media = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
+        return bound(self.adapters, Step(media))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits ``(..., V)`` float32 over base and added tokens for ``hidden`` ``(..., D)``."""
@@ -256,7 +268,7 @@ class LanguageModel(nn.Module):
     def forward(self, batch: Batch) -> Output:
         """Run one training batch. Move it to the model's device first."""
         embeddings = self.embed_batch(batch)
-        hidden = self.run(embeddings, batch.present)
+        hidden = self.run(embeddings, batch.present, batch.media_places())
         following = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)  # (B, T)
         trained = following != IGNORED
         targets = following[trained]  # (M,)
@@ -283,6 +295,10 @@ class LanguageModel(nn.Module):
     def reads_prompt(self, modality: Modality) -> bool:
         """Whether the words beside a medium of ``modality`` change how it is projected."""
         return self._projector(modality).needs_prompt
+
+    def reads_pooled(self, modality: Modality) -> bool:
+        """Whether of a medium of ``modality`` only its global vector is read."""
+        return self._projector(modality).reads_pooled
 
     def project_slot(self, slot: MediaSlot) -> Tensor:
         """Return what goes into ``slot``, ``(slot.length, D)``."""
@@ -458,7 +474,9 @@ def _source(media: MediaTokens, projector: Projector) -> Tensor:
         return media.tokens
     if media.pooled is None:
         raise ValueError(
-            f"The {media.modality} features have no pooled vector, which this model's projector reads."
+            f"The {media.modality} features have no pooled vector, which this model's projector reads. Those "
+            f"of pictures that are cut have none: leave `tiling` out of the preset, or train a projector "
+            f"that reads tokens."
         )
     return media.pooled[None]
 

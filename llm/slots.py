@@ -295,6 +295,12 @@ class SlotModel:
         """Return both ways to take a pass, by whether they copy."""
         return {way: SlotPass(base, self.cache, self.context, copies=way).eval() for way in (False, True)}
 
+    def _expect_no_adapters(self) -> None:
+        """Refuse to make faster what differs from pass to pass."""
+        if self.model.adapters:
+            names = ", ".join(type(adapter).__name__ for adapter in self.model.adapters)
+            raise RuntimeError(f"what its adapters do ({names}) depends on each pass")
+
     def compile(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile passes that feed one position per row, unless they are to be ``plain``.
 
@@ -304,6 +310,7 @@ class SlotModel:
             RuntimeError: it cannot be compiled; passes go on uncompiled.
 
         """
+        self._expect_no_adapters()
         self._compiled = self._made_of(torch.compile(self._base, dynamic=True, backend=backend))
         try:
             for rows in {1, min(2, self.cache.kept[0].num_slots)}:  # one row is a case of its own
@@ -325,6 +332,7 @@ class SlotModel:
                 go on as before.
 
         """
+        self._expect_no_adapters()
         num_slots = self.cache.kept[0].num_slots
         self.run(self._noise(1, 2), [0], [0])  # makes the cache
         kept = self.cache.tensors()
@@ -368,6 +376,7 @@ class SlotModel:
             RuntimeError: there is no GPU, or a pass cannot be captured. Passes go on as before.
 
         """
+        self._expect_no_adapters()
         self.run(self._noise(1, 2), [0], [0])  # makes the cache
         self.cache.reserve(self.context + 1, self.context + 1)
         self._graphs = {}

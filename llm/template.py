@@ -27,17 +27,45 @@ class MediaTokens:
     """A medium as its encoder left it: ``tokens`` ``(n, width)`` and perhaps one global vector.
 
     Projection happens inside the model. ``pooled`` ``(width,)`` is for projectors that read it alone.
+    ``blocks`` is the layout of a medium that was cut: numbers of tokens that are projected together, and
+    words between them; one block of all tokens unless given.
     """
 
     modality: Modality
     tokens: Tensor
     pooled: Tensor | None = None
+    blocks: tuple[int | str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 2 or not len(self.tokens):
             raise ValueError(
                 f"{self.modality} tokens have shape {tuple(self.tokens.shape)}; expected (n, width), n >= 1."
             )
+        if not self.blocks:
+            object.__setattr__(self, "blocks", (len(self.tokens),))
+        counts = [block for block in self.blocks if isinstance(block, int)]
+        if sum(counts) != len(self.tokens) or min(counts) < 1:
+            raise ValueError(
+                f"blocks {self.blocks} do not cut up {len(self.tokens)} tokens; expected numbers of at least "
+                f"1 that add up to them."
+            )
+
+    def pieces(self) -> list[MediaTokens | str]:
+        """Return what is projected apart, and the words between, in order.
+
+        A medium of several blocks is not what its global vector stands for, so its pieces have none.
+        """
+        if self.blocks == (len(self.tokens),):
+            return [self]
+        pieces: list[MediaTokens | str] = []
+        start = 0
+        for block in self.blocks:
+            if isinstance(block, str):
+                pieces.append(block)
+            else:
+                pieces.append(MediaTokens(self.modality, self.tokens[start : start + block]))
+                start += block
+        return pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +97,7 @@ Dialogue = list[Message]
 
 @dataclass(frozen=True, eq=False, slots=True)
 class MediaSlot:
-    """Where a medium goes in a row: positions ``start`` to ``start + length``.
+    """Where a medium, or a piece of one, goes in a row: positions ``start`` to ``start + length``.
 
     ``prompt_ids`` is the text of the same message, for projectors that look at a medium with a question.
     """
@@ -117,7 +145,7 @@ def encode_dialogue(
     Args:
         dialogue: the messages; it may be empty only with ``open_reply``.
         tokenizer: gives the ids.
-        slot_length: how many positions a medium takes, at least 1.
+        slot_length: how many positions a medium, or a piece of one, takes, at least 1.
         loss_on: whose words are trained: every assistant message, the last one, or everything
             that is a word (for a base model). A block's later tokens never are: they are forced.
         open_reply: end with ``<|assistant|>``, ready for generation.
@@ -221,10 +249,15 @@ def _add_parts(
             row.add(block[1:], False)
             caption = []
         elif isinstance(part, MediaTokens):
-            length = slot_length(part)
             row.add([tokenizer.media_open_id], False)
-            row.media.append(MediaSlot(len(row.ids), length, part, prompt_ids))
-            row.add([tokenizer.pad_id] * length + [tokenizer.media_close_id], False)
+            for piece in part.pieces():
+                if isinstance(piece, str):
+                    row.add(tokenizer.encode_text(piece), False)
+                    continue
+                length = slot_length(piece)
+                row.media.append(MediaSlot(len(row.ids), length, piece, prompt_ids))
+                row.add([tokenizer.pad_id] * length, False)
+            row.add([tokenizer.media_close_id], False)
             caption = []
         else:
             row.add(ids, trained)

@@ -30,12 +30,16 @@ Counts = Mapping[str, float]
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """One medium as the encoder sees it: ``tokens`` ``(n, width)``, ``pooled`` ``(width,)``."""
+    """One medium as the encoder sees it: ``tokens`` ``(n, width)``, ``pooled`` ``(width,)``.
+
+    ``blocks`` is how the tokens of an image that was cut are laid out; ``()`` is one block.
+    """
 
     modality: Modality
     tokens: Array
     pooled: Array
     grid: tuple[int, ...]
+    blocks: tuple[int | str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def train(preset: Preset, part: PartName, options: TrainOptions, captions: Path 
 
     llm.save_bridge(preset.bridges_folder / "llm", preset.base_folder)
     for modality, projection in projections.items():
-        projection.save(preset.bridges_folder / "projections" / modality.value)
+        projection.save_pretrained(preset.bridges_folder / "projections" / modality.value)
     return preset.bridges_folder
 
 
@@ -130,7 +130,7 @@ def _decoder(preset: Preset, modality: Modality) -> LatentDecoder | WholePipelin
 def _encoder(preset: Preset) -> Encoder:
     with loading("encoder"):
         dtype = getattr(torch, preset.encoder.dtype or "float32")
-        return load_encoder(preset.encoder_folder, preset.device, dtype)
+        return load_encoder(preset.encoder_folder, preset.device, dtype, preset.tiling)
 
 
 def _as_it_is(preset: Preset) -> LanguageModel:
@@ -157,13 +157,13 @@ def _anew(preset: Preset, encoder: Encoder | None) -> LanguageModel:
 def _former(preset: Preset, modality: Modality) -> OutputProjectionConfig | None:
     """Return the sizes of the projection that there was, for new ones to be as large inside."""
     folder = preset.projection_folder(modality)
-    return OutputProjection.load(folder).config if (folder / "config.json").is_file() else None
+    return OutputProjection.from_pretrained(folder).config if (folder / "config.json").is_file() else None
 
 
 def _mark(preset: Preset, part: PartName) -> str:
     """Return 8 digits that change with the files of the part, so that no run goes on with another part."""
     folder = {"encoder": preset.encoder_folder, "language_model": preset.base_folder}.get(part)
-    found = hashlib.sha256()
+    found = hashlib.sha256(repr(preset.tiling).encode() if part == "encoder" and preset.tiling else b"")
     for path in sorted((folder or preset.decoder_folder(Modality(part))).rglob("*")):
         if path.is_file():
             found.update(f"{path.name} {path.stat().st_size}".encode())

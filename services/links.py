@@ -28,7 +28,7 @@ class SignalLink:
     """NExT-GPT's: the hidden states go through a trained output projection."""
 
     def __init__(self, folder: Path, specs: Mapping[str, ConditionSpec], device: str = "cpu") -> None:
-        self.projection = OutputProjection.load(folder, device)
+        self.projection = OutputProjection.from_pretrained(folder, device)
         self.device = device
         self.specs = dict(specs)
         given = self.projection.config

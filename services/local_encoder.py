@@ -43,7 +43,8 @@ class LocalEncoder:
         if self.encoder is None:
             with loading("encoder"):
                 dtype = getattr(torch, self.preset.encoder.dtype or "float32")
-                self.encoder = load_encoder(self.preset.encoder_folder, self.preset.device, dtype)
+                preset = self.preset
+                self.encoder = load_encoder(preset.encoder_folder, preset.device, dtype, preset.tiling)
         return self.encoder
 
     async def encode(self, artefact_id: str, expect: Modality | None) -> Encoded:
@@ -75,7 +76,11 @@ class LocalEncoder:
             )
         features = self.load().encode(medium)
         encoded = Encoded(
-            features.modality, features.tokens.cpu().numpy(), features.pooled.cpu().numpy(), features.grid
+            features.modality,
+            features.tokens.cpu().numpy(),
+            features.pooled.cpu().numpy(),
+            features.grid,
+            features.blocks,
         )
         self.cache.keep(key, encoded)
         return encoded

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from encoders.media import Modality
 from llm.async_engine import AsyncEngine
 from llm.engine import Engine, EngineStats
 from llm.generate import ContextTooLong, GenerationEvent, GenerationOptions, SignalReady, TextDelta
@@ -65,6 +66,13 @@ class LocalLanguageModel:
                     base=self.preset.base_folder,
                     bridge=self.preset.bridge_folder,
                 )
+                image = Modality.IMAGE
+                if self.preset.tiling and image in model.readable and model.reads_pooled(image):
+                    raise ValueError(
+                        f"the preset {self.preset.name!r} cuts pictures ({self.preset.tiling.name}), and its "
+                        f"projector reads the global vector of a whole one alone. Leave encoder.tiling out, "
+                        f"or train a bridge with another projector."
+                    )
                 model.merge_adapter()
                 if options.quantization:
                     quantize(model.causal_lm, options.quantization, device)
@@ -156,7 +164,9 @@ def _dialogue(prompt: Sequence[PromptMessage]) -> Dialogue:
 def _template_part(part: PromptPart) -> str | MediaTokens | SignalPart:
     match part:
         case Encoded():
-            return MediaTokens(part.modality, torch.tensor(part.tokens), torch.tensor(part.pooled))
+            return MediaTokens(
+                part.modality, torch.tensor(part.tokens), torch.tensor(part.pooled), part.blocks
+            )
         case SpokenEarlier(modality=modality):
             return SignalPart(modality)
         case _:

@@ -63,6 +63,7 @@ def folders_of(preset: Preset, link: Any = None) -> Folders:
             )
     return Folders(
         encoder=preset.encoder_folder,
+        tiling=preset.tiling,
         language_model=preset.language_model_folder,
         projections={modality: preset.projection_folder(modality) for modality in preset.decoders},
         decoders={modality: preset.decoder_folder(modality) for modality in preset.decoders},

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from decoders.settings import DecodeSettings
 from encoders.media import MediaBudget, Modality
+from encoders.tiler import Tiling, TilingName
 from services.compiling import Compile
 from services.errors import BadRequest, PresetProblem
 
@@ -74,12 +75,24 @@ class BoxPreset(_Strict):
     origins: tuple[Origin, ...] = ()
 
 
+class TilingPreset(_Strict):
+    """How pictures larger than the encoder's are cut; see :mod:`encoders.tiler`."""
+
+    name: TilingName
+    most: int = Field(default=6, ge=2, le=64, description="squares of one picture, the overview not counted")
+
+
 class EncoderPreset(BoxPreset):
-    """Which encoder reads media, and what it can read."""
+    """Which encoder reads media, and what it can read.
+
+    ``tiling`` lets the language model see large pictures in detail, for a place in its context per square; a
+    bridge has to be trained to it. Without it a picture is seen once, as the encoder was trained.
+    """
 
     folder: str = "encoder"
     modalities: tuple[Modality, ...] = (Modality.IMAGE, Modality.VIDEO, Modality.AUDIO)
     cache_mb: int = Field(default=256, ge=0, description="encoded media that are kept, by their content")
+    tiling: TilingPreset | None = None
 
 
 class LanguageModelPreset(BoxPreset):
@@ -310,6 +323,12 @@ class Preset(_Strict):
         if not folder.is_relative_to(self.weights_folder):
             return folder
         return self.sizes_folder / folder.relative_to(self.weights_folder)
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """How the encoder cuts pictures, as it takes it."""
+        wish = self.encoder.tiling
+        return Tiling(wish.name, wish.most) if wish else None
 
     @property
     def encoder_folder(self) -> Path:

@@ -56,22 +56,25 @@ def encoder_bytes(preset: Preset) -> int:
     """Count what the largest medium takes that the encoder reads."""
     folder, dtype = preset.encoder_folder, getattr(torch, preset.encoder.dtype or "float32")
     found = {name: preset.described_in(folder / name) / "config.json" for name in TOWER_FOLDERS}
+    slices = 1 + preset.tiling.most if preset.tiling else 1
     configs = tuple((name, path.read_text()) for name, path in found.items() if path.is_file())
     if configs:
-        return _tower_bytes(configs, TowerNumbers.read(folder / NUMBERS_FILE), dtype)
-    return _imagebind_bytes((preset.described_in(folder) / "config.json").read_text(), dtype)
+        return _tower_bytes(configs, TowerNumbers.read(folder / NUMBERS_FILE), dtype, slices)
+    return _imagebind_bytes((preset.described_in(folder) / "config.json").read_text(), dtype, slices)
 
 
 @lru_cache(maxsize=32)
-def _imagebind_bytes(config: str, dtype: torch.dtype) -> int:
+def _imagebind_bytes(config: str, dtype: torch.dtype, slices: int) -> int:
     values = json.loads(config)
     with torch.device("meta"):
         model = ImageBind(ImageBindConfig.from_json(values["model"])).to(dtype).eval()
-    return most(encoder_work(model, PreprocessConfig.from_json(values["preprocessing"])))
+    return most(encoder_work(model, PreprocessConfig.from_json(values["preprocessing"]), slices))
 
 
 @lru_cache(maxsize=32)
-def _tower_bytes(configs: tuple[tuple[str, str], ...], numbers: TowerNumbers, dtype: torch.dtype) -> int:
+def _tower_bytes(
+    configs: tuple[tuple[str, str], ...], numbers: TowerNumbers, dtype: torch.dtype, slices: int
+) -> int:
     works = []
     for name, text in configs:
         values = json.loads(text)
@@ -79,7 +82,7 @@ def _tower_bytes(configs: tuple[tuple[str, str], ...], numbers: TowerNumbers, dt
         with torch.device("meta"):
             if name == VISION:
                 vision = SiglipVisionModel(SiglipVisionConfig(**own))
-                works.append(vision_work(_ready(vision, dtype), numbers))
+                works.append(vision_work(_ready(vision, dtype), numbers, slices))
             else:
                 audio = ClapAudioModelWithProjection(ClapAudioConfig(**own))
                 works.append(audio_work(_ready(audio, dtype), numbers))
@@ -92,10 +95,10 @@ def _ready(model: Model, dtype: torch.dtype) -> Model:
     return model
 
 
-def vision_work(model: SiglipVisionModel, numbers: TowerNumbers) -> Work:
-    """Return the reading of a video."""
+def vision_work(model: SiglipVisionModel, numbers: TowerNumbers, slices: int = 1) -> Work:
+    """Return the reading of a video, or of an image in so many slices if these are more."""
     config: Any = model.config
-    shape = min(numbers.video_frames, AT_ONCE), 3, config.image_size, config.image_size
+    shape = min(max(numbers.video_frames, slices), AT_ONCE), 3, config.image_size, config.image_size
     return lambda: model(next(model.parameters()).new_zeros(shape)).last_hidden_state.float()
 
 
@@ -110,12 +113,12 @@ def audio_work(model: ClapAudioModelWithProjection, numbers: TowerNumbers) -> Wo
     ).last_hidden_state.float()
 
 
-def encoder_work(model: ImageBind, numbers: PreprocessConfig) -> Iterator[Work]:
-    """Yield the reading of one medium of each kind, as long as it may be."""
+def encoder_work(model: ImageBind, numbers: PreprocessConfig, slices: int = 1) -> Iterator[Work]:
+    """Yield the reading of one medium of each kind, as long as it may be; of an image in so many slices."""
     side, frames = numbers.image_size, numbers.video_clip_frames
     clips = numbers.video_clips * numbers.video_crops
     shapes = [
-        ("vision", (1, 3, side, side)),
+        ("vision", (slices, 3, side, side)),
         ("vision", (1, clips, 3, frames, side, side)),
         ("audio", (1, numbers.audio_clips, 1, numbers.num_mel_bins, numbers.num_mel_frames)),
     ]

@@ -231,7 +231,10 @@ def test_a_table_of_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
 def test_one_thing_is_measured_at_a_time(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["bench", *words])
-    assert "choose one: compile, decode, llm, service, turn, --full-size or --tables DIR" in capsys.readouterr().err
+    assert (
+        "choose one: compile, decode, llm, service, turn, --full-size or --tables DIR"
+        in capsys.readouterr().err
+    )
 
 
 def test_an_unknown_bench_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,7 +85,7 @@ def test_a_signal_becomes_a_medium_through_a_projection_of_the_right_shape(
         num_encoder_layers=1,
         num_decoder_layers=1,
     )
-    OutputProjection(config).save(tmp_path)
+    OutputProjection(config).save_pretrained(tmp_path)
     link = SignalLink(tmp_path, decoder.condition_specs)
     states = np.random.default_rng(0).normal(size=(2, 4, LLM_WIDTH)).astype(np.float32)
 

@@ -166,7 +166,7 @@ def test_without_whole_tables_the_base_keeps_its_own_words(
 def test_converted_output_projections_compute_what_the_file_says(
     tensors: dict[str, Tensor], converted: Path, modality: Modality, module: str, count: int
 ) -> None:
-    projection = OutputProjection.load(converted / "projections" / modality)
+    projection = OutputProjection.from_pretrained(converted / "projections" / modality)
     hidden, embeddings = torch.randn(count, 32), torch.randn(count, 32)
 
     out = projection(hidden[None], embeddings[None])[0]
@@ -208,7 +208,7 @@ def test_a_spoken_signal_becomes_the_condition_that_was_trained(
     finished = events[-1]
     assert isinstance(finished, Finished)
 
-    out = OutputProjection.load(converted / "projections" / "image")(
+    out = OutputProjection.from_pretrained(converted / "projections" / "image")(
         signal.hidden[None], signal.embeddings[None]
     )[0]
 
@@ -361,7 +361,7 @@ def test_of_the_rewrite_the_output_projections_are_converted(
     assert json.loads((tmp_path / "w" / "converted.json").read_text()) == record
     assert not (tmp_path / "w" / "llm").exists()
     x = torch.randn(4, 32)
-    projection = OutputProjection.load(tmp_path / "w" / "projections" / "image")
+    projection = OutputProjection.from_pretrained(tmp_path / "w" / "projections" / "image")
     expected = projected(tensors, "gen_text_hidden_fcs.0", x)
     torch.testing.assert_close(projection(x[None], 0 * x[None])[0], expected, rtol=1e-4, atol=1e-4)
 

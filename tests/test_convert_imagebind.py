@@ -24,7 +24,7 @@ def test_imagebind_keeps_the_towers_that_are_asked_for(tmp_path: Path) -> None:
 
     record = convert_imagebind(tmp_path / "imagebind_huge.pth", tmp_path / "w", **sizes)
 
-    encoder = ImageBindEncoder.load(tmp_path / "w" / "encoder")
+    encoder = ImageBindEncoder.from_pretrained(tmp_path / "w" / "encoder")
     assert encoder.modalities == {IMAGE, VIDEO, AUDIO}
     kept = [name for name in state if name.split(".")[1] in ("vision", "audio")]
     assert record["tensors"] == {
@@ -40,7 +40,7 @@ def test_imagebind_stands_for_a_video_by_the_plain_mean_of_its_clips(tmp_path: P
     imagebind_file(tmp_path / "i.pth")
     sizes: Any = {"release": TINY, "preprocessing": tiny_preprocessing()}
     convert_imagebind(tmp_path / "i.pth", tmp_path / "w", dtype=torch.float32, **sizes)
-    encoder = ImageBindEncoder.load(tmp_path / "w" / "encoder")
+    encoder = ImageBindEncoder.from_pretrained(tmp_path / "w" / "encoder")
     generator = torch.Generator().manual_seed(0)
     frames = torch.randint(0, 256, (8, 16, 16, 3), generator=generator, dtype=torch.uint8).numpy()
     video = Video(frames, 8.0)

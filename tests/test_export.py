@@ -34,7 +34,7 @@ def test_an_exported_encoder_has_the_towers_that_read_media_and_nothing_of_an_ol
     tmp_path: Path,
 ) -> None:
     encoder = made_encoder()
-    encoder.save(tmp_path)
+    encoder.save_pretrained(tmp_path)
     assert (tmp_path / "tokenizer.json").is_file()
 
     export_encoder(encoder, tmp_path)
@@ -43,4 +43,8 @@ def test_an_exported_encoder_has_the_towers_that_read_media_and_nothing_of_an_ol
     written = load_file(tmp_path / "model.safetensors")
     assert {name.split(".")[1] for name in written} == {"vision", "audio"}
     assert {value.dtype for value in written.values()} == {torch.float16}
-    assert ImageBindEncoder.load(tmp_path).modalities == {Modality.IMAGE, Modality.VIDEO, Modality.AUDIO}
+    assert ImageBindEncoder.from_pretrained(tmp_path).modalities == {
+        Modality.IMAGE,
+        Modality.VIDEO,
+        Modality.AUDIO,
+    }

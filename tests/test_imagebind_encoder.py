@@ -51,7 +51,7 @@ def encoder() -> ImageBindEncoder:
 
 @pytest.fixture
 def folder(tmp_path: Path, encoder: ImageBindEncoder) -> Path:
-    encoder.save(tmp_path, dtype=torch.float32)
+    encoder.save_pretrained(tmp_path, dtype=torch.float32)
     return tmp_path
 
 
@@ -118,7 +118,7 @@ def test_encoder_with_fewer_towers_reads_a_fuller_file(folder: Path) -> None:
     for tower in ("vision", "text"):
         del values["model"][tower]
     (folder / "config.json").write_text(json.dumps(values))
-    encoder = ImageBindEncoder.load(folder)
+    encoder = ImageBindEncoder.from_pretrained(folder)
     assert encoder.modalities == {Modality.AUDIO}
     assert encoder.encode(media(Modality.AUDIO)[0]).width == 8
     with pytest.raises(ValueError, match="cannot read image; it reads audio"):
@@ -128,7 +128,7 @@ def test_encoder_with_fewer_towers_reads_a_fuller_file(folder: Path) -> None:
 
 
 def test_saved_encoder_loads_the_same_and_frozen(encoder: ImageBindEncoder, folder: Path) -> None:
-    loaded = ImageBindEncoder.load(folder)
+    loaded = ImageBindEncoder.from_pretrained(folder)
     assert loaded.modalities == set(Modality)
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
@@ -140,13 +140,13 @@ def test_saved_encoder_loads_the_same_and_frozen(encoder: ImageBindEncoder, fold
 def test_towers_that_are_left_out_are_on_the_disk_neither_as_weights_nor_as_words(
     tmp_path: Path, encoder: ImageBindEncoder
 ) -> None:
-    encoder.save(tmp_path, torch.float32, ["audio", "vision"])
+    encoder.save_pretrained(tmp_path, torch.float32, ["audio", "vision"])
 
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
     whole, written = encoder.model.state_dict(), load_file(tmp_path / "model.safetensors")
     assert written.keys() == {name for name in whole if ".text." not in name}
     assert all(torch.equal(written[name], whole[name]) for name in written)
-    loaded = ImageBindEncoder.load(tmp_path)
+    loaded = ImageBindEncoder.from_pretrained(tmp_path)
     assert loaded.modalities == set(Modality) - {Modality.TEXT}
     for modality in loaded.modalities:
         medium = media(modality)[0]
@@ -158,16 +158,16 @@ def test_towers_that_are_not_there_cannot_be_saved(
     tmp_path: Path, encoder: ImageBindEncoder, towers: list[str], given: str
 ) -> None:
     with pytest.raises(ValueError, match=f"towers is {given}; choose from vision, text, audio"):
-        encoder.save(tmp_path / "some", towers=towers)
+        encoder.save_pretrained(tmp_path / "some", towers=towers)
     assert not (tmp_path / "some").exists()
 
 
 def test_half_precision_on_disk_is_full_precision_in_memory(
     tmp_path: Path, encoder: ImageBindEncoder
 ) -> None:
-    encoder.save(tmp_path)
+    encoder.save_pretrained(tmp_path)
     assert {str(v.dtype) for v in load_file(tmp_path / "model.safetensors").values()} == {"torch.float16"}
-    loaded = ImageBindEncoder.load(tmp_path)
+    loaded = ImageBindEncoder.from_pretrained(tmp_path)
     assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
     medium = media(Modality.AUDIO)[0]
     assert loaded.encode(medium).pooled @ encoder.encode(medium).pooled > 0.999
@@ -175,11 +175,11 @@ def test_half_precision_on_disk_is_full_precision_in_memory(
 
 def test_missing_files_are_named(folder: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
-        ImageBindEncoder.load(folder / "nowhere")
+        ImageBindEncoder.from_pretrained(folder / "nowhere")
     for name in ("tokenizer.json", "model.safetensors", "config.json"):
         (folder / name).unlink()
         with pytest.raises(FileNotFoundError, match=name):
-            ImageBindEncoder.load(folder)
+            ImageBindEncoder.from_pretrained(folder)
 
 
 def test_wrong_shapes_name_the_tensor_and_both_shapes(folder: Path) -> None:
@@ -187,7 +187,7 @@ def test_wrong_shapes_name_the_tensor_and_both_shapes(folder: Path) -> None:
     name = "modality_heads.audio.2.weight"
     save_file(weights | {name: torch.zeros(9, 16)}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=rf"tensor {name} has shape \(9, 16\); expected \(8, 16\)"):
-        ImageBindEncoder.load(folder)
+        ImageBindEncoder.from_pretrained(folder)
 
 
 def test_lacking_and_foreign_tensors_are_named(folder: Path) -> None:
@@ -197,24 +197,24 @@ def test_lacking_and_foreign_tensors_are_named(folder: Path) -> None:
     with pytest.raises(
         ValueError, match=r"lacks modality_heads\.audio\.2\.weight and has besides lm_head\.weight"
     ):
-        ImageBindEncoder.load(folder)
+        ImageBindEncoder.from_pretrained(folder)
 
 
 def test_damaged_files_are_named(folder: Path) -> None:
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:-100])
     with pytest.raises(ValueError, match=r"model\.safetensors is not a safetensors file, or is cut off"):
-        ImageBindEncoder.load(folder)
+        ImageBindEncoder.from_pretrained(folder)
     (folder / "model.safetensors").write_bytes(whole)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json has no entry 'model'"):
-        ImageBindEncoder.load(folder)
+        ImageBindEncoder.from_pretrained(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is not JSON"):
-        ImageBindEncoder.load(folder)
+        ImageBindEncoder.from_pretrained(folder)
     (folder / "config.json").write_text('{"model": {}}')
     with pytest.raises(ValueError, match="no object 'preprocessing'"):
-        ImageBindEncoder.load(folder)
+        ImageBindEncoder.from_pretrained(folder)
 
 
 def test_parts_that_do_not_fit_are_refused(encoder: ImageBindEncoder) -> None:

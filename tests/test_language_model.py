@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from encoders.media import Modality
+from llm.adapters import Step
 from llm.lora import LoraOptions
 from llm.model import LanguageModel, ModelPart, mean_loss
 from llm.projectors import ProjectorConfig, Prompt
@@ -321,11 +323,17 @@ class GatedBias:
                 lambda mlp, _, out: out + mlp.adapter["gate"].tanh() * mlp.adapter["bias"]
             )
 
+    def bind(self, step: Step) -> AbstractContextManager[None]:
+        return nullcontext()
+
 
 class Renaming:
     def install(self, lm: nn.Module) -> None:
         lm.add_module("extra", nn.Linear(2, 2))
         del lm.lm_head
+
+    def bind(self, step: Step) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def test_an_adapter_is_the_identity_at_birth_trains_apart_and_is_saved(tmp_path: Path) -> None:

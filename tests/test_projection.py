@@ -155,35 +155,35 @@ def test_impossible_sizes_are_named(changes: dict[str, int], message: str) -> No
 def test_a_saved_projection_comes_back_the_same(tmp_path: Path) -> None:
     projection = tiny()
     x = torch.randn(1, 4, 12)
-    projection.save(tmp_path / "image")
+    projection.save_pretrained(tmp_path / "image")
 
-    again = OutputProjection.load(tmp_path / "image")
+    again = OutputProjection.from_pretrained(tmp_path / "image")
 
     assert again.config == TINY
     torch.testing.assert_close(again(x, x), projection(x, x))
 
 
 def test_half_precision_files_come_back_in_single_precision(tmp_path: Path) -> None:
-    tiny().half().save(tmp_path)
+    tiny().half().save_pretrained(tmp_path)
 
-    assert OutputProjection.load(tmp_path).fc.weight.dtype == torch.float32
+    assert OutputProjection.from_pretrained(tmp_path).fc.weight.dtype == torch.float32
 
 
 def test_incomplete_or_foreign_folders_are_named(tmp_path: Path) -> None:
-    tiny().save(tmp_path)
+    tiny().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     config = json.loads((tmp_path / "config.json").read_text())
 
     save_file(tensors | {"fc.weight": torch.zeros(16, 13)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"does not fit its config.json(.|\n)*fc.weight"):
-        OutputProjection.load(tmp_path)
+        OutputProjection.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"colour": 1}))
     with pytest.raises(ValueError, match="colour"):
-        OutputProjection.load(tmp_path)
+        OutputProjection.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes(b"junk")
     with pytest.raises(ValueError, match="cannot be read"):
-        OutputProjection.load(tmp_path)
+        OutputProjection.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"model.safetensors is missing"):
-        OutputProjection.load(tmp_path)
+        OutputProjection.from_pretrained(tmp_path)

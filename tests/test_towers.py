@@ -215,7 +215,7 @@ def test_numbers_of_towers_json_are_followed_and_checked(folder: Path, tmp_path:
 
 def test_what_does_not_fit_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"config.json is missing"):
-        TowerEncoder.load(tmp_path)
+        TowerEncoder.from_pretrained(tmp_path)
     broken = tmp_path / "e"
     shutil.copytree(folder, broken)
     (broken / "audio" / "preprocessor_config.json").unlink()
@@ -246,7 +246,7 @@ def test_a_processor_of_another_resolution_is_refused(folder: Path, tmp_path: Pa
 
 
 def test_a_folder_says_by_its_files_which_encoder_it_holds(tmp_path: Path) -> None:
-    tiny_encoder().save(tmp_path)
+    tiny_encoder().save_pretrained(tmp_path)
     encoder: Encoder = load_encoder(tmp_path)
     assert isinstance(encoder, ImageBindEncoder)
     assert encoder.width_of(IMAGE) == encoder.width_of(AUDIO) == 16

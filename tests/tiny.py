@@ -34,7 +34,7 @@ def write_tiny_preset(folder: Path) -> Path:
     """Write the weights and the YAML of the preset ``tiny``; return the path of the YAML."""
     weights = folder / "weights"
     torch.manual_seed(0)
-    tiny_encoder().save(weights / "encoder", torch.float32)
+    tiny_encoder().save_pretrained(weights / "encoder", torch.float32)
     tiny_speaker().save(weights / "llm")
     pipelines = {
         Modality.IMAGE: tiny_pipelines.image_pipeline,
@@ -52,7 +52,7 @@ def write_tiny_preset(folder: Path) -> Path:
             num_encoder_layers=1,
             num_decoder_layers=1,
         )
-        OutputProjection(config).save(weights / "projections" / modality.value)
+        OutputProjection(config).save_pretrained(weights / "projections" / modality.value)
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(tiny_values()))
     return path

@@ -37,16 +37,20 @@ ENCODED: Mapping[Kind, int] = {"look": 16_000, "clip": 12_000, "sound": 10_000}
 
 @dataclass(frozen=True)
 class EncodedPool:
-    """Scenes of one kind with their encoder features, ``(N, n, width)`` tokens and ``(N, width)`` vectors."""
+    """Scenes of one kind with their encoder features, ``(N, n, width)`` tokens and ``(N, width)`` vectors.
+
+    All are of one size, so all have the same ``blocks``; ``()`` is one.
+    """
 
     scenes: list[Scene]
     tokens: NDArray[np.float16]
     pooled: NDArray[np.float16]
+    blocks: tuple[int | str, ...] = ()
 
     def media(self, index: int) -> MediaTokens:
         """Return one medium as the language model reads it."""
         modality = MODALITY[type(self.scenes[index])]
-        return MediaTokens(modality, _floats(self.tokens[index]), _floats(self.pooled[index]))
+        return MediaTokens(modality, _floats(self.tokens[index]), _floats(self.pooled[index]), self.blocks)
 
 
 class PoolScenes:
@@ -134,7 +138,8 @@ def encode_pools(encoder: Encoder, cache: Path, sizes: pools.PoolSizes) -> dict[
             continue
         number = min(ENCODED[kind], len(row))
         joined = pools.encoded(cache / f"features-{kind}-{number}.npy", row[:number], features, 32)
-        found[kind] = EncodedPool(pools.scenes(kind, number), joined[:, 1:], joined[:, 0])
+        blocks = encoder.encode(read(row[0])).blocks
+        found[kind] = EncodedPool(pools.scenes(kind, number), joined[:, 1:], joined[:, 0], blocks)
     return found
 
 

@@ -84,12 +84,12 @@ def forget_origins(folder: Path) -> None:
 def export_encoder(encoder: ImageBindEncoder, folder: Path) -> None:
     """Write the towers that read media; the text tower was there for them to learn from."""
     shutil.rmtree(folder, ignore_errors=True)
-    encoder.save(folder, torch.float16, sorted(set(TOWER_OF.values())))
+    encoder.save_pretrained(folder, torch.float16, sorted(set(TOWER_OF.values())))
 
 
 def export_aligned(model: Aligned, weights: Path) -> None:
     """Write the language model and the output projections."""
     model.llm.save(weights / "llm", torch.float16)
     for name, projection in model.projections.items():
-        projection.half().save(weights / "projections" / name)  # type: ignore[operator]
+        projection.half().save_pretrained(weights / "projections" / name)  # type: ignore[operator]
         projection.float()
