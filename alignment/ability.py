@@ -97,7 +97,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _measurer(folders: Folders) -> Callable[[Wish], dict[str, Any]]:
-    model = LanguageModel.load(folders.language_model, base=folders.base, bridge=folders.bridge)
+    model = LanguageModel.from_pretrained(folders.language_model, base=folders.base, bridge=folders.bridge)
     if not isinstance(model.base, PeftModel):
         raise ValueError(
             f"{folders.language_model} holds no adapter, so its base cannot be told apart; expected a model "

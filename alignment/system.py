@@ -102,7 +102,9 @@ class System:
         self.settings = folders.settings
         self.edit_strengths = folders.edit_strengths
         self.encoder = load_encoder(folders.encoder, tiling=folders.tiling)
-        self.llm = LanguageModel.load(folders.language_model, base=folders.base, bridge=folders.bridge)
+        self.llm = LanguageModel.from_pretrained(
+            folders.language_model, base=folders.base, bridge=folders.bridge
+        )
         self.llm.merge_adapter()
         self.decoders = {m: DECODERS[m].load(folder) for m, folder in folders.decoders.items()}
         self.projections = {

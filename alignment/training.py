@@ -279,13 +279,13 @@ def _imagebind(work: Run) -> ImageBindEncoder:
 
 def _language(work: Run) -> LanguageModel:
     model = train_base(work.folder / "language", work.config("language"))
-    model.save(work.folder / "language" / "llm")
+    model.save_pretrained(work.folder / "language" / "llm")
     return model
 
 
 def untrained_bridges(base: Path) -> Aligned:
     """Return the trained base with fresh projectors, signal rows and output projections."""
-    llm = LanguageModel.load(base)
+    llm = LanguageModel.from_pretrained(base)
     llm.add_projectors(
         {
             modality: ProjectorConfig(

@@ -375,8 +375,9 @@ class LanguageModel(nn.Module):
 
     # --- files ------------------------------------------------------------------------------------
 
-    def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write the folder that :meth:`load` reads, floats in ``dtype``. LoRA stays apart from the base."""
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write the folder that :meth:`from_pretrained` reads, floats in ``dtype``. LoRA stays apart."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.save_base(self.causal_lm, folder / checkpoint.BASE, dtype)
         self.tokenizer.save(folder / checkpoint.BASE)
@@ -386,7 +387,7 @@ class LanguageModel(nn.Module):
         self._save_manifest(folder, folder / checkpoint.BASE)
 
     def save_bridge(self, folder: Path, base: Path) -> None:
-        """Write what :meth:`load` takes as ``bridge``: all that was trained but LoRA, for a base."""
+        """Write the ``bridge`` of :meth:`from_pretrained`: all that was trained for a base, not LoRA."""
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.save_tensors(self._bridge(), folder / checkpoint.BRIDGE, torch.float32)
         self._save_manifest(folder, base, self.has_base_tables)
@@ -406,9 +407,9 @@ class LanguageModel(nn.Module):
         (folder / checkpoint.MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
 
     @classmethod
-    def load(
+    def from_pretrained(
         cls,
-        folder: Path,
+        folder: str | Path,
         device: torch.device | str = "cpu",
         adapters: Sequence[LMAdapter] = (),
         dtype: torch.dtype | None = None,
@@ -416,7 +417,7 @@ class LanguageModel(nn.Module):
         base: Path | None = None,
         bridge: Path | None = None,
     ) -> LanguageModel:
-        """Read a folder written by :meth:`save` or converted from a release, in evaluation mode.
+        """Read a folder written by :meth:`save_pretrained` or converted from a release, in evaluation mode.
 
         The base is in ``dtype``; None stands for float32 on the CPU and bfloat16 elsewhere, whatever the
         files hold. The bridge is float32. ``adapters`` are the ones that the model was saved with. ``base``
@@ -427,6 +428,7 @@ class LanguageModel(nn.Module):
                 another shape (tensor, given, expected).
 
         """
+        folder = Path(folder)
         base_folder, bridge_folder = base or folder / checkpoint.BASE, bridge or folder
         manifest = checkpoint.read_manifest(bridge_folder, base_folder)
         if dtype is None:

@@ -136,7 +136,7 @@ def _encoder(preset: Preset) -> Encoder:
 def _as_it_is(preset: Preset) -> LanguageModel:
     """Return the language model with its bridge, so that what is not trained stays."""
     dtype = torch.float32 if preset.device == "cpu" else torch.bfloat16
-    return LanguageModel.load(
+    return LanguageModel.from_pretrained(
         preset.language_model_folder, dtype=dtype, base=preset.base_folder, bridge=preset.bridge_folder
     )
 

@@ -1,6 +1,6 @@
 """The generate box in this process: an engine that all turns share, with a thread of its own.
 
-The model is loaded at the first use, or by :meth:`LocalLanguageModel.load`.
+The model is loaded at the first use, or by :meth:`LocalLanguageModel.from_pretrained`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class LocalLanguageModel:
         with loading("language model"):
             if self.engine is None:
                 options, device = self.preset.language_model, self.preset.device
-                model = LanguageModel.load(
+                model = LanguageModel.from_pretrained(
                     self.preset.language_model_folder,
                     "cpu" if options.quantization else device,
                     dtype=getattr(torch, self.preset.language_model_dtype),

@@ -24,7 +24,7 @@ def test_base_and_tuned_model_are_told_apart_by_the_adapter_alone() -> None:
 
 
 def test_a_model_without_an_adapter_is_refused(tmp_path: Path) -> None:
-    tiny_model().save(tmp_path)
+    tiny_model().save_pretrained(tmp_path)
     links: dict[Modality, LinkName] = {Modality.IMAGE: "caption"}
     folders = Folders(encoder=tmp_path, language_model=tmp_path, projections={}, decoders={}, links=links)
     with pytest.raises(ValueError, match="holds no adapter"):

@@ -25,7 +25,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         for parameter in model.parameters_of("lora").values():
             parameter.normal_(std=0.1)
-    model.save(folder, torch.float16)
+    model.save_pretrained(folder, torch.float16)
     return folder
 
 
@@ -39,10 +39,10 @@ def copy_of(folder: Path, target: Path) -> Path:
 
 
 def test_a_saved_model_comes_back_in_float32(saved: Path, tmp_path: Path) -> None:
-    model = LanguageModel.load(saved)
+    model = LanguageModel.from_pretrained(saved)
     batch = model.collate([mixed_dialogue()])
-    model.save(tmp_path)
-    again = LanguageModel.load(tmp_path)
+    model.save_pretrained(tmp_path)
+    again = LanguageModel.from_pretrained(tmp_path)
 
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert not model.training
@@ -53,7 +53,7 @@ def test_a_saved_model_comes_back_in_float32(saved: Path, tmp_path: Path) -> Non
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft 0.21's
 def test_the_libraries_read_the_folders_themselves(saved: Path) -> None:
-    model = LanguageModel.load(saved)
+    model = LanguageModel.from_pretrained(saved)
     base = AutoModelForCausalLM.from_pretrained(saved / "base")
     tokenizer = AutoTokenizer.from_pretrained(saved / "base")
     adapted = PeftModel.from_pretrained(base.float(), saved / "adapter")
@@ -68,7 +68,7 @@ def test_the_libraries_read_the_folders_themselves(saved: Path) -> None:
 
 
 def test_the_folder_holds_no_path_of_the_machine_that_wrote_it(saved: Path, tmp_path: Path) -> None:
-    LanguageModel.load(saved).save(tmp_path)
+    LanguageModel.from_pretrained(saved).save_pretrained(tmp_path)
 
     for path in tmp_path.rglob("*.json"):
         assert str(saved) not in path.read_text(), path
@@ -92,7 +92,7 @@ def test_a_missing_file_is_named(saved: Path, tmp_path: Path, name: str) -> None
     (folder / name).unlink()
 
     with pytest.raises(ValueError, match=rf"{Path(name).name} is missing"):
-        LanguageModel.load(folder)
+        LanguageModel.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_a_wrong_shape_is_told_with_what_was_expected(
 
     message = rf"{tensor} has shape \({rows + 1}, {columns}\); expected \({rows}, {columns}\)"
     with pytest.raises(ValueError, match=message):
-        LanguageModel.load(folder)
+        LanguageModel.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("file", ["bridge.safetensors", "base/model.safetensors"])
@@ -130,7 +130,7 @@ def test_a_missing_tensor_is_named(saved: Path, tmp_path: Path, file: str) -> No
     save_file(tensors, folder / file, metadata={"format": "pt"})
 
     with pytest.raises(ValueError, match=rf"lacks? .*{name}|lack {name}"):
-        LanguageModel.load(folder)
+        LanguageModel.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("file", ["bridge.safetensors", "base/model.safetensors"])
@@ -139,7 +139,7 @@ def test_a_truncated_file_is_refused(saved: Path, tmp_path: Path, file: str) -> 
     (folder / file).write_bytes((folder / file).read_bytes()[:-100])
 
     with pytest.raises(ValueError, match=r"not (a )?whole safetensors"):
-        LanguageModel.load(folder)
+        LanguageModel.from_pretrained(folder)
 
 
 def test_the_bridge_of_another_base_is_refused(saved: Path, tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_the_bridge_of_another_base_is_refused(saved: Path, tmp_path: Path) -> N
     (folder / "base/config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
 
     with pytest.raises(ValueError, match=r"Put the base there that the bridge was trained on"):
-        LanguageModel.load(folder)
+        LanguageModel.from_pretrained(folder)
 
 
 def test_a_malformed_manifest_is_refused(saved: Path, tmp_path: Path) -> None:
@@ -156,4 +156,4 @@ def test_a_malformed_manifest_is_refused(saved: Path, tmp_path: Path) -> None:
     (folder / "bridge.json").write_text('{"format": 1}')
 
     with pytest.raises(ValueError, match=r"bridge\.json is not a bridge manifest"):
-        LanguageModel.load(folder)
+        LanguageModel.from_pretrained(folder)

@@ -130,7 +130,7 @@ def projected(tensors: dict[str, Tensor], module: str, x: Tensor) -> Tensor:
 def test_converted_language_model_computes_what_the_original_does(
     base: Path, tensors: dict[str, Tensor], converted: Path
 ) -> None:
-    model = LanguageModel.load(converted / "llm")
+    model = LanguageModel.from_pretrained(converted / "llm")
     ids = torch.tensor([[1, 40, 7, 300, 301, 302, 303, 304, 305, 99, 337]])
 
     with torch.no_grad():
@@ -147,7 +147,7 @@ def test_without_whole_tables_the_base_keeps_its_own_words(
 ) -> None:
     file = save_pt(tensors, tmp_path / "pytorch_model.pt")
     convert_nextgpt(file, tmp_path / "w", str(base), whole_tables=False, **SIZES)
-    model = LanguageModel.load(tmp_path / "w" / "llm")
+    model = LanguageModel.from_pretrained(tmp_path / "w" / "llm")
     own = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
 
     torch.testing.assert_close(model.embed(torch.arange(300)), own[:300])
@@ -175,7 +175,7 @@ def test_converted_output_projections_compute_what_the_file_says(
 
 
 def test_the_input_projection_reads_every_medium(tensors: dict[str, Tensor], converted: Path) -> None:
-    model = LanguageModel.load(converted / "llm")
+    model = LanguageModel.from_pretrained(converted / "llm")
     pooled = torch.randn(12)
     expected = F.linear(pooled, tensors["llama_proj.weight"].float(), tensors["llama_proj.bias"].float())
 
@@ -188,7 +188,7 @@ def test_the_input_projection_reads_every_medium(tensors: dict[str, Tensor], con
 
 
 def test_a_converted_model_speaks_and_asks_for_media(converted: Path) -> None:
-    model = LanguageModel.load(converted / "llm")
+    model = LanguageModel.from_pretrained(converted / "llm")
     options = GenerationOptions(max_new_tokens=6, seed=1, required=(IMAGE, VIDEO, AUDIO))
 
     events = list(generate(model, [user("a bell")], options))
@@ -201,7 +201,7 @@ def test_a_converted_model_speaks_and_asks_for_media(converted: Path) -> None:
 def test_a_spoken_signal_becomes_the_condition_that_was_trained(
     base: Path, tensors: dict[str, Tensor], converted: Path
 ) -> None:
-    model = LanguageModel.load(converted / "llm")
+    model = LanguageModel.from_pretrained(converted / "llm")
     options = GenerationOptions(max_new_tokens=8, max_signals=1, required=(IMAGE,))
     events = list(generate(model, [user("a bell")], options))
     (signal,) = [event.signal for event in events if isinstance(event, SignalReady)]
@@ -227,9 +227,9 @@ def test_a_spoken_signal_becomes_the_condition_that_was_trained(
 
 
 def test_a_converted_model_survives_saving(converted: Path, tmp_path: Path) -> None:
-    model = LanguageModel.load(converted / "llm")
-    model.save(tmp_path)
-    again = LanguageModel.load(tmp_path)
+    model = LanguageModel.from_pretrained(converted / "llm")
+    model.save_pretrained(tmp_path)
+    again = LanguageModel.from_pretrained(tmp_path)
     ids = torch.tensor([[1, 40, 301, 305]])
 
     torch.testing.assert_close(
@@ -241,9 +241,9 @@ def test_a_converted_model_survives_saving(converted: Path, tmp_path: Path) -> N
 def test_a_bridge_to_another_part_leaves_a_converted_model_its_words(
     tensors: dict[str, Tensor], converted: Path, tmp_path: Path
 ) -> None:
-    LanguageModel.load(converted / "llm").save_bridge(tmp_path, converted / "llm" / "base")
+    LanguageModel.from_pretrained(converted / "llm").save_bridge(tmp_path, converted / "llm" / "base")
 
-    again = LanguageModel.load(converted / "llm", bridge=tmp_path)
+    again = LanguageModel.from_pretrained(converted / "llm", bridge=tmp_path)
 
     torch.testing.assert_close(again.embed(torch.arange(300)), tensors[EMBEDDING][:300].float())
     assert again.parameters_of("lora")
@@ -292,7 +292,7 @@ def test_a_file_from_before_lora_converts_to_a_model_without_it(
     parts = {name: v for name, v in earlier(tensors).items() if not name.startswith("gen_text")}
     record = convert_nextgpt(save_pt(parts, tmp_path / "p.pt"), tmp_path / "w", str(base), **SIZES)
 
-    model = LanguageModel.load(tmp_path / "w" / "llm")
+    model = LanguageModel.from_pretrained(tmp_path / "w" / "llm")
     assert not model.parameters_of("lora")
     assert record["absent"] == ["lora", *(f"{m} output projection" for m in SMALL_OUTPUTS)]
     assert not (tmp_path / "w" / "projections").exists()
@@ -321,9 +321,9 @@ def test_without_a_base_all_else_is_there(tensors: dict[str, Tensor], base: Path
         "tables.safetensors",
     ]
     with pytest.raises(ValueError, match=r"base/config.json is missing"):
-        LanguageModel.load(llm)
+        LanguageModel.from_pretrained(llm)
     shutil.copytree(base, llm / "base")
-    assert LanguageModel.load(llm).width == 32
+    assert LanguageModel.from_pretrained(llm).width == 32
 
 
 def test_a_base_with_a_tokenizer_of_sentencepiece_alone_is_converted(
@@ -336,7 +336,7 @@ def test_a_base_with_a_tokenizer_of_sentencepiece_alone_is_converted(
 
     convert_nextgpt(save_pt(tensors, tmp_path / "a.pt"), tmp_path / "w", str(tmp_path / "base"), **SIZES)
 
-    tokenizer = LanguageModel.load(tmp_path / "w" / "llm").tokenizer
+    tokenizer = LanguageModel.from_pretrained(tmp_path / "w" / "llm").tokenizer
     assert tokenizer.encode_text(" a") == [260, 259]
     assert tokenizer.signal_ids(IMAGE) == (302, 303, 304, 305)
 

@@ -205,10 +205,10 @@ def test_a_wrong_base_beside_a_checkpoint_that_was_converted_without_one_is_refu
     convert_nextgpt(save_pt(tensors, tmp_path / "a.pt"), tmp_path / "w", **SIZES)
     folder = tmp_path / "w" / "llm"
     shutil.copytree(base, folder / "base")
-    assert LanguageModel.load(folder).tokenizer.base_vocabulary == SMALL.base_vocabulary
+    assert LanguageModel.from_pretrained(folder).tokenizer.base_vocabulary == SMALL.base_vocabulary
     change(folder / "base")
     with pytest.raises(ValueError, match=complaint):
-        LanguageModel.load(folder)
+        LanguageModel.from_pretrained(folder)
 
 
 def test_tokens_that_were_added_to_the_base_are_left_out(
@@ -222,7 +222,12 @@ def test_tokens_that_were_added_to_the_base_are_left_out(
 
     convert_nextgpt(save_pt(tensors, tmp_path / "a.pt"), tmp_path / "w", str(tmp_path / "base"), **SIZES)
 
-    assert LanguageModel.load(tmp_path / "w" / "llm").tokenizer.signal_ids(IMAGE) == (302, 303, 304, 305)
+    assert LanguageModel.from_pretrained(tmp_path / "w" / "llm").tokenizer.signal_ids(IMAGE) == (
+        302,
+        303,
+        304,
+        305,
+    )
 
 
 def test_a_base_that_is_nowhere_is_refused_with_how_to_fetch_it(

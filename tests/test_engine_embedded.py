@@ -24,7 +24,7 @@ PROMPTS = 200
 
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
-    model = LanguageModel.load(FOLDER)
+    model = LanguageModel.from_pretrained(FOLDER)
     model.merge_adapter()
     return model
 
@@ -87,7 +87,7 @@ def test_logits_in_company_are_those_of_one_full_pass(model: LanguageModel) -> N
 
 def test_the_yardstick_wants_lora_inside_the_base() -> None:
     with pytest.raises(ValueError, match=r"call merge_adapter\(\) first"):
-        plain_model(LanguageModel.load(FOLDER))
+        plain_model(LanguageModel.from_pretrained(FOLDER))
 
 
 def test_the_bench_prints_ours_beside_the_peers(

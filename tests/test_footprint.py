@@ -146,7 +146,7 @@ def test_no_weights_are_read_for_a_survey(tiny_preset: Path, monkeypatch: pytest
 
     monkeypatch.setattr("safetensors.torch.load_file", refuse)
     monkeypatch.setattr(torch, "load", refuse)
-    monkeypatch.setattr("services.local_language_model.LanguageModel.load", refuse)
+    monkeypatch.setattr("services.local_language_model.LanguageModel.from_pretrained", refuse)
 
     found = survey(load_preset(str(tiny_preset)))
     assert found.fits.ok

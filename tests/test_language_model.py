@@ -354,8 +354,8 @@ def test_an_adapter_is_the_identity_at_birth_trains_apart_and_is_saved(tmp_path:
         for parameter in model.parameters_of("adapters").values():
             parameter.fill_(0.5)
     model.add_lora(LoraOptions(rank=2))
-    model.save(tmp_path)
-    again = LanguageModel.load(tmp_path, adapters=[GatedBias()])
+    model.save_pretrained(tmp_path)
+    again = LanguageModel.from_pretrained(tmp_path, adapters=[GatedBias()])
     torch.testing.assert_close(again(batch).hidden, model(batch).hidden)
     assert not (model(batch).hidden - before).abs().max() < 1e-3
 

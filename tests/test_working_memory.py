@@ -60,7 +60,7 @@ def test_reading_takes_what_was_predicted(toybox: Preset) -> None:
 
 
 def test_speaking_takes_what_was_predicted(toybox: Preset) -> None:
-    model = LanguageModel.load(toybox.language_model_folder)
+    model = LanguageModel.from_pretrained(toybox.language_model_folder)
     model.merge_adapter()
     options = toybox.language_model
     work = working_memory.language_model_work(model, options.slots, model.context_length, options.step_tokens)

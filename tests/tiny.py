@@ -35,7 +35,7 @@ def write_tiny_preset(folder: Path) -> Path:
     weights = folder / "weights"
     torch.manual_seed(0)
     tiny_encoder().save_pretrained(weights / "encoder", torch.float32)
-    tiny_speaker().save(weights / "llm")
+    tiny_speaker().save_pretrained(weights / "llm")
     pipelines = {
         Modality.IMAGE: tiny_pipelines.image_pipeline,
         Modality.VIDEO: tiny_pipelines.video_pipeline,
@@ -171,7 +171,7 @@ def with_adapters(preset: Path) -> Path:
         "clay": "image",
     }
     if not path.exists():
-        speaker = LanguageModel.load(weights / "llm").causal_lm
+        speaker = LanguageModel.from_pretrained(weights / "llm").causal_lm
         for seed, name in enumerate(("pirate", "poet"), 1):
             write_lm_lora(speaker, weights / "adapters" / name, seed)
         write_lm_lora(llama(30, hidden_size=16), weights / "adapters" / "odd", 3)

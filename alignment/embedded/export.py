@@ -89,7 +89,7 @@ def export_encoder(encoder: ImageBindEncoder, folder: Path) -> None:
 
 def export_aligned(model: Aligned, weights: Path) -> None:
     """Write the language model and the output projections."""
-    model.llm.save(weights / "llm", torch.float16)
+    model.llm.save_pretrained(weights / "llm", torch.float16)
     for name, projection in model.projections.items():
         projection.half().save_pretrained(weights / "projections" / name)  # type: ignore[operator]
         projection.float()

@@ -66,7 +66,7 @@ def _is_of(box: Box, row: BenchRow) -> bool:
 def box_rows(preset: Preset, box: Box, how: Compile, rounds: int) -> list[BenchRow]:
     """Load one network and measure it made faster beside plain."""
     if box is None:
-        model = LanguageModel.load(preset.language_model_folder, preset.device)
+        model = LanguageModel.from_pretrained(preset.language_model_folder, preset.device)
         model.merge_adapter()
         return model_rows(model, how, max(1, rounds // 10))
     decoder = decoder_class(box).load(preset.decoder_folder(box), preset.device)

@@ -58,7 +58,7 @@ class Measured:
 def run(preset: Preset, quick: bool) -> list[BenchRow]:
     """Measure every case; with ``quick`` once and with few prompts, otherwise the median of three rounds."""
     expect_files(preset)
-    model = LanguageModel.load(preset.language_model_folder, preset.device)
+    model = LanguageModel.from_pretrained(preset.language_model_folder, preset.device)
     model.merge_adapter()
     peer = Peer(model)
     how = preset.language_model.compile

@@ -144,7 +144,7 @@ def servers(preset: Preset, agent: Agent) -> tuple[OurService, OneAtATime, OneAt
     """Return the agent with everything loaded, and the naive servers over its very weights."""
     options = preset.language_model
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    model = LanguageModel.load(preset.language_model_folder, preset.device, dtype=dtype)
+    model = LanguageModel.from_pretrained(preset.language_model_folder, preset.device, dtype=dtype)
     model.merge_adapter()
     makers = {}
     for modality, box in agent.decode.items():
