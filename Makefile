@@ -11,6 +11,8 @@ PORT ?= 8000
 PRESET ?= toybox
 TEST_LIMIT ?= 20m
 PYTHON_CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
+# With PyTorch for the CPU: 2.5 stay in .venv, 0.2 are caches of `make test`, and pip keeps the wheels beside them while it
+# installs. The CUDA libraries of PyTorch, where pip brings them, come on top.
 NEEDED_GB := 4
 
 VENV := .venv
@@ -90,7 +92,7 @@ $(STAMP):
 		fi
 		free_kb=$$(df -Pk . | awk 'NR == 2 {print $$4}')
 		if [ "$$free_kb" -lt $$(($(NEEDED_GB) * 1024 * 1024)) ]; then
-			echo "make: $$((free_kb / 1024)) MB are free in $$PWD; installing needs about $(NEEDED_GB) GB. Make room, or put the checkout on another disk." >&2
+			echo "make: $$((free_kb / 1024)) MB are free in $$PWD; installing takes about $(NEEDED_GB) GB, of which 2.5 stay (more where pip brings PyTorch with CUDA). Make room, or put the checkout on another disk." >&2
 			exit 1
 		fi
 		"$$python" -m venv --clear $(VENV)

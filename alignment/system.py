@@ -40,8 +40,9 @@ DECODERS: Mapping[Modality, type[LatentDecoder]] = {
 class Folders:
     """Where the parts of a preset lie, and what it asks of its decoders where nobody asks otherwise.
 
-    ``base`` and ``bridge`` take the place of those in ``language_model``; ``tiling`` is how pictures are cut. A
-    medium whose modality is in ``edit_strengths`` starts from the newest one of its kind, so far away from it.
+    ``base`` and ``bridge`` take the place of those in ``language_model``; ``tiling`` is how pictures are
+    cut. A medium whose modality is in ``edit_strengths`` starts from the newest one of its kind, so far away
+    from it.
     """
 
     encoder: Path

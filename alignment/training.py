@@ -176,7 +176,7 @@ def run(stage: str, weights: Path, options: TrainOptions) -> None:
     """
     known = (*RECIPES, "export", "all")
     if stage not in known:
-        raise ValueError(f"There is no stage {stage!r}; expected one of {', '.join(known)}.")
+        raise ValueError(f"There is no stage {stage!r}; expected one of {', '.join(known)}, bridge.")
     torch.set_num_threads(options.threads)
     name = f"{weights.name}-seed-{options.seed}" if options.seed else weights.name
     work = Run(

@@ -80,7 +80,7 @@ def _library(kind: str) -> Any:
     if not is_installed():
         raise ValueError(
             f"quantization is {kind!r}, which needs {LIBRARY}, and that is not installed. Install it with "
-            f"`pip install 'patchbay[quantize]'`, or take quantization out of the preset."
+            f"`pip install -r requirements.lock`, or take quantization out of the preset."
         )
     return importlib.import_module(f"{LIBRARY}.quantization")
 

@@ -126,12 +126,7 @@ def examine(
         try:
             yield Check(name, True, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            way = (
-                "pip install 'patchbay[quantize]'"
-                if name in quantizes
-                else "pip install -r requirements.lock"
-            )
-            yield Check(name, False, f"not installed; run `make run`, or {way}")
+            yield Check(name, False, "not installed; run `make run`, or pip install -r requirements.lock")
     yield _memory()
     yield _disk(preset, boxes)
     try:
