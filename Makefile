@@ -69,12 +69,12 @@ port:
 chromium:
 	@if command -v chromium > /dev/null; then exit 0; fi
 	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
-		echo "Installing Chromium for the browser test"
+		echo "Installing Chromium for the browser tests"
 		export DEBIAN_FRONTEND=noninteractive
 		apt-get -qq update && apt-get -qq -y -o DPkg::Lock::Timeout=300 install --no-install-recommends chromium fonts-dejavu-core > /dev/null || true
 	fi
 	if ! command -v chromium > /dev/null; then
-		echo "make test: no 'chromium' on PATH, so the browser test will be skipped. Install your distribution's chromium package to run it." >&2
+		echo "make test: no 'chromium' on PATH, so the browser tests will be skipped. Install your distribution's chromium package to run them." >&2
 	fi
 
 $(STAMP):
