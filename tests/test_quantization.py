@@ -85,7 +85,7 @@ def test_without_the_library_the_error_says_what_to_install(
     monkeypatch.setattr("llm.quantization.is_installed", lambda: False)
     preset = changed(load_preset(str(tiny_preset)), {"language_model.quantization": "int8"})
 
-    with pytest.raises(PresetProblem, match=r"needs torchao.*pip install 'patchbay\[quantize\]'"):
+    with pytest.raises(PresetProblem, match=r"needs torchao.*pip install -r requirements\.lock"):
         LocalLanguageModel(preset).load()
 
 

@@ -189,6 +189,29 @@ def test_imagebind_reads_every_slice_as_a_picture_of_its_own(name: str) -> None:
     assert (features[1].grid, features[1].blocks) == ((2, 2), (4,))
 
 
+class Halves:
+    """Looks at the right half of a picture first."""
+
+    def plan(self, height: int, width: int) -> Plan:
+        halves = tuple(Slice((SIDE, 2 * SIDE), (0, left, SIDE, SIDE)) for left in (0, SIDE))
+        return Plan(kept=(0, 0, height, width), slices=halves, layout=(1, "|", 0))
+
+
+def test_tokens_come_in_the_order_of_the_layout_and_the_vector_is_the_overviews(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    picture = Image(noise(SIDE, 2 * SIDE))
+    for encoder in (tiny_encoder(), TowerEncoder.from_pretrained(write_towers(tmp_path))):
+        left, right = (encoder.encode(Image(picture.pixels[:, start : start + SIDE])) for start in (0, SIDE))
+        encoder.tiler = Halves()
+
+        features = encoder.encode(picture)
+
+        torch.testing.assert_close(features.tokens, torch.cat([right.tokens, left.tokens]))
+        torch.testing.assert_close(features.pooled, left.pooled)
+        count = len(left.tokens)
+        assert features.blocks == (count, "|", count)
+
+
 def test_a_tower_reads_every_slice_as_a_picture_of_its_own(tmp_path: Path) -> None:
     plain = TowerEncoder.from_pretrained(write_towers(tmp_path))
     encoder = TowerEncoder.from_pretrained(tmp_path, tiling=Tiling("slices"))
