@@ -185,11 +185,11 @@ def _request(origin: Origin, file: RemoteFile) -> tuple[str, dict[str, str]]:
     """Return the address of a file, and the headers that go with it."""
     if origin.is_address:
         return origin.source, {}
-    from huggingface_hub import HfApi
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub import HfApi, get_token
 
     place = f"{origin.source}/resolve/{origin.revision or 'main'}/{quote(file.name)}"
-    return f"{HfApi().endpoint}/{place}", build_hf_headers()
+    token = get_token()
+    return f"{HfApi().endpoint}/{place}", {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def _get(address: str, headers: dict[str, str], file: RemoteFile, path: Path) -> None:
@@ -279,10 +279,10 @@ def _in_words(origin: Origin) -> Iterator[None]:
             code="no_connection",
         ) from error
     except errors.HfHubHTTPError as error:
-        raise _refused(origin, error.response.status_code, error.response.headers) from error
+        raise _refused(origin, error.response.status_code, dict(error.response.headers)) from error
     except urllib.error.HTTPError as error:
         with error:
-            raise _refused(origin, error.code, error.headers) from error
+            raise _refused(origin, error.code, dict(error.headers)) from error
     except (httpx2.TransportError, *BROKEN) as error:
         reason = str(getattr(error, "reason", error)) or type(error).__name__
         raise PresetProblem(
@@ -303,7 +303,8 @@ def _in_words(origin: Origin) -> Iterator[None]:
 def _refused(origin: Origin, status: int, headers: Mapping[str, str]) -> PresetProblem:
     """Return what to tell about an answer of the hub or of a server that is none of success."""
     page = f"https://huggingface.co/{origin.source}"
-    match headers.get("X-Error-Code"), status:
+    code = next((value for name, value in headers.items() if name.lower() == "x-error-code"), None)
+    match code, status:
         case "GatedRepo", _:
             return PresetProblem(
                 f"{origin.source} is gated, and lets nobody in who did not accept its terms. First "

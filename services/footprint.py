@@ -215,15 +215,25 @@ def unfinished_downloads(preset: Preset) -> dict[Path, int]:
 
 def damaged_files(preset: Preset) -> dict[Path, str]:
     """Say of the files of a preset that are there and not whole what is wrong; nothing is loaded."""
+    return dict(damage(_folders(preset)))
+
+
+def bytes_to_load(preset: Preset) -> int:
+    """Return how large all files of weights are that a preset reads when it starts; no model is built."""
+    return sum(_weight(folder) for folder in _folders(preset))
+
+
+def _folders(preset: Preset) -> list[Path]:
+    """Return every folder in which weights of a preset lie, each once."""
     encoder, own = preset.encoder_folder, preset.bridge_folder
     folders = [encoder, *(encoder / tower for tower in TOWERS), preset.base_folder, own]
-    folders.append(preset.language_model_folder / "adapter")
+    folders += [preset.language_model_folder, preset.language_model_folder / "adapter"]
     for modality, decoder in preset.decoders.items():
         folder = preset.decoder_folder(modality)
         folders += [folder, *(folder / part for part in _models(_json(folder / "model_index.json")))]
         if decoder.link == "signal":
             folders.append(preset.projection_folder(modality))
-    return dict(damage(dict.fromkeys(folders)))
+    return list(dict.fromkeys(folders))
 
 
 def _needed(preset: Preset) -> dict[str, list[Path]]:

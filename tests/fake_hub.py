@@ -28,6 +28,7 @@ class FakeHub:
 
     ``repositories`` are files by name; ``gated`` ones let nobody in. A file in ``cut`` breaks off after so
     many bytes of its first answer, of its second and so on. ``instead`` is sent in place of what is named.
+    Files come from ``elsewhere``, another name of this server, if given; ``tokens`` are what it heard.
     """
 
     url: str = ""
@@ -38,6 +39,8 @@ class FakeHub:
     instead: dict[str, bytes] = field(default_factory=dict)
     asked: list[tuple[str, str, str | None]] = field(default_factory=list)
     failing: int | None = None
+    elsewhere: str | None = None
+    tokens: list[tuple[str, str | None]] = field(default_factory=list)
 
     def add(self, repository: str, folder: Path) -> None:
         """Take in all files of a folder."""
@@ -89,13 +92,16 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
                 return self.refuse(hub.failing)
             if (found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(tree/\w+|auth-check)", path)) is not None:
                 return self.about(found[1], found[2])
-            if (found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/(\w+)/(.+)", path)) is not None:
-                files = hub.repositories.get(found[1], {})
-                if found[1] in hub.gated:
+            if (found := re.fullmatch(r"(/cdn)?/([^/]+/[^/]+)/resolve/(\w+)/(.+)", path)) is not None:
+                hub.tokens.append(("elsewhere" if found[1] else "hub", self.headers.get("Authorization")))
+                if hub.elsewhere and not found[1]:
+                    return self.redirect(f"{hub.elsewhere}/cdn{path}")
+                files = hub.repositories.get(found[2], {})
+                if found[2] in hub.gated:
                     return self.refuse(403, "GatedRepo")
-                if found[3] not in files:
+                if found[4] not in files:
                     return self.refuse(404, "EntryNotFound")
-                return self.send(found[3], files[found[3]], found[2], body)
+                return self.send(found[4], files[found[4]], found[3], body)
             if path in hub.at_address:
                 return self.send(path, hub.at_address[path], COMMIT, body)
             return self.refuse(404)
@@ -116,6 +122,12 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
+
+        def redirect(self, address: str) -> None:
+            self.send_response(302)
+            self.send_header("Location", address)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
 
         def refuse(self, status: int, code: str | None = None) -> None:
             self.send_response(status)

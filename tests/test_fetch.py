@@ -390,3 +390,15 @@ def test_of_each_repository_of_the_open_preset_only_what_is_read_is_downloaded(
     assert "next: patchbay train bridge --part language_model" in capsys.readouterr().out
     made = load_file(tmp_path / "w" / "encoder" / "audio" / "model.safetensors")
     assert torch.equal(made["weight"], torch.ones(2))
+
+
+def test_a_token_is_told_to_the_hub_and_to_no_other_host(
+    hub: FakeHub, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "secret")
+    hub.elsewhere = hub.url.replace("127.0.0.1", "localhost")
+
+    assert main(["fetch", "--preset", str(images_only(path))]) == 1  # the other parts have no origin now
+
+    assert set(hub.tokens) == {("hub", "Bearer secret"), ("elsewhere", None)}
+    assert (path.parent / "w/image" / UNET).read_bytes() == hub.repositories[IMAGE][UNET]
