@@ -34,7 +34,7 @@ from decoders.denoising import (
     make_scheduler,
     step,
 )
-from decoders.lora import DecoderLora, WornLora, read_decoder_lora
+from decoders.lora import DecoderLora, WornLora, expect_named, read_decoder_lora
 from decoders.patch_autoencoder import PatchAutoencoderKL
 from decoders.pipeline_folder import DEFAULTS_FILE, PipelineFolder
 from decoders.plan import Decoded, Plan
@@ -287,11 +287,7 @@ class LatentDecoder(ABC):
         self.condition_spec.check(condition)
         wishes, usual = settings or DecodeSettings(), self.defaults
         shape = self._latent_shape(wishes)
-        if wishes.lora != (lora.name if lora else None):
-            raise ValueError(
-                f"The settings name the LoRA {wishes.lora!r}, and {lora.name if lora else None!r} was given; "
-                f"expected the same. Give what read_lora() returns for it."
-            )
+        expect_named(wishes.lora, lora)
         if (wishes.deep_every or 1) > 1:
             self._deep_features()
         if source is not None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -63,7 +63,19 @@ class DecoderLora:
         return replace(self, factors=moved)
 
 
-def read_decoder_lora(name: str, folder: Path, network: nn.Module, dtype: torch.dtype) -> DecoderLora:
+Renamed = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""Gives the tensors of a file the names that diffusers has for them."""
+
+
+def read_decoder_lora(
+    name: str,
+    folder: Path,
+    network: nn.Module,
+    dtype: torch.dtype,
+    *,
+    part: str = "unet",
+    renamed: Renamed | None = None,
+) -> DecoderLora:
     """Read LoRA on the CPU, and hold it against the network that it is for.
 
     Args:
@@ -72,13 +84,15 @@ def read_decoder_lora(name: str, folder: Path, network: nn.Module, dtype: torch.
             ``adapter_model.safetensors`` and ``adapter_config.json`` as peft does.
         network: the denoising network. Its linear and convolutional layers can be adapted.
         dtype: of the factors.
+        part: what the network is called in its pipeline.
+        renamed: for files of diffusers' layout whose names are those of another program.
 
     Raises:
-        ValueError: a file is missing or broken; it is no plain LoRA of a U-Net; or a layer, a rank or a
+        ValueError: a file is missing or broken; it is no plain LoRA of that network; or a layer, a rank or a
             shape is not as this network and the configuration say.
 
     """
-    path, state, config = _read(folder)
+    path, state, config = _read(folder, part, renamed)
     factors = {}
     for layer, pair in _halves(path, state).items():
         module = _layer(path, layer, network)
@@ -106,14 +120,14 @@ def read_decoder_lora(name: str, folder: Path, network: nn.Module, dtype: torch.
     return DecoderLora(name, hashlib.sha256(content).hexdigest()[:16], factors)
 
 
-def _read(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+def _read(folder: Path, part: str, renamed: Renamed | None) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     """Return the file of weights, its tensors by layer, and what is known of rank and scale."""
     paths = [folder / DIFFUSERS_WEIGHTS, folder / PEFT_WEIGHTS]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise ValueError(
-            f"{folder} holds neither {DIFFUSERS_WEIGHTS} nor {PEFT_WEIGHTS}; expected LoRA of a U-Net in one "
-            f"of them. Convert a pickle with `patchbay convert pickles`."
+            f"{folder} holds neither {DIFFUSERS_WEIGHTS} nor {PEFT_WEIGHTS}; expected LoRA in one of "
+            f"them. Convert a pickle with `patchbay convert pickles`."
         )
     try:
         with safe_open(path, "pt") as file:
@@ -128,13 +142,15 @@ def _read(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
         prefix = "base_model.model."
     else:
         packed = json.loads(metadata.get(_METADATA, "{}"))
-        config = {key.removeprefix("unet."): value for key, value in packed.items()}
-        prefix = "unet."
+        prefix = f"{part}."
+        config = {key.removeprefix(prefix): value for key, value in packed.items()}
+        if renamed is not None:
+            state = renamed(state)
     if foreign := sorted(name for name in state if not name.startswith(prefix)):
         raise ValueError(
-            f"{path} holds {foreign[0]}; expected names that begin with {prefix}: here the U-Net alone is "
+            f"{path} holds {foreign[0]}; expected names that begin with {prefix}: here the {part} alone is "
             f"adapted, and what conditions it comes from the language model. Load other forms into "
-            f"diffusers' pipeline, and save the U-Net's LoRA with save_lora_weights(unet_lora_layers=...)."
+            f"diffusers' pipeline, and save that part's LoRA with save_lora_weights({part}_lora_layers=...)."
         )
     state = {name.removeprefix(prefix).replace(".processor.", "."): tensor for name, tensor in state.items()}
     if not any(".lora_A" in name for name in state):
@@ -183,6 +199,16 @@ def _layer(path: Path, name: str, network: nn.Module) -> Any:
 def _pattern(config: Mapping[str, Any], pattern: str, layer: str, usual: Any) -> Any:
     values: dict[str, Any] = config.get(pattern) or {}
     return values.get(get_pattern_key(list(values), layer), usual)
+
+
+def expect_named(named: str | None, lora: DecoderLora | None) -> None:
+    """Raise ValueError unless the settings of a request name the LoRA that is given."""
+    given = lora.name if lora else None
+    if named != given:
+        raise ValueError(
+            f"The settings name the LoRA {named!r}, and {given!r} was given; expected the same. Give what "
+            f"read_lora() returns for it."
+        )
 
 
 class WornLora:

@@ -79,17 +79,14 @@ class PipelineEngine:
         """Stream progress and, last, the medium; closing the stream stops the request after its step.
 
         Raises:
-            ValueError: as in :meth:`WholePipeline.decode`, or a ``source`` or ``lora``, which whole
-                pipelines lack.
+            ValueError: as in :meth:`WholePipeline.decode`, or a ``source``, which whole pipelines lack.
             QueueFull: too many seconds of work are waiting.
             DecoderOutOfMemory: the request does not fit into memory.
 
         """
         if source is not None:
             raise ValueError("A source was given; this decoder always starts from noise. Leave it out.")
-        if lora is not None:
-            raise ValueError(f"LoRA {lora.name!r} was given; a whole pipeline wears none. Leave it out.")
-        plan = self.decoder.plan(condition, settings)
+        plan = self.decoder.plan(condition, settings, lora=lora)
         job = _Job(plan, Work(user, plan.shape, plan.rows, plan.steps), RequestStream())
         self._admit(job)
         async with aclosing(job.stream.listen(partial(self._leave, job))) as heard:

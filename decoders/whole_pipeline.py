@@ -12,7 +12,7 @@ import math
 import secrets
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -26,7 +26,7 @@ from torch import Tensor
 from decoders.condition import Condition, ConditionSpec, digest
 from decoders.condition_layouts import condition_layout
 from decoders.denoising import OnStep, check_stop
-from decoders.lora import DecoderLora
+from decoders.lora import DecoderLora, WornLora, expect_named
 from decoders.pipeline_arguments import (
     ARGUMENTS,
     ENCODED,
@@ -36,6 +36,7 @@ from decoders.pipeline_arguments import (
     modality_of,
 )
 from decoders.pipeline_folder import DEFAULTS_FILE, PipelineFolder
+from decoders.pipeline_lora import denoising_network, read_pipeline_lora
 from decoders.plan import Decoded
 from decoders.settings import DecoderDefaults, DecodeSettings
 from decoders.text_readers import READERS
@@ -54,12 +55,13 @@ _FPS = {"WanPipeline": 16.0}
 class PipelinePlan:
     """One request with every choice made; made by :meth:`WholePipeline.plan`.
 
-    ``shape`` are the numbers that its cost grows with.
+    ``shape`` are the numbers that its cost grows with, ``lora`` what the network wears meanwhile.
     """
 
     condition: Condition
     settings: DecodeSettings
     shape: tuple[int, ...]
+    lora: DecoderLora | None = None
 
     @property
     def steps(self) -> int:
@@ -106,6 +108,8 @@ class WholePipeline:
         self._check_layout()
         self.digest = folder.digest()
         self._vae_use = "whole"
+        found = denoising_network(pipeline)
+        self._worn = None if found is None else WornLora(found[1])
 
     @classmethod
     def load(
@@ -213,11 +217,8 @@ class WholePipeline:
         return Condition(embeddings, named, caption)
 
     def read_lora(self, name: str, folder: Path) -> DecoderLora:
-        """Raise ValueError: layers of pipelines that are not taken apart are not known here."""
-        raise ValueError(
-            f"the LoRA {name!r} in {folder} is for a {self.folder.pipeline_class}, which runs as a whole; "
-            f"expected one for a pipeline that is taken apart. Merge it into the pipeline's folder instead."
-        )
+        """Read LoRA for the denoising network; see :func:`decoders.pipeline_lora.read_pipeline_lora`."""
+        return read_pipeline_lora(name, folder, self.pipeline, self.folder.dtype)
 
     def compile(self) -> None:
         """Raise ValueError: pipelines that are not taken apart are not compiled here."""
@@ -273,6 +274,8 @@ class WholePipeline:
         settings: DecodeSettings | None = None,
         on_step: OnStep | None = None,
         stop: threading.Event | None = None,
+        *,
+        lora: DecoderLora | None = None,
     ) -> Decoded:
         """Make one medium.
 
@@ -282,6 +285,7 @@ class WholePipeline:
             settings: wishes; what is None follows the decoder's defaults, a seed is drawn.
             on_step: called with (steps done, steps in all) after each denoising step.
             stop: looked at before the first step and after each.
+            lora: of :meth:`read_lora`, on the decoder's device; what ``settings`` name.
 
         Returns:
             The medium and its manifest.
@@ -291,14 +295,21 @@ class WholePipeline:
             ValueError: a condition or setting that does not fit this pipeline.
 
         """
-        return self.run(self.plan(condition, settings), on_step, stop)
+        return self.run(self.plan(condition, settings, lora=lora), on_step, stop)
 
-    def plan(self, condition: Condition, settings: DecodeSettings | None = None) -> PipelinePlan:
+    def plan(
+        self,
+        condition: Condition,
+        settings: DecodeSettings | None = None,
+        *,
+        lora: DecoderLora | None = None,
+    ) -> PipelinePlan:
         """Make all choices of one request; arguments and errors as in :meth:`decode`."""
         self._check(condition)
         wishes = settings or DecodeSettings()
         sizes = ("width_px", "height_px", "num_frames", "duration_s")
         wishes.only(*(name for name in sizes if self._names[name]))
+        expect_named(wishes.lora, lora)
         if wishes.scheduler is not None or (wishes.deep_every or 1) > 1:
             raise ValueError(
                 f"scheduler is {wishes.scheduler!r} and deep_every {wishes.deep_every!r}; a "
@@ -316,7 +327,7 @@ class WholePipeline:
                 if (usual := getattr(self.defaults, name)) is not None or getattr(wishes, name) is not None
             },
         )
-        return PipelinePlan(condition, chosen, self._shape(chosen))
+        return PipelinePlan(condition, chosen, self._shape(chosen), lora)
 
     def run(
         self,
@@ -332,7 +343,7 @@ class WholePipeline:
         arguments["generator"] = torch.Generator("cpu").manual_seed(plan.settings.seed or 0)
         arguments["output_type"] = "np"
         arguments |= self._callback(plan.steps, on_step, stop)
-        with torch.inference_mode(), self._slices(frugal):
+        with torch.inference_mode(), self._slices(frugal), self._wearing(plan.lora):
             answer = self.pipeline(
                 **{name: value for name, value in arguments.items() if name in self._takes}
             )
@@ -500,7 +511,12 @@ class WholePipeline:
                 manifest |= {"duration_s": medium.seconds, "rate_hz": medium.rate}
         if self._null:
             manifest["condition"] = digest(plan.condition.embeddings)
+        if plan.lora is not None:
+            manifest["lora"] = {"name": plan.lora.name, "digest": plan.lora.digest}
         return manifest
+
+    def _wearing(self, lora: DecoderLora | None) -> AbstractContextManager[None]:
+        return nullcontext() if self._worn is None else self._worn.wearing(lora)
 
     @contextmanager
     def _slices(self, frugal: bool) -> Iterator[None]:

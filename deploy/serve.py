@@ -23,10 +23,13 @@ from types import FrameType
 
 from services.doctor import expect_files, expect_free_port
 from services.errors import PresetProblem, ServiceError
+from services.footprint import bytes_to_load
 from services.presets import Preset, load_preset
 
 OBJECT_STORE_BYTES = 128 * 2**20
 READY_WITHIN_S = 300.0
+SLOW_BYTES_PER_S = 50e6
+"""A hard disk that several processes read at once; what is slower than this is taken for a fault."""
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -93,7 +96,7 @@ def _serve(preset: Preset, host: str, port: int, folder: Path) -> int:
         )
         app = build_app(AppArgs(preset=str(preset.file), store=(folder / "files").as_uri(), page_url=address))
         serve.run(app, name="patchbay", route_prefix="/")
-        _wait_until_it_answers(address)
+        _wait_until_it_answers(address, ready_within_s(preset))
         print(
             f"\n  Chat page   {address}/\n  API         {address}/v1\n\n"
             f"Ready after {time.monotonic() - began:.0f} s. Stop with Ctrl-C.",
@@ -153,9 +156,14 @@ def _reachable(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _wait_until_it_answers(address: str) -> None:
+def ready_within_s(preset: Preset) -> float:
+    """Return how long a service may take to come up: longer, the more weights it reads."""
+    return READY_WITHIN_S + bytes_to_load(preset) / SLOW_BYTES_PER_S
+
+
+def _wait_until_it_answers(address: str, within_s: float) -> None:
     """Return when the health check and the page answer."""
-    deadline = time.monotonic() + READY_WITHIN_S
+    deadline = time.monotonic() + within_s
     lacking = "an answer"
     while time.monotonic() < deadline:
         try:
@@ -170,7 +178,7 @@ def _wait_until_it_answers(address: str) -> None:
             pass
         time.sleep(0.2)
     raise PresetProblem(
-        f"The service did not come up within {READY_WITHIN_S:.0f} s; it lacks {lacking}. "
+        f"The service did not come up within {within_s:.0f} s; it lacks {lacking}. "
         "Run `patchbay doctor` to see what is wrong.",
         code="not_ready",
     )

@@ -25,19 +25,19 @@ PARTS = ("image", "video", "audio", "encoder", "language_model")
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+OFFLINE = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1"}
+"""For all but the one command that downloads."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; an error of ours becomes one line on standard error and exit code 1."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    for name, value in QUIET.items():
+    args = _parser().parse_args(argv)
+    for name, value in (QUIET if args.run is fetch_command else QUIET | OFFLINE).items():
         os.environ.setdefault(name, value)
     hush()
-    args = _parser().parse_args(argv)
     try:
         code: int = args.run(args)
     except (ServiceError, ValueError) as error:
@@ -210,6 +210,18 @@ def _parser() -> argparse.ArgumentParser:
 
     _convert_commands(commands)
 
+    fetch = commands.add_parser("fetch", help=fetch_command.__doc__, description=fetch_command.__doc__)
+    _preset_option(fetch)
+    fetch.add_argument(
+        "--dry-run", action="store_true", help="say what would be downloaded and how much disk it takes"
+    )
+    fetch.add_argument(
+        "--keep-downloads",
+        action="store_true",
+        help="keep what was only downloaded to be converted; else it goes once it is converted",
+    )
+    fetch.set_defaults(run=fetch_command)
+
     presets = commands.add_parser(
         "presets", help=presets_command.__doc__, description=presets_command.__doc__
     )
@@ -263,10 +275,15 @@ def _convert_commands(commands: Any) -> None:
     for parser in (nextgpt, imagebind):
         parser.add_argument("--out", metavar="DIR", required=True, help="the preset's folder of weights")
 
+    delta = kinds.add_parser("delta", help="a published delta and its base, such as Vicuna v0's and LLaMA")
+    delta.add_argument("folder", metavar="DIR", help="folder of the delta")
+    delta.add_argument("--base", metavar="DIR", required=True, help="folder of the base, and its tokenizer")
+    delta.add_argument("--out", metavar="DIR", required=True, help="folder for the sum, not there yet")
+
     pickles = kinds.add_parser("pickles", help="the .bin files of a saved model or pipeline, in place")
     pickles.add_argument("folder", metavar="DIR", help="safetensors are written beside the .bin files there")
-    for kind, parser in (("nextgpt", nextgpt), ("imagebind", imagebind), ("pickles", pickles)):
-        parser.set_defaults(run=convert_command, kind=kind)
+    for name, parser in kinds.choices.items():
+        parser.set_defaults(run=convert_command, kind=name)
 
 
 def _preset_option(parser: argparse.ArgumentParser) -> None:
@@ -407,22 +424,28 @@ def bench_command(args: argparse.Namespace) -> int:
 
 def convert_command(args: argparse.Namespace) -> int:
     """Turn released weights of others into this program's own layout."""
-    from services.convert import RECORD, convert_imagebind, convert_nextgpt
+    from services.convert import convert_imagebind, convert_nextgpt
     from services.pickles import convert_pickles
+    from services.weight_files import CONVERTED
 
     if args.kind == "pickles":
         for path in convert_pickles(Path(args.folder)):
             print(path)
         return 0
-    file, out = Path(args.file), Path(args.out)
-    if args.kind == "nextgpt":
-        record = convert_nextgpt(file, out, args.base, whole_tables=not args.signal_rows_only)
+    out = Path(args.out)
+    if args.kind == "delta":
+        from services.weight_delta import convert_delta
+
+        record = convert_delta(Path(args.folder), Path(args.base), out)
+    elif args.kind == "nextgpt":
+        whole = not args.signal_rows_only
+        record = convert_nextgpt(Path(args.file), out, args.base, whole_tables=whole)
     else:
         import torch
 
         tokenizer = Path(args.tokenizer) if args.tokenizer else None
         dtype = getattr(torch, args.dtype) if args.dtype else None
-        record = convert_imagebind(file, out, args.towers.split(","), tokenizer, dtype)
+        record = convert_imagebind(Path(args.file), out, args.towers.split(","), tokenizer, dtype)
     for part, count in record["tensors"].items():
         print(f"{part:28} {count:5} tensors")
     for part in record.get("absent", ()):
@@ -430,12 +453,32 @@ def convert_command(args: argparse.Namespace) -> int:
     if "left_out" in record:
         print(f"left out: {', '.join(record['left_out']['names']) or 'nothing'}")
     print(f"licence: {record['licence']}")
-    print(f"{len(record['files'])} files in {out}; {RECORD} there has their digests")
+    print(f"{len(record['files'])} files in {out}; {CONVERTED} there has their digests")
     if "base" in record and not args.base:
         print(
-            f"The base model is not there yet. Remove {out}/llm, {out}/projections and {out}/{RECORD}, then "
-            f"run this again with --base DIR."
+            f"The base model is not there yet. Remove {out}/llm, {out}/projections and {out}/{CONVERTED}, "
+            f"then run this again with --base DIR."
         )
+    return 0
+
+
+def fetch_command(args: argparse.Namespace) -> int:
+    """Download what a preset's weights lack from where it is published, and convert it."""
+    from services.doctor import steps_after_fetching
+    from services.fetch import expect_disk, fetch, fetchable, plan
+
+    preset = load_preset(args.preset)
+    for origin in fetchable(preset):
+        print(origin.terms, flush=True)
+    found = plan(preset, args.keep_downloads)
+    for line in found.in_words():
+        print(line, flush=True)
+    expect_disk(found)
+    if args.dry_run:
+        return 0
+    fetch(found, lambda line: print(line, flush=True), args.keep_downloads)
+    for step in steps_after_fetching(preset):
+        print(f"next: {step}")
     return 0
 
 

@@ -29,8 +29,8 @@ from encoders.preprocess import PreprocessConfig
 from llm import nextgpt_release as llm_side
 from llm.nextgpt_release import ReleaseSizes
 from services.pickles import read_pickle
+from services.weight_files import CONVERTED
 
-RECORD = "converted.json"
 REWRITTEN_BASE = "Vicuna-7B v1.5"
 LICENCES = {
     "nextgpt": "CC-BY-NC-SA-4.0: not for commercial use",
@@ -93,10 +93,10 @@ def convert_nextgpt(
         "tables": "whole" if whole_tables else "rows of the added tokens",
         "base": {"needed": llm_side.BASE_NAME, "given": base, "mean_cosine_of_embeddings": agreement},
     }
-    with _unfinished(out, ("llm", "projections", RECORD)) as folder:
+    with unfinished(out, ("llm", "projections", CONVERTED)) as folder:
         llm_side.write_folder(plain, folder / "llm", sizes, base_folder, whole_tables)
         output_side.write_folders(plain, folder / "projections", outputs)
-        return _with_digests(folder, record)
+        return with_digests(folder, record)
 
 
 def _convert_rewritten(
@@ -125,9 +125,9 @@ def _convert_rewritten(
         "left_out": {"why": "the rewrite's language model side has no counterpart here", "names": left_out},
         "base": {"needed": REWRITTEN_BASE, "given": None, "mean_cosine_of_embeddings": None},
     }
-    with _unfinished(out, ("projections", RECORD)) as folder:
+    with unfinished(out, ("projections", CONVERTED)) as folder:
         output_side.write_folders(ours, folder / "projections", outputs)
-        return _with_digests(folder, record)
+        return with_digests(folder, record)
 
 
 def convert_imagebind(
@@ -162,11 +162,11 @@ def convert_imagebind(
         "towers": list(towers),
         "tensors": {"kept": len(wanted), "left out with their towers": len(tensors) - len(wanted)},
     }
-    with _unfinished(out, ("encoder",)) as folder:
+    with unfinished(out, ("encoder",)) as folder:
         imagebind_release.write_folder(
             tensors, folder / "encoder", kept, preprocessing or PreprocessConfig.huge(), tokenizer, dtype
         )
-        return _with_digests(folder, record, "encoder")
+        return with_digests(folder, record, "encoder")
 
 
 def check_tensors(
@@ -283,11 +283,16 @@ def _named(file: Path, tensors: Mapping[str, Tensor], plain_name: Callable[[str]
 def _source(file: Path, kind: str, layout: str) -> dict[str, Any]:
     return {
         "format": 1,
-        "made_by": f"patchbay {importlib.metadata.version('patchbay')}",
+        "made_by": made_by(),
         "layout": layout,
         "licence": LICENCES[kind],
         "source": {"name": file.name, **_digest(file)},
     }
+
+
+def made_by() -> str:
+    """Return what a record says of this program."""
+    return f"patchbay {importlib.metadata.version('patchbay')}"
 
 
 def _digest(path: Path) -> dict[str, Any]:
@@ -295,17 +300,17 @@ def _digest(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _with_digests(folder: Path, record: dict[str, Any], where: str = "") -> dict[str, Any]:
+def with_digests(folder: Path, record: dict[str, Any], where: str = "") -> dict[str, Any]:
     """Add every file of ``folder`` to ``record``, and write it into ``folder / where``."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     root = folder / where
     whole = {**record, "files": {str(path.relative_to(root)): _digest(path) for path in paths}}
-    (root / RECORD).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    (root / CONVERTED).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
     return whole
 
 
 @contextmanager
-def _unfinished(out: Path, names: Sequence[str]) -> Iterator[Path]:
+def unfinished(out: Path, names: Sequence[str]) -> Iterator[Path]:
     """Give a folder to write into; what is in it moves to ``out`` once all is written, the record last."""
     for name in names:
         if (out / name).exists():
@@ -315,7 +320,7 @@ def _unfinished(out: Path, names: Sequence[str]) -> Iterator[Path]:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="unfinished-", dir=out) as folder:
             yield Path(folder)
-            for path in sorted(Path(folder).iterdir(), key=lambda path: (path.name == RECORD, path.name)):
+            for path in sorted(Path(folder).iterdir(), key=lambda path: (path.name == CONVERTED, path.name)):
                 undone.insert(0, out / path.name)
                 path.replace(out / path.name)
         undone.clear()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from services.errors import PresetProblem, ServiceError
+from services.fetch import fetchable, fetching
 from services.footprint import (
     MADE_HERE,
     Box,
@@ -26,7 +27,8 @@ from services.footprint import (
     unfinished_downloads,
 )
 from services.memory_plan import LEFT_FREE, Plan, fits, plan_for
-from services.presets import BoxPreset, Preset
+from services.presets import Preset
+from services.weight_files import in_gb
 
 QUANTIZER = "torchao"
 OWN_LICENCE = "Apache-2.0"
@@ -54,8 +56,9 @@ def expect_files(preset: Preset) -> None:
             code="weights_missing",
         )
     if damaged := damaged_files(preset):
-        more = f" ({len(damaged) - 1} more files are damaged)" if len(damaged) > 1 else ""
-        raise PresetProblem(f"{damaged[0]}{more}", code="weights_invalid")
+        more = f" ({len(damaged) - 1} more files are damaged.)" if len(damaged) > 1 else ""
+        way = f" {_way_to_files(preset)}" if fetchable(preset) else ""
+        raise PresetProblem(f"{next(iter(damaged.values()))}{more}{way}", code="weights_invalid")
 
 
 def _broken_off(preset: Preset) -> str:
@@ -65,12 +68,28 @@ def _broken_off(preset: Preset) -> str:
 
 def _way_to_files(preset: Preset) -> str:
     folder = preset.weights_folder
-    if any(box.origins for box in _settings(preset)):
+    if fetchable(preset):
+        return f"Download and convert what is missing: `{fetching(preset)}`."
+    if preset.origins:
         look = f"patchbay doctor --preset {preset.as_argument}"
         return f"Restore the folder {folder}, or see with `{look}` how to get it."
     if _is_trained_here(preset):
         return f"Restore the folder {folder}, or train it with `patchbay train all --preset {preset.name}`."
     return f"Put it there, or correct the folders in {preset.file}."
+
+
+def steps_after_fetching(preset: Preset) -> list[str]:
+    """Return what to type when all that can be fetched was.
+
+    Raises:
+        PresetProblem: something is missing that no origin brings, or is not whole.
+
+    """
+    lacking = any(missing_files(preset))
+    steps = [step for box in preset.boxes for step in commands(box, preset)] if lacking else []
+    if not steps:
+        expect_files(preset)
+    return steps or [f"patchbay serve --preset {preset.as_argument}"]
 
 
 def _is_trained_here(preset: Preset) -> bool:
@@ -80,8 +99,7 @@ def _is_trained_here(preset: Preset) -> bool:
 
 def expect_trainable(preset: Preset) -> None:
     """Raise PresetProblem when training would put parts of the toy box in place of weights of others."""
-    origins = [origin for box in _settings(preset) for origin in box.origins]
-    if origins:
+    if origins := preset.origins:
         raise PresetProblem(
             f"The preset {preset.name!r} is made of published weights ({origins[0].model} and "
             f"{len(origins) - 1} more); `patchbay train` makes parts of a toy box from nothing, and would "
@@ -157,7 +175,7 @@ def too_large_for_turns(preset: Preset, boxes: Sequence[Box]) -> str | None:
     if preset.decoders_gb is None or largest.movable <= preset.decoders_gb * 1e9:
         return None
     return (
-        f"the {largest.name} takes {_gb(largest.movable)}, and decoders_gb lets all decoders together take "
+        f"the {largest.name} takes {in_gb(largest.movable)}, and decoders_gb lets all decoders together take "
         f"{preset.decoders_gb:g} GB. Raise it to {math.ceil(largest.movable / 1e7) / 100:g} or more"
     )
 
@@ -168,9 +186,11 @@ def _disk(preset: Preset, boxes: Sequence[Box]) -> Check:
     missing = [part for box in boxes for part in box.parts if part.missing]
     as_held = sum(_as_held(part) for part in missing if part.download is None)
     to_get = sum(part.download or 0 for part in missing) + as_held
-    wanted = f"; {_gb(to_get)} of weights are missing" if to_get else ""
+    wanted = f"; {in_gb(to_get)} of weights are missing" if to_get else ""
     if as_held:
-        wanted += f", {_gb(as_held)} of them counted as they are held here: how large their downloads are is "
+        wanted += (
+            f", {in_gb(as_held)} of them counted as they are held here: how large their downloads are is "
+        )
         wanted += "not known"
     return Check("disk", free > max(to_get, 500 * 2**20), f"{free // 2**20} MB free in {place}{wanted}")
 
@@ -212,14 +232,14 @@ def fitting(device: str, size: int, memory: int | None = None) -> Check:
     """Say whether ``size`` bytes fit into what is free on ``device``, or into ``memory`` bytes."""
     name, room = f"room on {device}", room_on(device, memory)
     if room is None and device != "cpu":
-        return Check(name, False, f"{_gb(size)} are needed; there is no CUDA device here")
+        return Check(name, False, f"{in_gb(size)} are needed; there is no CUDA device here")
     if room is None:
-        return Check(name, True, f"{_gb(size)} are needed; what is free is unknown on this system")
+        return Check(name, True, f"{in_gb(size)} are needed; what is free is unknown on this system")
     there = "free" if memory is None else "given"
-    detail = f"{_gb(size)} are needed, {_gb(room)} are {there}"
+    detail = f"{in_gb(size)} are needed, {in_gb(room)} are {there}"
     if not fits(size, room):
         short = size - int(room * (1 - LEFT_FREE))
-        detail += f"; {_gb(short)} are short, with {LEFT_FREE:.0%} left to larger batches and to libraries"
+        detail += f"; {in_gb(short)} are short, with {LEFT_FREE:.0%} left to larger batches and to libraries"
     return Check(name, fits(size, room), detail)
 
 
@@ -283,13 +303,13 @@ class Survey:
                 )
             if box.cache:
                 slots = self.preset.language_model.slots
-                rows.append((f"{box.name}: cache", "", "", _gb(box.cache), f"{slots} conversations"))
+                rows.append((f"{box.name}: cache", "", "", in_gb(box.cache), f"{slots} conversations"))
             if box.adapters:
-                rows.append((f"{box.name}: adapters", "", "", _gb(box.adapters), "those of the allow-list"))
-            working = "unknown" if box.working is None else _gb(box.working)
+                rows.append((f"{box.name}: adapters", "", "", in_gb(box.adapters), "those of the allow-list"))
+            working = "unknown" if box.working is None else in_gb(box.working)
             rows.append((f"{box.name}: at work", "", "", working, "one thing at a time"))
             whole = box.in_memory + box.adapters + (box.working or 0)
-            rows.append((f"{box.name}: in all", "", "", _gb(whole), ""))
+            rows.append((f"{box.name}: in all", "", "", in_gb(whole), ""))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = []
         for row in rows:
@@ -299,25 +319,20 @@ class Survey:
         if self.plan is not None:
             lines += [f"to fit: {words}" for words in self.plan.words]
             enough = "which fits" if self.plan.fits else "which is still too much"
-            lines.append(f"to fit: then {_gb(self.plan.needed)} are needed, {enough}")
+            lines.append(f"to fit: then {in_gb(self.plan.needed)} are needed, {enough}")
         lines.append(
             "Counted from shapes, one medium at a time per decoder; each one more takes as much again."
         )
         for box in self.boxes:
             for origin in box.origins:
-                use = "" if origin.commercial else "; NOT for commercial use"
-                pinned = f"revision {origin.revision}" if origin.revision else "no revision is known"
-                lines.append(f"{origin.model}: {origin.licence}{use}. From {origin.source}; {pinned}")
+                lines.append(origin.terms)
                 if origin.gated:
-                    lines.append(
-                        f"{origin.model}: gated. Before you download it, accept its terms on "
-                        f"https://huggingface.co/{origin.source} and sign in: hf auth login"
-                    )
+                    lines.append(f"{origin.model}: gated. Before you download it, {origin.gate}")
         if _is_trained_here(self.preset) and not any(box.origins for box in self.boxes):
             lines.append(f"{self.preset.name}: {OWN_LICENCE}. All of it was trained by this repository")
         for folder, size in unfinished_downloads(self.preset).items():
             lines.append(
-                f"broken off: a download into {folder}, of which {_gb(size)} wait for the rest; the same "
+                f"broken off: a download into {folder}, of which {in_gb(size)} wait for the rest; the same "
                 f"command goes on with it"
             )
         lines += [f"next: {step}" for step in self.next_steps]
@@ -328,9 +343,10 @@ def survey(preset: Preset, memory: int | None = None) -> Survey:
     """Look at files, terms and memory, of this machine or of one with ``memory`` bytes. Loads nothing."""
     boxes = tuple(boxes_of(preset))
     check = fitting(preset.device, needed(preset, boxes), memory)
-    steps = [
+    steps = [fetching(preset)] if fetchable(preset) else []
+    steps += [
         step
-        for box, setting in zip(boxes, _settings(preset), strict=True)
+        for box, setting in zip(boxes, preset.boxes, strict=True)
         if box.missing
         for step in commands(setting, preset)
     ]
@@ -338,8 +354,7 @@ def survey(preset: Preset, memory: int | None = None) -> Survey:
         all_of_it = f"patchbay train all --preset {preset.as_argument}"
         steps.append(all_of_it if _is_trained_here(preset) else f"correct the folders in {preset.file}")
     elif not steps and (damaged := damaged_files(preset)):
-        steps.append(f"replace what is damaged: {damaged[0]}")
-    steps.sort(key=lambda step: step.startswith("patchbay train"))  # training wants all parts to be there
+        steps.append(f"replace what is damaged: {next(iter(damaged.values()))}")
     room, plan, asked = room_on(preset.device, memory), None, f"patchbay doctor --preset {preset.as_argument}"
     if not check.ok and room is not None:
         plan = plan_for(preset, room, _free_memory())
@@ -358,17 +373,15 @@ def survey(preset: Preset, memory: int | None = None) -> Survey:
     )
 
 
-def _settings(preset: Preset) -> list[BoxPreset]:
-    return [preset.encoder, preset.language_model, *preset.decoders.values()]
-
-
 def _files(part: Part) -> str:
     if not part.missing:
-        return f"there, {_gb(part.on_disk)}"
+        return f"there, {in_gb(part.on_disk)}"
     files = f"missing, {len(part.missing)} file{'s' if len(part.missing) > 1 else ''}"
     if part.name not in MADE_HERE:
-        files += "; download " + ("not known" if part.download is None else _gb(part.download))
-    return files if part.parameters is None else f"{files}; takes {_gb(_as_held(part))} in {part.dtype} here"
+        files += "; download " + ("not known" if part.download is None else in_gb(part.download))
+    return (
+        files if part.parameters is None else f"{files}; takes {in_gb(_as_held(part))} in {part.dtype} here"
+    )
 
 
 def _as_held(part: Part) -> int:
@@ -381,11 +394,7 @@ def _size(part: Part) -> tuple[str, str]:
         return "unknown", "unknown"
     if not part.stays:
         return f"{part.parameters:,}", "none"
-    return f"{part.parameters:,}", _gb(part.in_memory)
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+    return f"{part.parameters:,}", in_gb(part.in_memory)
 
 
 def _load(preset: Preset) -> Iterator[Check]:

@@ -19,8 +19,9 @@ from typing import Any
 
 from decoders.pipeline_arguments import WITHOUT_TEXT_ENCODERS
 from encoders.media import Modality
-from services.presets import BoxPreset, LanguageModelPreset, Origin, Preset, QuantizationName, shown
-from services.weight_files import absent_shards, damage, read_header
+from services.origins import Origin
+from services.presets import BoxPreset, LanguageModelPreset, Preset, QuantizationName, shown
+from services.weight_files import UNFINISHED, absent_shards, damage, read_header
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 NOT_MODELS = ("scheduler", "tokenizer", "feature_extractor", "safety_checker", "image_encoder")
@@ -28,8 +29,6 @@ NOT_MODELS = ("scheduler", "tokenizer", "feature_extractor", "safety_checker", "
 LINKS_OWN, TABLES = "projection", "tables.safetensors"
 MADE_HERE = ("bridge", "LoRA", "tables", LINKS_OWN)
 """Parts that no download holds as they are: they are converted or trained."""
-DOWNLOADS = ".cache/huggingface/download"
-"""Where, in a folder that the hub is downloaded to, unfinished files lie."""
 TOWERS = {"vision": "vision tower", "audio": "audio tower"}
 TAKEN_APART = ("StableDiffusionPipeline", "TextToVideoSDPipeline", "AudioLDMPipeline")
 """Pipelines that do not run as a whole. Their text encoder is let go when it is not needed."""
@@ -201,28 +200,40 @@ def missing_files(preset: Preset) -> list[Path]:
 
 
 def unfinished_downloads(preset: Preset) -> dict[Path, int]:
-    """Return the folders into which a download of the hub was broken off, and the bytes that have come."""
+    """Return the folders into which a download was broken off, and the bytes that have come."""
     folders = [preset.encoder_folder, *(preset.encoder_folder / tower for tower in TOWERS)]
     folders += [preset.base_folder, *map(preset.decoder_folder, preset.decoders)]
-    found = {}
-    for folder in folders:
-        partial = [path.stat().st_size for path in (folder / DOWNLOADS).rglob("*.incomplete")]
+    folders += [preset.weights_folder / own.download.into for own in preset.origins if own.download]
+    found, seen = {}, set[Path]()
+    for folder in sorted(folders, key=lambda folder: -len(folder.parts)):  # a tower's before the encoder's
+        partial = set(folder.rglob(f"*{UNFINISHED}")) - seen
         if partial:
-            found[folder] = sum(partial)
+            found[folder] = sum(path.stat().st_size for path in partial)
+        seen |= partial
     return found
 
 
-def damaged_files(preset: Preset) -> list[str]:
-    """Say which files of a preset are there and are not whole; they are opened, and nothing is loaded."""
+def damaged_files(preset: Preset) -> dict[Path, str]:
+    """Say of the files of a preset that are there and not whole what is wrong; nothing is loaded."""
+    return dict(damage(_folders(preset)))
+
+
+def bytes_to_load(preset: Preset) -> int:
+    """Return how large all files of weights are that a preset reads when it starts; no model is built."""
+    return sum(_weight(folder) for folder in _folders(preset))
+
+
+def _folders(preset: Preset) -> list[Path]:
+    """Return every folder in which weights of a preset lie, each once."""
     encoder, own = preset.encoder_folder, preset.bridge_folder
     folders = [encoder, *(encoder / tower for tower in TOWERS), preset.base_folder, own]
-    folders.append(preset.language_model_folder / "adapter")
+    folders += [preset.language_model_folder, preset.language_model_folder / "adapter"]
     for modality, decoder in preset.decoders.items():
         folder = preset.decoder_folder(modality)
         folders += [folder, *(folder / part for part in _models(_json(folder / "model_index.json")))]
         if decoder.link == "signal":
             folders.append(preset.projection_folder(modality))
-    return list(damage(dict.fromkeys(folders)))
+    return list(dict.fromkeys(folders))
 
 
 def _needed(preset: Preset) -> dict[str, list[Path]]:
@@ -257,7 +268,7 @@ def faults_of_adapter(folder: Path) -> list[str]:
     plain = folder / "pytorch_lora_weights.safetensors"
     files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
     missing = [] if plain.is_file() else _absent(files)
-    return [f"{path} is missing" for path in missing] or list(damage([folder]))
+    return [f"{path} is missing" for path in missing] or list(dict(damage([folder])).values())
 
 
 def _encoder_parts(preset: Preset, folder: Path) -> dict[str, tuple[str, list[Path]]]:
@@ -510,6 +521,6 @@ def _cache(config: dict[str, Any], dtype: str, options: LanguageModelPreset) -> 
 
 
 def commands(box: BoxPreset, preset: Preset) -> list[str]:
-    """Return what to type to get the weights of a box."""
+    """Return what to type to get those weights of a box that are not downloaded."""
     weights = shlex.quote(shown(preset.weights_folder))
-    return [origin.command(weights, preset.as_argument) for origin in box.origins]
+    return [origin.command(weights, preset.as_argument) for origin in box.origins if origin.get]

@@ -223,9 +223,11 @@ def rows(preset: Preset) -> list[Row]:
         for modality in preset.decoders
         if modality is not Modality.AUDIO
     }
+    tiles = dict.fromkeys(slices, "tiled")
     fitted = slices | turns | few
     for words, changes in (
         ("VAE sliced", slices),
+        ("VAE tiled", tiles),
         ("VAE sliced, decoders in turns", slices | turns),
         (f"VAE sliced, decoders in turns, {FEW_SLOTS} replies at a time", fitted),
         ("language model in int8", {"language_model.quantization": "int8"}),
@@ -233,7 +235,9 @@ def rows(preset: Preset) -> list[Row]:
         ("language model in nf4", {"language_model.quantization": "nf4"}),
         ("all three, and nf4", fitted | {"language_model.quantization": "nf4"}),
     ):
-        found.append(_row(f"{half}, {words}", changed(whole, changes)))
+        after = changed(whole, changes)
+        if changes is not tiles or _is_known(after):  # not every VAE can be tiled
+            found.append(_row(f"{half}, {words}", after))
     if any(box.modality is Modality.VIDEO for box in boxes) and len(preset.decoders) > 1:
         slices.pop("decoders.video.vae", None)
         fewest = slices | few | {"language_model.quantization": "nf4", "decoders.video": LEAVE_OUT}
@@ -243,6 +247,10 @@ def rows(preset: Preset) -> list[Row]:
             least = changed(least, again[0])
         found.append(_row(f"{half}, all three, nf4, and no video", least))
     return found
+
+
+def _is_known(preset: Preset) -> bool:
+    return all(box.working is not None for box in boxes_of(preset))
 
 
 def _row(setting: str, preset: Preset) -> Row:

@@ -158,7 +158,7 @@ def convert_pickles(folder: Path) -> list[Path]:
         target = index.with_name("model.safetensors.index.json")
         if not target.exists():
             values = _read_index(index)
-            names = {name: _safe_name(file) for name, file in values["weight_map"].items()}
+            names = {name: safe_name(file) for name, file in values["weight_map"].items()}
             target.write_text(json.dumps(values | {"weight_map": names}, indent=2) + "\n", encoding="utf-8")
             written.append(target)
     return written
@@ -180,11 +180,12 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 def _pairs(folder: Path) -> Iterator[tuple[Path, Path]]:
     for source in sorted(folder.rglob("*.bin")):
-        if (name := _safe_name(source.name)) != source.name:
+        if (name := safe_name(source.name)) != source.name:
             yield source, source.with_name(name)
 
 
-def _safe_name(name: str) -> str:
+def safe_name(name: str) -> str:
+    """Return the name of the safetensors that take the place of a pickle; its own if it is not converted."""
     if name in ("diffusion_pytorch_model.bin", "adapter_model.bin", "pytorch_lora_weights.bin"):
         return name.replace(".bin", ".safetensors")
     if match := _SHARD.fullmatch(name):

@@ -12,62 +12,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from decoders.settings import DecodeSettings
 from encoders.media import MediaBudget, Modality
 from encoders.tiler import Tiling, TilingName
 from services.compiling import Compile
 from services.errors import BadRequest, PresetProblem
+from services.origins import DtypeName, Origin, Strict
 
 SHIPPED = Path(__file__).resolve().parent.parent / "deploy" / "presets"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-DtypeName = Literal["float32", "float16", "bfloat16"]
 QuantizationName = Literal["int8", "nf4"]
 
 
-class Origin(_Strict):
-    """Where the weights of a box come from, and under what terms.
-
-    ``source`` is a hub id or an address; ``get`` a command, in which ``{weights}`` stands for the preset's
-    folder, ``{preset}`` for how commands name the preset, and ``{source}`` and ``{revision}`` for these.
-    ``revision`` is a commit, as a branch may hold something else tomorrow. ``commercial`` says whether the
-    licence allows such use, ``gated`` whether the hub asks for a sign-in and its terms to be accepted.
-    ``published`` is the dtype of the files that ``get`` downloads, by part of the box, as far as it is known.
-    """
-
-    model: str
-    source: str
-    revision: str | None = Field(default=None, pattern=r"^[0-9a-f]{40}$")
-    licence: str
-    commercial: bool
-    gated: bool = False
-    published: dict[str, DtypeName] = {}
-    get: str
-
-    @model_validator(mode="after")
-    def _command_can_be_written(self) -> Self:
-        if self.revision is None and "{revision}" in self.get:
-            raise ValueError("get has {revision}, and there is no revision; give one, or leave it out of get")
-        try:
-            self.command("", "")
-        except (LookupError, ValueError) as error:
-            raise ValueError(
-                "get may hold {weights}, {preset}, {source} and {revision}, and other braces doubled"
-            ) from error
-        return self
-
-    def command(self, weights: str, preset: str) -> str:
-        """Return what to type to get it."""
-        return self.get.format(weights=weights, preset=preset, source=self.source, revision=self.revision)
-
-
-class BoxPreset(_Strict):
+class BoxPreset(Strict):
     """What every box has. ``dtype`` None leaves the choice to the box."""
 
     folder: str
@@ -75,7 +35,7 @@ class BoxPreset(_Strict):
     origins: tuple[Origin, ...] = ()
 
 
-class TilingPreset(_Strict):
+class TilingPreset(Strict):
     """How pictures larger than the encoder's are cut; see :mod:`encoders.tiler`."""
 
     name: TilingName
@@ -118,7 +78,7 @@ class LanguageModelPreset(BoxPreset):
     compile: Compile = False
 
 
-class CostLimits(_Strict):
+class CostLimits(Strict):
     """The most that one request may ask of a decoder."""
 
     steps: int = Field(default=100, ge=1)
@@ -189,7 +149,7 @@ class DecoderPreset(BoxPreset):
         return replace(settings, **{name: getattr(self, name) for name in silent})
 
 
-class GenerationDefaults(_Strict):
+class GenerationDefaults(Strict):
     """How the language model speaks when a request does not say.
 
     A medium of which it is less sure than ``ask_below`` is asked about instead of made; None never asks.
@@ -203,7 +163,7 @@ class GenerationDefaults(_Strict):
     ask_below: float | None = Field(default=None, gt=0, lt=1)
 
 
-class MediaLimits(_Strict):
+class MediaLimits(Strict):
     """What one medium may cost to read."""
 
     max_mb: int = Field(default=64, ge=1)
@@ -221,14 +181,14 @@ class MediaLimits(_Strict):
         )
 
 
-class AdapterPreset(_Strict):
+class AdapterPreset(Strict):
     """LoRA that a request may name: for which box it is, and its folder, relative to the weights."""
 
     box: Literal["language_model", "image", "video", "audio"]
     folder: str
 
 
-class Limits(_Strict):
+class Limits(Strict):
     """What one request may cost."""
 
     max_request_mb: int = Field(default=96, ge=1, description="size of a request body")
@@ -240,14 +200,14 @@ class Limits(_Strict):
     media: MediaLimits = MediaLimits()
 
 
-class Example(_Strict):
+class Example(Strict):
     """Something to try at one click. ``files`` are relative to the preset's file."""
 
     text: str = ""
     files: tuple[str, ...] = ()
 
 
-class Preset(_Strict):
+class Preset(Strict):
     """One runnable combination of models."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
@@ -259,11 +219,13 @@ class Preset(_Strict):
     )
     encoder: EncoderPreset = EncoderPreset()
     language_model: LanguageModelPreset = LanguageModelPreset()
-    decoders: dict[Modality, DecoderPreset] = {}
+    decoders: dict[Modality, DecoderPreset] = Field(default={})
     decoders_gb: float | None = Field(
         default=None, gt=0, description="most that loaded decoders take; then they make room for each other"
     )
-    adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")], AdapterPreset] = {}
+    adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")], AdapterPreset] = (
+        Field(default={})
+    )
     projections: str = "projections"
     generation: GenerationDefaults = GenerationDefaults()
     limits: Limits = Limits()
@@ -329,6 +291,16 @@ class Preset(_Strict):
         """How the encoder cuts pictures, as it takes it."""
         wish = self.encoder.tiling
         return Tiling(wish.name, wish.most) if wish else None
+
+    @property
+    def boxes(self) -> tuple[BoxPreset, ...]:
+        """The encoder, the language model, and the decoders."""
+        return self.encoder, self.language_model, *self.decoders.values()
+
+    @property
+    def origins(self) -> tuple[Origin, ...]:
+        """Where all the weights come from, in the order in which they are got."""
+        return tuple(origin for box in self.boxes for origin in box.origins)
 
     @property
     def encoder_folder(self) -> Path:

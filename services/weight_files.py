@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 INDEX = "*.safetensors.index.json"
+UNFINISHED = ".incomplete"
+"""How the names of files end that are still being downloaded."""
+CONVERTED = "converted.json"
+"""The record that a conversion leaves, last of all."""
 MOST_HEADER_BYTES = 100_000_000
 """A longer beginning is refused by the format itself."""
 
@@ -54,23 +58,29 @@ def absent_shards(folder: Path) -> list[Path]:
     return sorted(absent)
 
 
-def damage(folders: Iterable[Path]) -> Iterator[str]:
-    """Say what is wrong with the configurations, indexes and weights right inside ``folders``."""
+def damage(folders: Iterable[Path]) -> Iterator[tuple[Path, str]]:
+    """Yield each damaged configuration, index or weights right inside ``folders``, and what is wrong."""
     for folder in folders:
         for path in sorted(folder.glob("*.json")):
             try:
                 values: Any = json.loads(path.read_text(encoding="utf-8"))
             except (ValueError, RecursionError) as error:
-                yield f"{path} is no JSON: {error}. Copy or download it again."
+                yield path, f"{path} is no JSON: {error}. Copy or download it again."
                 continue
             if path.match(INDEX) and not (
                 isinstance(values, dict)
                 and isinstance(values.get("weight_map"), dict)
                 and isinstance(values.get("metadata"), dict)
             ):
-                yield f"{path} is no index of weights: expected weight_map and metadata. Download it again."
+                wanted = "expected weight_map and metadata"
+                yield path, f"{path} is no index of weights: {wanted}. Download it again."
         for path in sorted(folder.glob("*.safetensors")):
             try:
                 read_header(path)
             except ValueError as error:
-                yield str(error)
+                yield path, str(error)
+
+
+def in_gb(size: int) -> str:
+    """Return a number of bytes in GB or MB."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

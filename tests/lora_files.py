@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 def write_lm_lora(base: PreTrainedModel, folder: Path, seed: int, **changes: Any) -> dict[str, Tensor]:
     """Write LoRA for ``base``, which gets none itself; return what it adds to each weight."""
     settings: dict[str, Any] = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"]}
-    wrapped, added = _fresh(base, LoraConfig(task_type="CAUSAL_LM", **{**settings, **changes}), seed)
+    wrapped, added = fresh_lora(base, LoraConfig(task_type="CAUSAL_LM", **{**settings, **changes}), seed)
     wrapped.save_pretrained(folder, save_embedding_layers=False)
     wrapped.unload()
     return added
@@ -30,7 +30,7 @@ def write_unet_lora(
     """Write LoRA for ``unet``, which gets none itself; return what it adds to each weight."""
     settings: dict[str, Any] = {"r": 2, "lora_alpha": 4, "target_modules": ["to_q", "to_out.0", "conv1"]}
     config = LoraConfig(**{**settings, **changes})
-    wrapped, added = _fresh(unet, config, seed)
+    wrapped, added = fresh_lora(unet, config, seed)
     if peft_layout:
         wrapped.save_pretrained(folder)
     else:
@@ -68,7 +68,8 @@ def change_json(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def _fresh(module: nn.Module, config: LoraConfig, seed: int) -> tuple[Any, dict[str, Tensor]]:
+def fresh_lora(module: nn.Module, config: LoraConfig, seed: int) -> tuple[Any, dict[str, Tensor]]:
+    """Wrap ``module`` with random LoRA; return it, and what that adds to each weight."""
     generator = torch.Generator().manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

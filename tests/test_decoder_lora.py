@@ -234,7 +234,7 @@ def renamed(old: str, new: str) -> Any:
             r"\(16, 3\); expected \(16, 2\)",
         ),
         (lambda t: t.pop(f"unet.{Q}.lora_A.weight"), r"has only lora_B of"),
-        (lambda t: t.update({"text_encoder.x.lora_A.weight": torch.zeros(1)}), r"the U-Net alone is adapted"),
+        (lambda t: t.update({"text_encoder.x.lora_A.weight": torch.zeros(1)}), r"the unet alone is adapted"),
         (renamed("unet.", "lora_unet_"), r"holds lora_unet_.*; expected names that begin with unet\."),
         (renamed("down_blocks.1.", "down_blocks.5."), r"UNet2DConditionModel has nothing there; .*\.to_q"),
         (renamed(".conv1.", ".norm1."), r"has a GroupNorm there; expected linear or convolutional"),

@@ -283,6 +283,9 @@ def test_rows_add_up_and_shrink(published: Preset) -> None:
         for name in ("float16", "float16, language model in int8", "float16, language model in nf4")
     )
     assert found["float32"].encoder == 2 * whole.encoder
+    sliced, tiled = found["float16, VAE sliced"], found["float16, VAE tiled"]
+    assert 0 < tiled.working <= sliced.working < whole.working
+    assert "bfloat16, VAE tiled" not in {row.setting for row in rows(load_preset("toybox"))}  # it cannot be
     assert 0.5 < eight.language_model / whole.language_model < 0.55
     assert 0.28 < four.language_model / whole.language_model < 0.33
     assert table(list(found.values())).count("\n") == 1 + len(found)

@@ -167,8 +167,12 @@ def test_a_damaged_file_is_named_before_anything_is_loaded(copy: Path, name: str
 
 
 def origin(**values: object) -> dict[str, object]:
-    whole = {"model": "m", "source": "s/m", "licence": "MIT", "commercial": True, "get": "hf download s/m"}
+    whole = {"model": "m", "source": "s/m", "licence": "MIT", "commercial": True, "get": "echo m"}
     return {"encoder": {"origins": [whole | values]}}
+
+
+def fetched(**values: object) -> dict[str, object]:
+    return origin(get=None, download=values)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +181,15 @@ def origin(**values: object) -> dict[str, object]:
         ({"decoders_gb": float("inf")}, r"decoders_gb: Input should be a finite number"),
         ({"device": "mps"}, r"device: String should match pattern"),
         (origin(revision="main"), r"encoder.origins.0.revision: String should match"),
-        (origin(get="hf download --revision {revision}"), r"get has {revision}, and there is no revision"),
+        (origin(get="echo {revision}"), r"get has {revision}, and there is no revision"),
+        (origin(download={"into": "m", "files": ["*"]}), r"give either download or get, a command to type"),
+        (origin(get=None), r"give either download or get"),
+        (fetched(into="../m"), r"'../m' must be a folder within the weights"),
+        (fetched(into="m"), r"files are patterns of a hub repository; an address is one file"),
+        (fetched(into="m", files=["*"], size_bytes=3), r"size_bytes and sha256 are those of an address"),
+        (fetched(into="m", files=["*"], convert="nextgpt", makes=["llm"]), r"base belongs to the conv"),
+        (fetched(into="m", files=["*"], convert="imagebind"), r"makes names the folders that a conversion"),
+        (origin(get=None, source="m", download={"into": "m", "files": ["*"]}), r"source must be a hub id"),
         (origin(get="echo {nothing}"), r"get may hold {weights}, {preset}, {source} and {revision}"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +11,8 @@ import pytest
 from ray import serve
 from ray.exceptions import ActorDiedError
 
-from deploy.serve import _why
+from deploy.serve import _why, ready_within_s
+from services.presets import load_preset
 
 
 def status(**deployments: str) -> Any:
@@ -36,3 +39,21 @@ def test_a_box_whose_weights_do_not_load_is_told_in_its_own_words(monkeypatch: p
     monkeypatch.setattr(serve, "status", lambda: status(Agent="", Encoder=report))
     told = _why(RuntimeError("Deploying application patchbay failed."))
     assert told.message == "The service could not start: The encoder cannot be loaded: x has shape (1,)."
+
+
+def test_a_service_may_take_longer_to_come_up_the_more_weights_it_reads(
+    tiny_preset: Path, tmp_path: Path
+) -> None:
+    preset = load_preset(str(tiny_preset))
+    shutil.copytree(preset.weights_folder, tmp_path / "weights")
+    path = tmp_path / "large.yaml"
+    path.write_text(tiny_preset.read_text())
+    files = [*(tmp_path / "weights").rglob("*.safetensors")]
+    small = ready_within_s(load_preset(str(path)))
+    assert small == 300 + sum(file.stat().st_size for file in files) / 50e6
+
+    for name in ("image/unet/more.safetensors", "llm/base/more.safetensors"):
+        with (tmp_path / "weights" / name).open("wb") as file:
+            file.truncate(5 * 10**9)  # a hole, which takes no place on the disk
+
+    assert ready_within_s(load_preset(str(path))) == small + 200

@@ -27,8 +27,9 @@ def test_the_header_tells_names_and_shapes(weights: Path) -> None:
 def test_a_file_that_is_cut_off_is_damaged(weights: Path, kept: int) -> None:
     weights.write_bytes(weights.read_bytes()[:kept])
 
-    (found,) = damage([weights.parent])
+    ((path, found),) = damage([weights.parent])
 
+    assert path == weights
     assert found.startswith(str(weights))
     assert found.endswith("Copy or download it again.")
 
@@ -52,7 +53,7 @@ def test_a_file_that_is_too_long_is_damaged_too(weights: Path) -> None:
 def test_a_beginning_that_makes_no_sense_is_damage(tmp_path: Path, header: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
 
-    (found,) = damage([tmp_path])
+    ((_, found),) = damage([tmp_path])
 
     assert found.endswith("model.safetensors is no safetensors file. Copy or download it again.")
 
@@ -62,7 +63,7 @@ def test_a_configuration_that_is_no_json_is_damaged(tmp_path: Path) -> None:
     (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
 
-    first, deep, second = damage([tmp_path])
+    first, deep, second = dict(damage([tmp_path])).values()
 
     assert "config.json is no JSON" in first
     assert "deep.json is no JSON" in deep
