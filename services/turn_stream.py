@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 
 from services.asgi import end, sse, with_pings
-from services.chat_completions import Completion
+from services.chat_completions import Completion, Json
 from services.errors import ServiceError, translate
 from services.events import Event, TurnFailed, TurnStarted
 
@@ -63,21 +63,20 @@ async def lines(
 ) -> AsyncGenerator[str, None]:
     """Return the lines of a stream of server-sent events; what goes wrong is its last line."""
 
-    async def all_events() -> AsyncGenerator[Event, None]:
+    async def chunks() -> AsyncGenerator[Json, None]:
         async with aclosing(rest):
             for event in opening:
-                yield event
-            async for event in rest:
-                yield event
-
-    async with aclosing(with_pings(all_events())) as events:
-        try:
-            async for event in events:
-                if event is None:
-                    yield ": ping\n\n"
-                    continue
                 for chunk in await asyncio.to_thread(completion.chunks, event):
-                    yield sse(chunk)
+                    yield chunk
+            async for event in rest:
+                for chunk in await asyncio.to_thread(completion.chunks, event):
+                    yield chunk
+
+    # What is not told, such as progress that nobody asked for, does not keep a connection alive.
+    async with aclosing(with_pings(chunks())) as told:
+        try:
+            async for chunk in told:
+                yield ": ping\n\n" if chunk is None else sse(chunk)
             yield "data: [DONE]\n\n"
         except ServiceError as error:
             yield sse(error.body())
