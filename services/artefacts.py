@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import secrets
 import time
@@ -19,6 +20,8 @@ import fsspec
 
 from encoders.media import Modality
 from services.errors import NotFound
+
+logger = logging.getLogger(__name__)
 
 ID_PATTERN = re.compile(r"file-[0-9a-f]{32}")
 
@@ -105,8 +108,11 @@ class ArtefactStore:
     def delete(self, artefact_id: str) -> None:
         """Remove an artefact for good."""
         self.get(artefact_id)
-        self.files.rm_file(self._path(artefact_id, "json"))
-        self.files.rm_file(self._path(artefact_id, "bin"))
+        try:
+            self.files.rm_file(self._path(artefact_id, "json"))
+            self.files.rm_file(self._path(artefact_id, "bin"))
+        except FileNotFoundError:  # somebody else removed it at the same moment
+            raise self._unknown(artefact_id) from None
 
     def sweep(self, older_than_s: float) -> int:
         """Remove what was stored longer ago than ``older_than_s`` seconds; return how many artefacts."""
@@ -116,10 +122,15 @@ class ArtefactStore:
             name = str(path).rsplit("/", 1)[-1]
             if not name.endswith(".json"):
                 continue
-            artefact = self.get(name.removesuffix(".json"))
-            if artefact.created_at < limit:
-                self.delete(artefact.id)
-                removed += 1
+            try:
+                artefact = self.get(name.removesuffix(".json"))
+                if artefact.created_at < limit:
+                    self.delete(artefact.id)
+                    removed += 1
+            except NotFound:  # removed meanwhile, or no file of ours
+                continue
+            except (ValueError, KeyError, TypeError):
+                logger.warning("%s describes no file and stays. Remove it by hand.", path)
         return removed
 
     def _path(self, artefact_id: str, suffix: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import APIRouter, Request, Response
 from starlette.datastructures import UploadFile
@@ -12,6 +13,7 @@ from starlette.datastructures import UploadFile
 from encoders.media import CONTAINER_FORMATS, IMAGE_FORMATS, MediaBudget, Modality, read_media
 from encoders.media_headers import recognise
 from services.artefacts import Artefact, ArtefactStore
+from services.asgi import error_response
 from services.errors import BadRequest, RangeNotSatisfiable
 
 MEDIA_TYPES = {
@@ -26,7 +28,7 @@ MEDIA_TYPES = {
     "mp4": "video/mp4",
     "webm": "video/webm",
 }
-ONE_RANGE = re.compile(r"bytes=(?P<first>\d*)-(?P<last>\d*)")
+ONE_RANGE = re.compile(r"bytes=(?P<first>\d{0,18})-(?P<last>\d{0,18})")
 
 
 def files_router(store: ArtefactStore, budget: MediaBudget) -> APIRouter:
@@ -101,7 +103,7 @@ def _content(store: ArtefactStore, artefact: Artefact, wanted: str | None) -> Re
     headers = {
         "Accept-Ranges": "bytes",
         "Cache-Control": "private, max-age=3600",
-        "Content-Disposition": f'inline; filename="{artefact.filename}"',
+        "Content-Disposition": _disposition(artefact.filename),
         "X-Content-Type-Options": "nosniff",
         "ETag": f'"{artefact.sha256}"',
     }
@@ -114,10 +116,21 @@ def _content(store: ArtefactStore, artefact: Artefact, wanted: str | None) -> Re
     else:
         first, last = max(0, artefact.bytes - int(found["last"])), artefact.bytes - 1
     if first > last:
-        raise RangeNotSatisfiable(
-            f"The range {wanted!r} is not within the {artefact.bytes} bytes of the file.",
-            code="range_not_satisfiable",
+        refusal = error_response(
+            RangeNotSatisfiable(
+                f"The range {wanted!r} is not within the {artefact.bytes} bytes of the file.",
+                code="range_not_satisfiable",
+            )
         )
+        refusal.headers["Content-Range"] = f"bytes */{artefact.bytes}"
+        return refusal
     headers["Content-Range"] = f"bytes {first}-{last}/{artefact.bytes}"
     data = store.read(artefact.id, first, last + 1)
     return Response(data, 206, media_type=artefact.media_type, headers=headers)
+
+
+def _disposition(filename: str) -> str:
+    """Name a file in a header: plainly, and where ASCII does not hold its name as RFC 6266 says, too."""
+    plain = re.sub(r"[^\x20-\x7e]", "_", filename)
+    other = "" if plain == filename else f"; filename*=UTF-8''{quote(filename)}"
+    return f'inline; filename="{plain}"{other}'

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from urllib.parse import quote
+
+import pytest
+
 from services.artefacts import ArtefactStore
 from services.gateway import build_gateway
 from services.presets import Preset
@@ -52,3 +56,42 @@ async def test_what_can_never_be_read_is_refused_at_the_door(preset: Preset, sto
         ):
             answer = await http.post("/v1/files", files={"file": ("video.mp4", data)})
             assert (answer.status_code, answer.json()["error"]["code"]) == (400, code), data
+
+
+@pytest.mark.parametrize("name", ["日本.png", "größe.png", "plain.png"])
+async def test_a_file_of_any_name_can_be_fetched(preset: Preset, store: ArtefactStore, name: str) -> None:
+    async with client(build_gateway(preset, FakeAgent(), store)) as http:
+        file = (await http.post("/v1/files", files={"file": (name, PNG)})).json()
+        answer = await http.get(f"/v1/files/{file['id']}/content")
+    assert (answer.status_code, answer.content, file["filename"]) == (200, PNG, name)
+    told = answer.headers["content-disposition"]
+    assert told.isascii()
+    assert ("filename*=UTF-8''" + quote(name) in told) is not name.isascii()
+
+
+async def test_a_range_outside_of_the_file_says_how_large_it_is(preset: Preset, store: ArtefactStore) -> None:
+    async with client(build_gateway(preset, FakeAgent(), store)) as http:
+        file = (await http.post("/v1/files", files={"file": ("x.png", PNG)})).json()
+        path = f"/v1/files/{file['id']}/content"
+        outside = await http.get(path, headers={"range": "bytes=999999-"})
+        absurd = await http.get(path, headers={"range": f"bytes={'9' * 5000}-"})
+    assert (outside.status_code, outside.headers["content-range"]) == (416, f"bytes */{len(PNG)}")
+    assert (absurd.status_code, absurd.content) == (200, PNG)
+
+
+def test_files_expire_whatever_else_lies_there_or_is_removed_meanwhile(
+    store: ArtefactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("gone", "old"):
+        store.put(name.encode(), media_type="image/png", filename=name)
+    for name, text in (
+        ("notes.json", "{}"),
+        (f"file-{'0' * 32}.json", '{"id'),
+        (f"file-{'1' * 32}.json", "[]"),
+    ):
+        store.files.pipe_file(f"{store.root}/{name}", text.encode())
+    listed = store.files.ls(store.root, detail=False)
+    gone = next(path for path in listed if path.endswith(".json") and b'"gone"' in store.files.cat_file(path))
+    store.files.rm_file(gone)
+    monkeypatch.setattr(store.files, "ls", lambda root, detail: listed)
+    assert store.sweep(-10) == 1
