@@ -12,15 +12,23 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from decoders.settings import DecodeSettings
 from decoders.writing import read_manifest
 from encoders.media import Modality
 from services.artefacts import ArtefactStore
-from services.errors import BadRequest, ServiceError, translate
-from services.messages import MediaPart, Message, Part, Role, SpokenPart, TextPart, TurnOptions
+from services.errors import BadRequest, ServiceError
+from services.messages import MAX_PREVIEWS, MediaPart, Message, Part, Role, SpokenPart, TextPart, TurnOptions
 
 DATA_URL = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]*)*;base64,", re.IGNORECASE)
 OWN_URL = re.compile(r"(?:https?://[^/]+)?/v1/files/(?P<id>file-[0-9a-f]{32})/content")
@@ -35,7 +43,25 @@ PART_TYPES = ("text", *URL_PARTS, "input_audio", "file")
 JsonObject = Mapping[str, Any]
 
 
-class DecoderRequest(BaseModel):
+IN_REQUESTS = {
+    "steps": "num_inference_steps",
+    "width_px": "size",
+    "height_px": "size",
+    "duration_s": "seconds",
+}
+"""What a request calls settings of a decoder that have another name inside."""
+
+
+class Body(BaseModel):
+    """A JSON object in which null says the same as nothing, as OpenAI's clients mean it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_nulls(cls, values: object) -> object:
+        return _given(values)
+
+
+class DecoderRequest(Body):
     """What a request may set about one decoder."""
 
     model_config = ConfigDict(extra="forbid")
@@ -57,31 +83,39 @@ class DecoderRequest(BaseModel):
     def settings(self) -> DecodeSettings:
         """Return the same wishes as the decoder understands them."""
         width, height = (int(side) for side in self.size.split("x")) if self.size else (None, None)
-        return DecodeSettings(
-            seed=self.seed,
-            steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            scheduler=self.scheduler,
-            width_px=width,
-            height_px=height,
-            num_frames=self.num_frames,
-            duration_s=self.seconds,
-            lora=self.lora,
-            strength=self.strength,
-            fast=self.fast,
-            deep_every=self.deep_every,
-        )
+        wishes: dict[str, Any] = {
+            "seed": self.seed,
+            "steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "scheduler": self.scheduler,
+            "width_px": width,
+            "height_px": height,
+            "num_frames": self.num_frames,
+            "duration_s": self.seconds,
+            "lora": self.lora,
+            "strength": self.strength,
+            "fast": self.fast,
+            "deep_every": self.deep_every,
+        }
+        for name, wish in wishes.items():
+            try:
+                DecodeSettings(**{name: wish})
+            except ValueError as error:
+                told = IN_REQUESTS.get(name, name)
+                message = str(error).replace(f"{name} is", f"{told} is", 1)
+                raise BadRequest(message, code="invalid_value", param=told) from error
+        return DecodeSettings(**wishes)
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Body):
     """What a stream tells besides the reply."""
 
     include_usage: bool = False
     include_progress: bool = False
-    previews: int = 0
+    previews: Annotated[int, Field(ge=0, le=MAX_PREVIEWS)] = 0
 
 
-class ChatRequest(BaseModel):
+class ChatRequest(Body):
     """The body of a chat completion. Keys that mean nothing here are passed over, as clients expect."""
 
     model: str | None = None
@@ -113,11 +147,16 @@ class ChatRequest(BaseModel):
     @field_validator("stop", "lora", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
-        if value is None:
-            return []
         if not isinstance(value, str | list):
             raise PydanticCustomError("words", "Input should be a string or a list of strings")
         return [value] if isinstance(value, str) else value
+
+    @field_validator("decoders", mode="before")
+    @classmethod
+    def _made_by_decoders(cls, value: object) -> object:
+        if isinstance(value, Mapping) and Modality.TEXT in value:
+            raise PydanticCustomError("medium", "Text has no decoder; name image, video or audio")
+        return _given(value)
 
     def options(self) -> TurnOptions:
         """Return how the reply is wanted."""
@@ -125,8 +164,8 @@ class ChatRequest(BaseModel):
         for modality, wishes in self.decoders.items():
             try:
                 decoders[modality] = wishes.settings()
-            except ValueError as error:
-                raise translate(error).at(f"decoders.{modality.value}") from error
+            except BadRequest as error:
+                raise error.at(f"decoders.{modality.value}.{error.param}") from error
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return TurnOptions(
             modalities=self.modalities,
@@ -197,7 +236,30 @@ def invalid(error: ValidationError) -> BadRequest:
 
 def read_messages(messages: Sequence[JsonObject], store: ArtefactStore) -> list[Message]:
     """Return the conversation; media that came along are in ``store`` afterwards."""
-    return [_message(message, f"messages[{place}]", store) for place, message in enumerate(messages)]
+    conversation = [_message(message, f"messages[{place}]", store) for place, message in enumerate(messages)]
+    for place, message in enumerate(conversation):
+        for part in message.parts:
+            _expect_characters(part, f"messages[{place}]")
+    return conversation
+
+
+def _expect_characters(part: Part, param: str) -> None:
+    words = part.caption if isinstance(part, SpokenPart) else part.text if isinstance(part, TextPart) else ""
+    try:
+        words.encode()
+    except UnicodeEncodeError as error:
+        raise _wrong(
+            param,
+            f"The text holds half of a character, {words[error.start]!a}, which stands for nothing "
+            "alone. Send both halves, or the character itself.",
+        ) from error
+
+
+def _given(values: object) -> object:
+    """Return an object without what is null in it."""
+    if not isinstance(values, Mapping):
+        return values
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _message(message: JsonObject, param: str, store: ArtefactStore) -> Message:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from services.events import (
     TurnDone,
     TurnStarted,
 )
+from services.gateway import build_gateway
 from services.messages import MediaPart, Role, SpokenPart, TextPart, TurnOptions
 from services.presets import Preset
 from tests.scripted_agent import (
@@ -26,6 +28,7 @@ from tests.scripted_agent import (
     FakeAgent,
     ask,
     body,
+    client,
     data_url,
     script,
 )
@@ -134,6 +137,7 @@ async def test_a_picture_follows_its_caption_when_a_client_keeps_no_order(
     assert agent.conversation[1].parts == (TextPart("A."), SpokenPart(IMAGE, "A.", image.id), TextPart("B."))
 
 
+STEPS = "decoders.image.num_inference_steps"
 REFUSED: list[tuple[dict[str, Any], int, str, str | None]] = [
     (body(model="gpt-9"), 404, "model_not_found", "model"),
     ({"model": "tiny"}, 400, "invalid_value", "messages"),
@@ -173,9 +177,13 @@ REFUSED: list[tuple[dict[str, Any], int, str, str | None]] = [
     ),
     (body(modalities=["text", "smell"]), 400, "invalid_value", "modalities.1"),
     (body(decoders={"image": {"stesp": 3}}), 400, "invalid_value", "decoders.image.stesp"),
-    (body(decoders={"image": {"num_inference_steps": 0}}), 400, "invalid_value", "decoders.image"),
-    (body(decoders={"image": {"strength": 0}}), 400, "invalid_value", "decoders.image"),
-    (body(decoders={"image": {"deep_every": 17}}), 400, "invalid_value", "decoders.image"),
+    (body(decoders={"image": {"num_inference_steps": 0}}), 400, "invalid_value", STEPS),
+    (body(decoders={"image": {"strength": 0}}), 400, "invalid_value", "decoders.image.strength"),
+    (body(decoders={"image": {"deep_every": 17}}), 400, "invalid_value", "decoders.image.deep_every"),
+    (body(decoders={"image": {"size": "4x8"}}), 400, "invalid_value", "decoders.image.size"),
+    (body(decoders={"audio": {"seconds": 500}}), 400, "invalid_value", "decoders.audio.seconds"),
+    (body(decoders={"text": {"seed": 1}}), 400, "invalid_value", "decoders"),
+    (body(stream_options={"previews": 33}), 400, "invalid_value", "stream_options.previews"),
     (body(temperature=3), 400, "invalid_value", "temperature"),
     (body(top_p=0), 400, "invalid_value", "top_p"),
     (body(top_k=-1), 400, "invalid_value", "top_k"),
@@ -218,3 +226,30 @@ async def test_a_wrong_request_gets_an_error_with_its_place(
     assert set(error) == {"message", "type", "param", "code"}
     assert (error["code"], error["param"]) == (code, param)
     assert answer.headers["x-request-id"]
+
+
+async def test_a_setting_is_named_as_the_request_names_it(preset: Preset, store: ArtefactStore) -> None:
+    answer = await ask(FakeAgent(), preset, store, body(decoders={"audio": {"seconds": 500}}))
+    assert answer.json()["error"]["message"].startswith("seconds is 500.0; it must be a number from")
+
+
+async def test_null_says_the_same_as_nothing(preset: Preset, store: ArtefactStore) -> None:
+    agent = FakeAgent(TurnStarted(seed=1), TurnDone(finish_reason="stop"))
+    nothing = dict.fromkeys(("stream", "decoders", "lora", "stop", "tools", "n", "temperature"))
+    assert (await ask(agent, preset, store, body(**nothing))).status_code == 200
+    nested = body(stream=True, stream_options={"include_usage": None}, decoders={"image": None})
+    assert (await ask(agent, preset, store, nested)).status_code == 200
+
+
+async def test_half_a_character_is_refused_wherever_it_stands(preset: Preset, store: ArtefactStore) -> None:
+    half = "half \ud83d"
+    spoken = {"role": "assistant", "parts": [{"type": "image", "caption": half}]}
+    async with client(build_gateway(preset, FakeAgent(), store)) as http:
+        for message in ({"role": "user", "content": half}, spoken):
+            answer = await http.post(
+                "/v1/chat/completions",
+                content=json.dumps({"messages": [message]}),  # \ud83d in ASCII, as JSON may say it
+                headers={"content-type": "application/json"},
+            )
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_value", "messages[0]")

@@ -126,7 +126,7 @@ async def test_a_retry_that_cannot_start_has_the_status_of_its_error(
     [
         ({"stesp": 3}, "stesp"),
         ({"seed": "x"}, "seed"),
-        ({"stream_options": {"previews": 99}, "stream": True}, "previews"),
+        ({"stream_options": {"previews": 99}, "stream": True}, "stream_options.previews"),
     ],
 )
 async def test_a_wrong_wish_is_named(
