@@ -33,6 +33,7 @@ from services.asgi import (
 from services.boxes import Counts
 from services.chat_completions import Completion
 from services.errors import (
+    BadRequest,
     Internal,
     MethodNotAllowed,
     NotFound,
@@ -130,7 +131,7 @@ def build_gateway(
         names = [preset.name, *(f"{preset.name}:{adapter}" for adapter in preset.adapters)]
         return {"object": "list", "data": [await _model(name, preset, agent, created) for name in names]}
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         if split_model(name, preset.adapters)[0] != preset.name:
             raise _no_model(name, preset)
@@ -151,7 +152,7 @@ def build_gateway(
     async def metrics() -> Response:
         return Response(exposition(await agent.counts()), media_type=MEDIA_TYPE)
 
-    _answer_errors(app)
+    _answer_errors(app, labels)
     app.add_middleware(RequestEnvelope, max_body_bytes=limits.max_request_mb * 2**20, labels=labels)
     return app
 
@@ -195,7 +196,7 @@ def _no_model(name: str | None, preset: Preset) -> NotFound:
     )
 
 
-def _answer_errors(app: FastAPI) -> None:
+def _answer_errors(app: FastAPI, labels: bool) -> None:
     @app.exception_handler(ServiceError)
     async def known(request: Request, error: ServiceError) -> Response:
         return error_response(error)
@@ -225,17 +226,21 @@ def _answer_errors(app: FastAPI) -> None:
                 f"{path} is not allowed; the path knows other methods.", code="method_not_allowed"
             )
         else:
-            known_error = Unprocessable(f"{path}: {error.detail}.", code="invalid_request")
+            kind = BadRequest if error.status_code == HTTPStatus.BAD_REQUEST else Unprocessable
+            known_error = kind(f"{path}: {error.detail.rstrip('.')}.", code="invalid_request")
         return error_response(known_error)
 
     @app.exception_handler(Exception)
     async def unknown(request: Request, error: Exception) -> Response:
         logger.exception("%s %s failed.", request.method, request.url.path, exc_info=error)
-        return error_response(
+        answer = error_response(
             Internal(
                 "Something went wrong inside the service. Its log has the details.", code="internal_error"
             )
         )
+        if labels:  # this answer is made outside of RequestEnvelope
+            answer.headers["x-request-id"] = request.state.request_id
+        return answer
 
 
 async def _sweep(store: ArtefactStore, expires_after_s: float) -> None:

@@ -17,6 +17,7 @@ from services.errors import BadRequest
 from services.events import (
     PartFailed,
     PartPreview,
+    PartProgress,
     PartStarted,
     TextDelta,
     TurnDone,
@@ -272,3 +273,43 @@ async def test_a_body_above_the_limit_is_refused_announced_or_not(
         upload = await http.post("/v1/files", files={"file": ("x.png", b"x" * 3_000_000)})
     for answer in (announced, hidden, upload):
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
+
+
+async def test_a_stream_pings_while_only_progress_comes_that_nobody_asked_for(
+    preset: Preset, store: ArtefactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def eager(values: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+        return with_pings(values, every_s=0.05)
+
+    monkeypatch.setattr(turn_stream, "with_pings", eager)
+    steps = [0.01, PartProgress(index=0, step=1, total=40, eta_s=None)] * 30
+    started = PartStarted(index=0, modality=IMAGE, caption="")
+    agent = FakeAgent(TurnStarted(seed=1), started, *steps, TurnDone(finish_reason="stop"))
+    answer = await ask(agent, preset, store, body(stream=True))
+    assert answer.text.count(": ping\n\n") >= 2
+
+
+async def test_a_mistake_of_ours_has_a_request_id_too(preset: Preset, store: ArtefactStore) -> None:
+    class Broken(FakeAgent):
+        async def outputs(self) -> Any:
+            raise RuntimeError("secret")
+
+    async with client(build_gateway(preset, Broken(), store)) as http:
+        answer = await http.get("/health", headers={"x-request-id": "mine-2"})
+    assert (answer.status_code, answer.headers["x-request-id"]) == (500, "mine-2")
+    assert "secret" not in answer.text
+
+
+async def test_a_model_with_a_slash_in_its_name_is_an_unknown_model(
+    preset: Preset, store: ArtefactStore
+) -> None:
+    async with client(build_gateway(preset, FakeAgent(), store)) as http:
+        answer = await http.get("/v1/models/somebody/gpt-9")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_a_form_that_cannot_be_read_is_a_bad_request(preset: Preset, store: ArtefactStore) -> None:
+    async with client(build_gateway(preset, FakeAgent(), store)) as http:
+        answer = await http.post("/v1/files", content=b"x", headers={"content-type": "multipart/form-data"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "POST /v1/files: Missing boundary in multipart."
