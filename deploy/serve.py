@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from services.doctor import expect_files, expect_free_port
-from services.errors import PresetProblem, ServiceError
+from services.errors import PresetProblem, ServiceError, of_the_system
 from services.footprint import bytes_to_load
 from services.presets import Preset, load_preset
 
@@ -59,6 +59,9 @@ def main(argv: list[str] | None = None) -> int:
             return _serve(preset, args.host, args.port, Path(folder))
     except ServiceError as error:
         print(f"patchbay: {error.message}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"patchbay: {of_the_system(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -165,11 +168,13 @@ def _wait_until_it_answers(address: str, within_s: float) -> None:
     """Return when the health check and the page answer."""
     deadline = time.monotonic() + within_s
     lacking = "an answer"
+    # A proxy that the environment names is not for the way to our own service.
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < deadline:
         try:
-            with urllib.request.urlopen(f"{address}/health", timeout=10) as answer:
+            with direct.open(f"{address}/health", timeout=10) as answer:
                 health = json.load(answer)
-            with urllib.request.urlopen(f"{address}/", timeout=30) as answer:
+            with direct.open(f"{address}/", timeout=30) as answer:
                 answer.read()
             if health["status"] == "ok":
                 return

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignment.chatter import hush
 from services.bench import BENCHES, GPUS, run_bench, run_full_size, run_service, table, write_tables
-from services.errors import PresetProblem, ServiceError, translate
+from services.errors import PresetProblem, ServiceError, of_the_system, translate
 from services.presets import load_preset, shipped_presets
 
 if TYPE_CHECKING:
@@ -50,16 +50,9 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        print(f"patchbay: {_of_the_system(error)}", file=sys.stderr)
+        print(f"patchbay: {of_the_system(error)}", file=sys.stderr)
         return 1
     return code
-
-
-def _of_the_system(error: OSError) -> str:
-    if error.errno is None:  # one of our own, in our words
-        return str(error)
-    what = f"{error.filename} cannot be used" if error.filename else "A file or the network cannot be used"
-    return f"{what}: {error.strerror}. Look at the path, its rights and the free space, then try again."
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -292,15 +285,22 @@ def _preset_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
 def _port(text: str) -> int:
-    port = int(text)
+    port = _whole(text)
     if not 1 <= port <= 65535:
         raise argparse.ArgumentTypeError(f"{port} is not a port; choose one from 1 to 65535")
     return port
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    number = _whole(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is too few; at least 1")
     return number
@@ -327,7 +327,7 @@ def _strength(text: str) -> tuple[Modality, float | None]:
 def _seed(text: str) -> int:
     from decoders.settings import MAX_SEED
 
-    seed = int(text)
+    seed = _whole(text)
     if not 0 <= seed <= MAX_SEED:
         raise argparse.ArgumentTypeError(f"{seed} is not a seed; choose one from 0 to {MAX_SEED}")
     return seed

@@ -178,3 +178,11 @@ def translate(error: BaseException) -> ServiceError:
         f"Something went wrong inside the service ({type(error).__name__}). Its log has the details.",
         code="internal_error",
     )
+
+
+def of_the_system(error: OSError) -> str:
+    """Return a failure of the system as one sentence and a way out."""
+    if error.errno is None:  # one of our own, in our words
+        return str(error)
+    what = f"{error.filename} cannot be used" if error.filename else "A file or the network cannot be used"
+    return f"{what}: {error.strerror}. Look at the path, its rights and the free space, then try again."

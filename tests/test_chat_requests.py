@@ -252,4 +252,5 @@ async def test_half_a_character_is_refused_wherever_it_stands(preset: Preset, st
                 headers={"content-type": "application/json"},
             )
             error = answer.json()["error"]
-            assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_value", "messages[0]")
+            found = answer.status_code, error["code"], error["param"]
+            assert found == (400, "invalid_value", "messages[0]")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from ray import serve
 from ray.exceptions import ActorDiedError
 
-from deploy.serve import _why, ready_within_s
+from deploy.serve import _wait_until_it_answers, _why, main, ready_within_s
 from services.presets import load_preset
 
 
@@ -57,3 +59,34 @@ def test_a_service_may_take_longer_to_come_up_the_more_weights_it_reads(
             file.truncate(5 * 10**9)  # a hole, which takes no place on the disk
 
     assert ready_within_s(load_preset(str(path))) == small + 200
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_our_own_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ready(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"status": "ok"}')
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Ready) as server:
+        Thread(target=server.serve_forever).start()
+        try:
+            monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+            monkeypatch.delenv("no_proxy", raising=False)
+            _wait_until_it_answers(f"http://127.0.0.1:{server.server_port}", within_s=1.0)
+        finally:
+            server.shutdown()
+
+
+def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(name: str) -> None:
+        raise OSError(28, "No space left on device", "/somewhere/a")
+
+    monkeypatch.setattr("deploy.serve.load_preset", full)
+    assert main([]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("patchbay: /somewhere/a cannot be used: No space left on device.")
+    assert error.count("\n") == 1
