@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -257,15 +258,20 @@ def _written(part: ReplyPart, out: Path) -> dict[str, Any]:
         return {**values, "status": "asked", "confidence": part.confidence, "question": part.question}
     if part.data is None:
         return {**values, "error": part.error}
-    taken = [int(path.name[:4]) for path in out.iterdir() if re.match(r"\d{4}-", path.name)]
-    path = out / f"{max(taken, default=0) + 1:04}-{part.type.value}.{SUFFIXES[part.type]}"
-    try:
-        path.write_bytes(part.data)
-    except OSError as error:
-        raise BadRequest(
-            f"{path} cannot be written: {error.strerror}. Choose another folder with --out.",
-            code="out_not_writable",
-        ) from error
+    taken = [int(found[1]) for path in out.iterdir() if (found := re.match(r"(\d{4,})-", path.name))]
+    for number in itertools.count(max(taken, default=0) + 1):
+        path = out / f"{number:04}-{part.type.value}.{SUFFIXES[part.type]}"
+        try:
+            with path.open("xb") as file:
+                file.write(part.data)
+        except FileExistsError:  # another conversation took it meanwhile
+            continue
+        except OSError as error:
+            raise BadRequest(
+                f"{path} cannot be written: {error.strerror}. Choose another folder with --out.",
+                code="out_not_writable",
+            ) from error
+        break
     return {**values, "path": str(path), "manifest": part.manifest}
 
 

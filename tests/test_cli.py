@@ -11,6 +11,7 @@ import pytest
 
 from decoders.settings import DecodeSettings
 from encoders.media import Modality, read_media
+from services import chat as chat_module
 from services import cli
 from services.session import Reply, ReplyPart
 from tests.scripted_agent import PNG
@@ -254,3 +255,21 @@ def test_a_file_of_the_system_that_fails_is_one_line(
         "patchbay: /somewhere/a cannot be used: No space left on device. Look at the path, its rights and "
         "the free space, then try again.\n"
     )
+
+
+def test_wrong_numbers_are_named_as_such(capsys: Captured) -> None:
+    for words in (["serve", "--port", "x"], ["chat", "--seed", "x", "hi"], ["train", "all", "--jobs", "x"]):
+        with pytest.raises(SystemExit):
+            run(*words)
+        assert capsys.readouterr().err.endswith("'x' is not a whole number\n")
+
+
+def test_media_never_take_the_place_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "10000-image.png").write_bytes(b"first")
+    part = ReplyPart(type=Modality.IMAGE, data=b"next", caption="", manifest={}, file_id="")
+    assert chat_module._written(part, tmp_path)["path"] == str(tmp_path / "10001-image.png")
+    with monkeypatch.context() as blind:  # another process writes after we have looked
+        blind.setattr(Path, "iterdir", lambda folder: iter(()))
+        (tmp_path / "0001-image.png").write_bytes(b"theirs")
+        assert chat_module._written(part, tmp_path)["path"] == str(tmp_path / "0002-image.png")
+    assert (tmp_path / "0001-image.png").read_bytes() == b"theirs"
