@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from llm.engine import Engine, EngineStats, Request, StepEvent
 from llm.reply import Finished, GenerationEvent, GenerationOptions
 from llm.request_lora import RequestLora
-from llm.template import Dialogue
+from llm.template import Dialogue, MediaTokens
+
+LAID_OUT_AT_ONCE = 1000
+"""Characters of a dialogue, about a quarter of a millisecond, for which no thread is asked."""
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +67,10 @@ class AsyncEngine:
             RuntimeError: the engine is closed.
 
         """
-        request = await asyncio.to_thread(self._engine.prepare, dialogue, options, lora, user)
+        if _is_short(dialogue):
+            request = self._engine.prepare(dialogue, options, lora, user)
+        else:
+            request = await asyncio.to_thread(self._engine.prepare, dialogue, options, lora, user)
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
         self._send(request, stream)
         ended = False
@@ -143,6 +149,17 @@ class AsyncEngine:
             except RuntimeError:  # the loop is closed, and nobody reads there any more
                 for request in [r for r, stream in self._streams.items() if stream.loop is loop]:
                     self._engine.cancel(request)
+
+
+def _is_short(dialogue: Dialogue) -> bool:
+    """Whether a dialogue is laid out sooner than a thread is found for it."""
+    length = 0
+    for message in dialogue:
+        for part in message.parts:
+            if isinstance(part, MediaTokens):
+                return False  # their content has to be digested
+            length += len(part) if isinstance(part, str) else 0
+    return length <= LAID_OUT_AT_ONCE
 
 
 def _put(batch: list[tuple[_Stream, StepEvent]]) -> None:

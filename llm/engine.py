@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
@@ -262,7 +263,7 @@ class Engine:
     def forget(self) -> None:
         """Let go of what idle slots have read; the next prompts are read whole."""
         for index, slot in enumerate(self._slots):
-            if slot.request is None:
+            if slot.request is None and slot.last_used >= 0:  # the others are clear
                 self._slot_model.cache.clear(index)
                 slot.keys, slot.fed, slot.media, slot.last_used = [], 0, [], -1
 
@@ -383,7 +384,8 @@ class Engine:
             loras = [slot.running.lora if count else None for slot, count in shares]
             starts = [slot.fed for slot, _ in shares]
             media = self._media_places(shares, length) if self.model.adapters else None
-            with self._lora_rows.over(loras), self.model.step(embeddings, media):
+            worn = self._lora_rows.over(loras) if any(loras) else nullcontext()
+            with worn, self.model.step(embeddings, media):
                 hidden = self._slot_model.run(embeddings, rows, starts, plain=any(loras))  # (B, T, D)
         except Exception as error:  # noqa: BLE001  (one request's error must not end the others)
             if len(group) == 1:
@@ -422,7 +424,7 @@ class Engine:
             (slot.running.ids[slot.fed : slot.fed + count] if count else []) + [pad] * (length - count)
             for slot, count in shares
         ]
-        embeddings = self.model.embed(torch.tensor(ids, device=self.model.device))
+        embeddings = self.model.embed_ids(ids)
         for row, (slot, count) in zip(embeddings, shares, strict=True) if _any_media(shares) else ():
             for start, values in slot.media if count else ():
                 low, high = max(slot.fed, start), min(slot.fed + count, start + len(values))
@@ -480,6 +482,8 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 
 def _groups(shares: list[tuple[Slot, int]]) -> list[list[tuple[Slot, int]]]:
     """Split what a step feeds into passes: equal lengths together, and others where padding is cheap."""
+    if len(shares) == 1:
+        return [shares]
     groups: list[list[tuple[Slot, int]]] = []
     longest = padding = 0
     for count, members in groupby(sorted(shares, key=itemgetter(1), reverse=True), key=itemgetter(1)):

@@ -130,6 +130,7 @@ class LanguageModel(nn.Module):
         self.adapters = tuple(adapters)
         install_adapters(base, adapters)
         self.requires_grad_(False)
+        self._scaling = _Scaling.of(base.config.get_text_config())
 
         n = tokenizer.base_vocabulary
         self.signal_rows = SignalRows(len(tokenizer.added_tokens), embedding_table[:n], head_table[:n])
@@ -174,6 +175,14 @@ class LanguageModel(nn.Module):
         new = F.embedding((ids - n).clamp(min=0), self.signal_rows.embedding)
         return torch.where((ids >= n)[..., None], new, old.to(new.dtype))
 
+    def embed_ids(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        """Return what :meth:`embed` does, for rows of one length; the base's words alone take one look-up."""
+        tokens = torch.tensor(ids, device=self.device)  # (B, T)
+        if max(map(max, ids)) < self.tokenizer.base_vocabulary:
+            words: Tensor = self.causal_lm.get_input_embeddings()(tokens)
+            return words.to(self.signal_rows.embedding.dtype)
+        return self.embed(tokens)
+
     def run(self, embeddings: Tensor, present: Tensor | None = None, media: Tensor | None = None) -> Tensor:
         """Return the last hidden states ``(B, T, D)``, after the final norm, of ``embeddings`` ``(B, T, D)``.
 
@@ -202,7 +211,7 @@ class LanguageModel(nn.Module):
         lm = self.causal_lm
         old = lm.get_output_embeddings()(hidden)[..., : self.tokenizer.base_vocabulary].float()
         new = F.linear(hidden.to(self.signal_rows.head.dtype), self.signal_rows.head).float()
-        return _as_the_base_scales(torch.cat([old, new], dim=-1), lm.config.get_text_config())
+        return self._scaling(torch.cat([old, new], dim=-1))
 
     def forward_embeddings(self, embeddings: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return logits ``(B, T, V)`` and last hidden states ``(B, T, D)``."""
@@ -488,11 +497,23 @@ def _present(lengths: list[int], device: torch.device) -> Tensor:
     return torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
 
 
-def _as_the_base_scales(logits: Tensor, config: Any) -> Tensor:
-    """Repeat what Cohere, Granite and Gemma 2 do between the head and the logits."""
-    if scale := getattr(config, "logit_scale", None):
-        logits = logits * scale
-    if scaling := getattr(config, "logits_scaling", None):
-        logits = logits / scaling
-    cap = getattr(config, "final_logit_softcapping", None)
-    return torch.tanh(logits / cap) * cap if cap else logits
+@dataclass(frozen=True, slots=True)
+class _Scaling:
+    """What Cohere, Granite and Gemma 2 do between the head and the logits."""
+
+    factor: float
+    divisor: float
+    cap: float
+
+    @classmethod
+    def of(cls, config: Any) -> _Scaling:
+        """Read a text configuration; nothing is done by those that do not ask for it."""
+        names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+        return cls(*(getattr(config, name, None) or 0.0 for name in names))
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.factor:
+            logits = logits * self.factor
+        if self.divisor:
+            logits = logits / self.divisor
+        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits

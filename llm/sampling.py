@@ -10,6 +10,7 @@ Shape letters in this file:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -50,11 +51,12 @@ class Sampler:
 
         """
         codes = [sum(self._bits[modality] for modality in reply.open_media()) for reply in replies]
-        masked = logits + self._masks[codes]  # (R, V)
+        same = len(set(codes)) == 1
+        masked = logits + self._masks[codes[0] if same else codes]  # (R, V)
         scored = _discouraged(_penalised(masked, replies), replies)
         highest, best = scored.max(dim=-1)  # (R,)
         tokens: list[int] = best.tolist()
-        sound = highest.isfinite().tolist()
+        sound = [isfinite(score) for score in highest.tolist()]
         for indices, nucleus in _drawn(replies, sound):
             drawn = _draw(scored[indices], [replies[i] for i in indices], nucleus)
             for i, token in zip(indices, drawn, strict=True):

@@ -122,13 +122,13 @@ class SlotCache(Cache):
         self._rows: slice | Tensor = slice(0)
         self._seen = 0
 
-    @torch.inference_mode()
     def reserve(self, num_positions: int, most: int) -> None:
         """Make rows at least ``num_positions`` long, and then some, but not longer than ``most``."""
         if num_positions > self.num_positions:
             self.num_positions = min(max(num_positions, 2 * self.num_positions, GROWTH), most)
-            for layer in self.kept:
-                layer.grow(self.num_positions)
+            with torch.inference_mode():
+                for layer in self.kept:
+                    layer.grow(self.num_positions)
 
     def aim(self, places: Tensor, rows: slice | Tensor, seen: int) -> None:
         """Say where the next pass writes and what it reads.
@@ -153,8 +153,10 @@ class SlotCache(Cache):
     def _written(self, kept: Tensor, states: Tensor) -> Tensor:
         new = states.transpose(1, 2).flatten(0, 1)  # (B * T, H, K)
         kept.view(-1, *kept.shape[2:]).index_copy_(0, self._places, new)
-        seen = kept[:, : self._seen]  # (S, L, H, K)
-        rows = seen[self._rows] if isinstance(self._rows, slice) else seen.index_select(0, self._rows)
+        if isinstance(self._rows, slice):
+            rows = kept[self._rows, : self._seen]  # (B, L, H, K)
+        else:
+            rows = kept[:, : self._seen].index_select(0, self._rows)
         return rows.transpose(1, 2)
 
     def tensors(self) -> list[Tensor]:
@@ -194,27 +196,34 @@ class SlotPass(nn.Module):
     Args:
         base: of the model, or what stands in for it.
         cache: what the base reads and writes.
-        context: positions per slot.
         copies: whether the rows are copied together. Else they must be neighbours.
 
     """
 
-    def __init__(self, base: Any, cache: SlotCache, context: int, *, copies: bool) -> None:
+    def __init__(self, base: Any, cache: SlotCache, *, copies: bool) -> None:
         super().__init__()
-        self.base, self.cache, self.context, self.copies = base, cache, context, copies
+        self.base, self.cache, self.copies = base, cache, copies
         self.windows = {
             "sliding_attention" if layer.is_sliding else "full_attention": layer.window
             for layer in cache.kept
         }
 
     def forward(
-        self, embeddings: Tensor, at: Tensor, rows: Tensor, between: Bounds, steps: Tensor, *kept: Tensor
+        self,
+        embeddings: Tensor,
+        at: Tensor,
+        places: Tensor,
+        rows: Tensor,
+        between: Bounds,
+        steps: Tensor,
+        *kept: Tensor,
     ) -> Tensor:
         """Return the last hidden states ``(B, T, D)``.
 
         Args:
             embeddings: ``(B, T, D)`` in the dtype of the base.
             at: ``(B, T)``, where in its slot each of them is.
+            places: ``(B * T,)``, where in the cache that is; see :meth:`SlotCache.aim`.
             rows: ``(B,)``, the slots.
             between: the first slot, and the first behind the last.
             steps: ``(L,)``, the positions that the pass looks back on: 0, 1, 2 and so on.
@@ -223,14 +232,11 @@ class SlotPass(nn.Module):
         """
         if kept:
             self.cache.hold(kept)
-        num_positions = kept[0].shape[1] if kept else self.cache.num_positions
-        spare = num_positions - 1  # padding beyond the context is written there
-        places = (rows[:, None] * num_positions + at.clamp(max=spare)).view(-1)
         self.cache.aim(places, rows if self.copies else slice(*between), steps.shape[0])
         output = self.base(
             inputs_embeds=embeddings,
             attention_mask=self._mask(at, steps, embeddings.dtype),
-            position_ids=at.clamp(max=self.context - 1),
+            position_ids=at,
             past_key_values=self.cache,
             use_cache=True,
         )
@@ -239,6 +245,8 @@ class SlotPass(nn.Module):
 
     def _mask(self, at: Tensor, steps: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
         """Return ``(B, 1, T, L)``, 0 for what a position sees; one per kind of layer if there are two."""
+        if at.numel() == 1 and None in self.windows.values() and len(self.windows) == 1:
+            return steps.new_zeros(1, 1, 1, steps.shape[0], dtype=dtype)  # it is the last, and sees them all
         back = at[:, None, :, None] - steps  # (B, 1, T, L)
         zeros = torch.zeros_like(back, dtype=dtype)
         lowest = torch.finfo(dtype).min
@@ -293,7 +301,7 @@ class SlotModel:
 
     def _made_of(self, base: Any) -> Mapping[bool, SlotPass]:
         """Return both ways to take a pass, by whether they copy."""
-        return {way: SlotPass(base, self.cache, self.context, copies=way).eval() for way in (False, True)}
+        return {way: SlotPass(base, self.cache, copies=way).eval() for way in (False, True)}
 
     def _expect_no_adapters(self) -> None:
         """Refuse to make faster what differs from pass to pass."""
@@ -400,7 +408,10 @@ class SlotModel:
             steps, one = self._steps[:seen], self._passes[False]
 
             def work(embeddings: Tensor, at: Tensor) -> Tensor:
-                result: Tensor = one(embeddings, at, rows, (0, size), steps)
+                places = self._places(rows, at)
+                result: Tensor = one(
+                    embeddings, at.clamp(max=self.context - 1), places, rows, (0, size), steps
+                )
                 return result
 
             graph = capture(work, (given, at))
@@ -451,17 +462,31 @@ class SlotModel:
 
     def _inputs(
         self, embeddings: Tensor, rows: Sequence[int], starts: Sequence[int]
-    ) -> tuple[Tensor, Tensor, Tensor, Bounds, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Bounds, Tensor]:
         """Return what a :class:`SlotPass` takes."""
-        length = embeddings.shape[1]
-        first = torch.tensor(starts, device=self._device)[:, None]  # (B, 1)
+        length, device = embeddings.shape[1], self._device
+        slots = torch.tensor(rows, device=device)  # (B,)
+        last, size = self.context - 1, self.cache.num_positions
+        if length > 1:
+            at = torch.tensor(starts, device=device)[:, None] + self._steps[:length]  # (B, T)
+            places, at = self._places(slots, at), at.clamp(max=last)
+        else:  # few enough to count without tensors
+            at = torch.tensor([[min(start, last)] for start in starts], device=device)
+            counted = [row * size + start for row, start in zip(rows, starts, strict=True)]
+            places = torch.tensor(counted, device=device)  # (B,)
         return (
             embeddings.to(self._dtype),
-            first + self._steps[:length],
-            torch.tensor(rows, device=self._device),
+            at,
+            places,
+            slots,
             (rows[0], rows[-1] + 1),
             self._steps[: min(max(starts) + length, self.context)],
         )
+
+    def _places(self, rows: Tensor, at: Tensor) -> Tensor:
+        """Return where in the cache positions ``at`` ``(B, T)`` of ``rows`` ``(B,)`` are, ``(B * T,)``."""
+        size = self.cache.num_positions
+        return (rows[:, None] * size + at.clamp(max=size - 1)).view(-1)  # the last takes what is too much
 
     def _recorded_inputs(
         self, embeddings: Tensor, rows: Sequence[int], starts: Sequence[int]
@@ -472,10 +497,10 @@ class SlotModel:
 
     def _is_long(self, positions: int) -> bool:
         """Whether so many positions of one tensor are better copied together."""
-        kept = self.cache.tensors()
-        if self._runs_on.type != "cpu" or not kept:
+        first = self.cache.kept[0]
+        if self._runs_on.type != "cpu" or not first.is_initialized:
             return False
-        return positions * kept[0][0, 0].nbytes > COPIED_BYTES
+        return positions * first.keys.stride(1) * first.keys.itemsize > COPIED_BYTES
 
 
 def _check_alike(again: Tensor, wanted: Tensor, what: str) -> None:

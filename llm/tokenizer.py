@@ -174,6 +174,9 @@ class TextStream:
 
     def flush(self) -> str:
         """Return what was held back, as it stands, and forget everything."""
+        if not self._pending:
+            self._context = []
+            return ""
         delta = self._pending_text()[self._sent :]
         self._context, self._pending, self._sent = [], [], 0
         return delta

@@ -91,8 +91,7 @@ class Agent:
 
     async def outputs(self) -> tuple[Modality, ...]:
         """Return the media that can be made now."""
-        up = await asyncio.gather(*(box.available() for box in self.decode.values()))
-        alive = {modality for modality, is_up in zip(self.decode, up, strict=True) if is_up}
+        alive = {modality for modality, box in self.decode.items() if await box.available()}
         return tuple(modality for modality in MEDIA if modality in alive)
 
     async def counts(self) -> dict[str, Mapping[str, Counts]]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 import time
 from contextlib import aclosing
 from typing import Any
 
 import pytest
 
-from llm.async_engine import AsyncEngine
+from encoders.media import Modality
+from llm.async_engine import LAID_OUT_AT_ONCE, AsyncEngine
 from llm.engine import Engine, Request, StepEvent
 from llm.generate import ContextTooLong, Finished, GenerationOptions, TextDelta, generate
 from tests.test_generate import eager_model
 from tests.test_language_engine import assert_same
-from tests.tiny_llm import tiny_model, user
+from tests.tiny_llm import medium, tiny_model, user
 
 LONG = GenerationOptions(allowed=frozenset(), max_new_tokens=200, temperature=1.0, seed=0)
 
@@ -136,3 +139,25 @@ def test_streams_may_be_read_in_one_event_loop_after_another() -> None:
     replies = [asyncio.run(all_of(engine, "hi", options)) for _ in range(2)]
     engine.close()
     assert_same(*replies)
+
+
+async def test_only_what_takes_long_to_lay_out_is_laid_out_in_another_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    core = Engine(tiny_model(), slots=1)
+    engine = AsyncEngine(core)
+    prepare, where = core.prepare, []
+
+    def noted(*args: Any) -> Request:
+        where.append(threading.current_thread() is threading.main_thread())
+        return prepare(*args)
+
+    monkeypatch.setattr(core, "prepare", noted)
+    options = GenerationOptions(max_new_tokens=1, allowed=frozenset())
+    for parts in (["hi"], ["hear ", medium(Modality.AUDIO)], ["a bell"] * (LAID_OUT_AT_ONCE // 6 + 1)):
+        with contextlib.suppress(ContextTooLong):
+            async for _ in engine.stream([user(*parts)], options):
+                pass
+    engine.close()
+
+    assert where == [True, False, False]

@@ -142,6 +142,24 @@ def test_padding_beyond_the_context_changes_nothing() -> None:
     torch.testing.assert_close(hidden[1], expected[1, :5], atol=1e-4, rtol=1e-4)
 
 
+def test_a_full_row_beside_one_that_speaks_leads_out_of_no_table() -> None:
+    model = tiny_model(llama, max_position_embeddings=12)
+    rows = torch.randn(2, 12, WIDTH)
+    with torch.no_grad():
+        expected = model.run(rows)
+        slots = SlotModel(model, 2, 12)
+        slots.run(rows, [0, 1], [0, 0])
+        at: list[Tensor] = []
+        model.causal_lm.base_model.register_forward_pre_hook(
+            lambda base, args, named: at.append(named["position_ids"]), with_kwargs=True
+        )
+        hidden = slots.run(torch.stack([torch.zeros(1, WIDTH), rows[1, 11:]]), [0, 1], [12, 11])
+        again = slots.run(rows[:1, 11:], [0], [11])
+    assert [places.tolist() for places in at] == [[[11], [11]], [[11]]]
+    torch.testing.assert_close(hidden[1, 0], expected[1, 11], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(again[0, 0], expected[0, 11], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_random_arrivals_and_cancels_lose_nothing_and_change_no_reply(seed: int) -> None:
     draw = random.Random(seed)

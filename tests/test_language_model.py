@@ -374,3 +374,10 @@ def test_projectors_can_be_added_to_a_base_that_knew_words_only() -> None:
     assert model.collate([[user(medium(IMAGE))]]).media[0][1].length == 3
     with pytest.raises(ValueError, match=r"audio projector has llm_width 8; the base has 32"):
         model.add_projectors({AUDIO: ProjectorConfig(kind="mlp", encoder_width=ENCODER_WIDTH, llm_width=8)})
+
+
+def test_words_alone_are_embedded_as_they_are_among_signals() -> None:
+    model = tiny_model()
+    new = model.tokenizer.base_vocabulary
+    for ids in ([[3, 5], [7, new - 1]], [[3, new], [new + 1, 5]], [[new]]):
+        torch.testing.assert_close(model.embed_ids(ids), model.embed(torch.tensor(ids)), atol=0, rtol=0)
