@@ -63,16 +63,24 @@ def test_nothing_is_asked_about_what_is_hidden(monkeypatch):
                 assert bool(asked[0]) is (name not in HIDDEN[kind])
 
 
-def test_still_clips_and_quiet_sounds_are_met_more_often():
-    listed = [*pools.scenes("clip", 40), *pools.scenes("sound", 40), *pools.scenes("look", 3)]
+def test_what_is_hard_to_tell_or_to_draw_is_met_more_often():
+    listed = [*pools.scenes("clip", 1500), *pools.scenes("sound", 40), *pools.scenes("look", 40)]
     own = [after - before for before, after in pairwise([0.0, *pools.shares(listed)])]
-    rare = {
-        "still": [s for s, scene in zip(own, listed, strict=True) if getattr(scene, "motion", "") == "still"],
-        "quiet": [
-            s for s, scene in zip(own, listed, strict=True) if getattr(scene, "loudness", "") == "quiet"
-        ],
-    }
 
-    assert set(rare["still"]) == {pools.STILL_SHARE}
-    assert set(rare["quiet"]) == {pools.QUIET_SHARE}
-    assert own.count(1.0) == len(listed) - len(rare["still"]) - len(rare["quiet"])
+    def shares_of(**wanted: object) -> set[float]:
+        return {
+            round(share)
+            for share, scene in zip(own, listed, strict=True)
+            if all(getattr(scene, name, None) == value for name, value in wanted.items())
+        }
+
+    assert shares_of(loudness="quiet") == {pools.QUIET_SHARE}
+    assert shares_of(loudness="loud") == {1}
+    assert shares_of(colour="red", motion="left") == {1}
+    assert shares_of(colour="white", motion="left") == {pools.WHITE_SHARE}
+    assert shares_of(colour="white", count=1) == {pools.WHITE_SHARE}  # of pictures
+    assert shares_of(colour="blue", motion="still") == {
+        pools.STILL_SHARE,
+        pools.STILL_SHARE * pools.SUBTLE_SHARE,
+    }
+    assert shares_of(thing="harp", colour="blue", motion="still") == {pools.STILL_SHARE * pools.SUBTLE_SHARE}

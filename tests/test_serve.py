@@ -50,9 +50,8 @@ def test_a_service_may_take_longer_to_come_up_the_more_weights_it_reads(
     shutil.copytree(preset.weights_folder, tmp_path / "weights")
     path = tmp_path / "large.yaml"
     path.write_text(tiny_preset.read_text())
-    files = [*(tmp_path / "weights").rglob("*.safetensors")]
     small = ready_within_s(load_preset(str(path)))
-    assert small == 300 + sum(file.stat().st_size for file in files) / 50e6
+    assert 300 < small < 301  # a tiny preset has less than 50 MB
 
     for name in ("image/unet/more.safetensors", "llm/base/more.safetensors"):
         with (tmp_path / "weights" / name).open("wb") as file:
