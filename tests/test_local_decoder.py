@@ -33,6 +33,13 @@ def box(preset_file: Path, tmp_path: Path) -> LocalDecoder:
     return LocalDecoder(load_preset(str(preset_file)), Modality.IMAGE, ArtefactStore(tmp_path.as_uri()))
 
 
+def box_of(preset_file: Path, store: Path, name: str, image: str) -> LocalDecoder:
+    """Return the box of a copy of the preset, called ``name``, whose picture decoder is ``image``."""
+    copy = preset_file.with_name(f"{name}.yaml")
+    copy.write_text(preset_file.read_text().replace("folder: image", image))
+    return LocalDecoder(load_preset(str(copy)), Modality.IMAGE, ArtefactStore(store.as_uri()))
+
+
 def signal(number: int) -> SpokenSignal:
     rng = np.random.default_rng(number)
     states = rng.normal(size=(4, LLM_WIDTH)).astype(np.float32)
@@ -192,10 +199,7 @@ async def test_a_full_queue_is_an_error_that_clients_know(box: LocalDecoder) -> 
 
 
 async def test_the_limits_of_the_engine_are_those_of_the_preset(preset_file: Path, tmp_path: Path) -> None:
-    values = preset_file.read_text().replace("folder: image", "folder: image\n    max_batch: 2")
-    other = preset_file.with_name("other.yaml")
-    other.write_text(values)
-    box = LocalDecoder(load_preset(str(other)), Modality.IMAGE, ArtefactStore(tmp_path.as_uri()))
+    box = box_of(preset_file, tmp_path, "other", "folder: image\n    max_batch: 2")
     box.load()
 
     await asyncio.gather(*(heard(box, i, DecodeSettings(seed=i)) for i in range(5)))
@@ -208,10 +212,7 @@ async def test_a_preset_may_name_a_pipeline_that_no_decoder_takes_apart(
     preset_file: Path, tmp_path: Path
 ) -> None:
     tiny_pipelines.saved(tiny_pipelines.xl_pipeline(), preset_file.parent / "weights" / "xl")
-    values = preset_file.read_text().replace("folder: image", "folder: xl\n    link: caption")
-    other = preset_file.with_name("xl.yaml")
-    other.write_text(values)
-    box = LocalDecoder(load_preset(str(other)), Modality.IMAGE, ArtefactStore(tmp_path.as_uri()))
+    box = box_of(preset_file, tmp_path, "xl", "folder: xl\n    link: caption")
     box.warm_up()
 
     streams = await asyncio.gather(*(heard(box, i, DecodeSettings(seed=i)) for i in range(2)))
@@ -227,19 +228,13 @@ def test_a_pipeline_that_runs_as_a_whole_cannot_start_from_the_newest_medium(
     preset_file: Path, tmp_path: Path
 ) -> None:
     tiny_pipelines.saved(tiny_pipelines.xl_pipeline(), preset_file.parent / "weights" / "xl-edits")
-    values = preset_file.read_text().replace("folder: image", "folder: xl-edits\n    edit_strength: 0.9")
-    other = preset_file.with_name("xl-edits.yaml")
-    other.write_text(values)
-    box = LocalDecoder(load_preset(str(other)), Modality.IMAGE, ArtefactStore(tmp_path.as_uri()))
+    box = box_of(preset_file, tmp_path, "xl-edits", "folder: xl-edits\n    edit_strength: 0.9")
     with pytest.raises(PresetProblem, match=r"edit_strength is 0\.9; a StableDiffusionXLPipeline"):
         box.load()
 
 
 def test_a_pipeline_of_another_modality_is_a_problem_of_the_preset(preset_file: Path, tmp_path: Path) -> None:
-    values = preset_file.read_text().replace("folder: image", "folder: audio")
-    other = preset_file.with_name("wrong.yaml")
-    other.write_text(values)
-    box = LocalDecoder(load_preset(str(other)), Modality.IMAGE, ArtefactStore(tmp_path.as_uri()))
+    box = box_of(preset_file, tmp_path, "wrong", "folder: audio")
 
     with pytest.raises(
         PresetProblem, match="AudioLDMPipeline, which makes audio; expected one that makes image"
