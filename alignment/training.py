@@ -31,9 +31,12 @@ from alignment.embedded.denoisers import ConditionedDenoiser, train_denoiser
 from alignment.embedded.dialogues import encode_pools, sample_dialogues
 from alignment.embedded.export import MODALITIES, export_aligned, export_decoder, export_encoder
 from alignment.embedded.language import train_base
+from alignment.embedded.own_media import OwnMedia, made
 from alignment.fitting import FitConfig, plot_losses
 from alignment.stages import STAGES, Aligned, run_stage
 from alignment.step_order import run_in_order
+from alignment.system import DECODERS
+from decoders.latent_decoder import LatentDecoder
 from decoders.patch_autoencoder import PatchAutoencoderKL
 from decoders.projection import OutputProjection, OutputProjectionConfig
 from encoders.imagebind_encoder import ImageBindEncoder
@@ -70,6 +73,9 @@ RECIPES: Mapping[str, FitConfig] = {
     "look-denoiser": replace(_DENOISER, average_decay=0.998, muon=True),
     "clip-denoiser": replace(_DENOISER, num_steps=3400, average_decay=0.998, muon=True),
     "sound-denoiser": replace(_DENOISER, average_decay=0.998, muon=True),
+    "language": FitConfig(
+        num_steps=3000, learning_rate=2e-3, average_decay=0.995, flat_fraction=0.4, muon=True
+    ),
     "imagebind": FitConfig(
         num_steps=6000,
         learning_rate=1e-3,
@@ -78,9 +84,6 @@ RECIPES: Mapping[str, FitConfig] = {
         weight_decay=0.02,
         log_every_steps=7,
         muon=True,
-    ),
-    "language": FitConfig(
-        num_steps=3000, learning_rate=2e-3, average_decay=0.995, flat_fraction=0.4, muon=True
     ),
     "encoder-side": FitConfig(
         num_steps=900, learning_rate=1e-3, average_decay=0.99, flat_fraction=0.4, muon=True
@@ -94,19 +97,19 @@ RECIPES: Mapping[str, FitConfig] = {
 }
 """The steps in their order, with lengths and rates that fit two cores."""
 NEEDS: Mapping[str, tuple[str, ...]] = {
-    "imagebind": (),
     "picture-autoencoder": (),
     "look-captions": (),
     "look-denoiser": ("picture-autoencoder", "look-captions"),
     "clip-captions": (),
     "clip-denoiser": ("look-denoiser", "clip-captions"),
-    "language": (),
-    "encoder-side": ("imagebind", "language"),
-    "sound-captions": (),
-    "decoder-side": ("encoder-side", "look-captions", "clip-captions", "sound-captions"),
-    "instruction": ("decoder-side",),
     "spectrogram-autoencoder": (),
+    "sound-captions": (),
     "sound-denoiser": ("spectrogram-autoencoder", "sound-captions"),
+    "language": (),
+    "imagebind": ("look-denoiser", "clip-denoiser", "sound-denoiser"),
+    "encoder-side": ("imagebind", "language"),
+    "decoder-side": ("encoder-side",),
+    "instruction": ("decoder-side",),
 }
 """What each step builds on; the longest chains come first, so that two jobs end together."""
 
@@ -272,9 +275,23 @@ def _trained_pictures(work: Run) -> UNet2DConditionModel:
 
 def _imagebind(work: Run) -> ImageBindEncoder:
     step = "imagebind"
-    encoder = train_imagebind(work.cache, work.folder / step, work.config(step), work.sizes)
+    encoder = train_imagebind(work.cache, work.folder / step, work.config(step), work.sizes, _own_media(work))
     encoder.save_pretrained(work.folder / step / "encoder", torch.float32)
     return encoder
+
+
+def _own_media(work: Run) -> dict[Kind, OwnMedia]:
+    """Return what the trained decoders make; what was made before is read from disk."""
+
+    def load(kind: Kind) -> LatentDecoder:
+        folder = work.folder / "own-media" / kind
+        export_decoder(kind, _denoiser(work.as_it_stands(), kind), _autoencoder_of(work, kind), folder)
+        return DECODERS[MODALITIES[kind]].load(folder)
+
+    return {
+        kind: made(partial(load, kind), kind, pools.scenes(kind, work.sizes.own[kind]), work.cache)
+        for kind in MODALITIES
+    }
 
 
 def _language(work: Run) -> LanguageModel:
@@ -320,7 +337,9 @@ def _stage(work: Run, name: str) -> Aligned:
     encoder = work.folder / "imagebind" / "encoder"
     if not encoder.is_dir():
         raise ValueError(f"{encoder} is missing. First run `patchbay train imagebind`.")
-    encoded = encode_pools(ImageBindEncoder.from_pretrained(encoder), work.cache, work.sizes)
+    encoded = encode_pools(
+        ImageBindEncoder.from_pretrained(encoder), work.cache, work.sizes, _own_media(work)
+    )
     stage, config = STAGES[name], work.config(name)
     targets = {}  # a stage of words alone runs before there are text encoders
     if stage.distance:

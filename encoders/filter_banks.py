@@ -55,15 +55,31 @@ def log_mel_bank(samples: Tensor, num_mel_bins: int) -> Tensor:
     return bands.clamp(min=POWER_FLOOR).log()
 
 
+def centres_hz(num_mel_bins: int) -> Tensor:
+    """Return where each band is loudest, ``(M,)`` float64, in hertz."""
+    edges = _edges(num_mel_bins)
+    return 700.0 * torch.expm1(edges[1:-1] / 1127.0)
+
+
+def bands_at(hz: Tensor, num_mel_bins: int) -> Tensor:
+    """Return the bands, counted from 0 and with fractions, whose centres lie at ``hz``, of any shape."""
+    edges = _edges(num_mel_bins)
+    return (_mel(hz.double()) - edges[1]) / (edges[1] - edges[0])
+
+
 @lru_cache(maxsize=4)
 def _mel_triangles(num_mel_bins: int) -> Tensor:
     """Triangles that are straight on the mel scale, ``(256, M)``; the Nyquist bin is not used."""
-    lowest, highest = (_mel(torch.tensor(hz, dtype=torch.float64)) for hz in (LOWEST_HZ, RATE_HZ / 2))
-    edges = torch.linspace(0, 1, num_mel_bins + 2, dtype=torch.float64) * (highest - lowest) + lowest
+    edges = _edges(num_mel_bins)
     left, centre, right = edges[:-2], edges[1:-1], edges[2:]
     bins = _mel(torch.arange(FFT_SIZE // 2, dtype=torch.float64) * RATE_HZ / FFT_SIZE)[:, None]
     rising, falling = (bins - left) / (centre - left), (right - bins) / (right - centre)
     return torch.minimum(rising, falling).clamp(min=0.0).float()
+
+
+def _edges(num_mel_bins: int) -> Tensor:
+    lowest, highest = (_mel(torch.tensor(hz, dtype=torch.float64)) for hz in (LOWEST_HZ, RATE_HZ / 2))
+    return torch.linspace(0, 1, num_mel_bins + 2, dtype=torch.float64) * (highest - lowest) + lowest
 
 
 def _mel(hz: Tensor) -> Tensor:

@@ -1,33 +1,14 @@
 import random
 from itertools import pairwise
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 from alignment.embedded import contrastive, pools
 from alignment.embedded.captions import Kind
-from alignment.embedded.contrastive import HIDDEN, JUDGED, hide
+from alignment.embedded.contrastive import JUDGED
 from alignment.toybox.world import Scene, sample_clip, sample_look, sample_sound
-
-
-def test_hidden_rows_lose_their_colours_and_the_others_stay():
-    for shape, colours in (((3, 3, 8, 8), 1), ((3, 2, 3, 2, 8, 8), 2)):
-        batch = torch.randn(shape)
-
-        less = hide(batch, torch.tensor([True, False, True]), None)
-
-        assert torch.equal(less[1], batch[1])
-        assert less[[0, 2]].std(colours).max() < 1e-6
-        assert torch.allclose(less.mean(colours), batch.mean(colours), atol=1e-6)
-
-
-def test_hidden_sounds_are_played_with_their_partners():
-    batch, partners = torch.randn(2, 1, 1, 8, 16), torch.randn(2, 1, 1, 8, 16)
-
-    less = hide(batch, torch.tensor([False, True]), partners)
-
-    assert torch.equal(less[0], batch[0])
-    assert torch.equal(less[1], torch.maximum(batch[1], partners[1]))
 
 
 def test_nothing_is_asked_about_what_is_hidden(monkeypatch):
@@ -43,14 +24,13 @@ def test_nothing_is_asked_about_what_is_hidden(monkeypatch):
         "sound": [sample_sound(rng) for _ in range(6)],
     }
     for kind, named in scenes.items():
-        hidden = torch.tensor([True] + [False] * 5)
+        first = torch.tensor([True] + [False] * 5)
+        shown = dict.fromkeys((JUDGED[kind][0], JUDGED[kind][2]), ~first)
         media = F.normalize(torch.randn(6, 16), dim=-1).requires_grad_()
         patches = torch.randn(6, 1, 4, 16).requires_grad_()
         active = torch.ones(6, 1, 4, dtype=torch.bool)
 
-        losses = contrastive._attribute_contrasts(
-            None, None, media, patches, active, hidden, named, kind, rng
-        )
+        losses = contrastive._attribute_contrasts(None, None, media, patches, active, shown, named, kind, rng)
 
         for name in JUDGED[kind]:
             for loss, given in (
@@ -60,7 +40,7 @@ def test_nothing_is_asked_about_what_is_hidden(monkeypatch):
                 (gradient,) = torch.autograd.grad(loss, given, retain_graph=True)
                 asked = gradient.flatten(1).abs().amax(1) > 0
                 assert asked[1:].all()
-                assert bool(asked[0]) is (name not in HIDDEN[kind])
+                assert bool(asked[0]) is (name not in shown)
 
 
 def test_what_is_hard_to_tell_or_to_draw_is_met_more_often():
@@ -84,3 +64,24 @@ def test_what_is_hard_to_tell_or_to_draw_is_met_more_often():
         pools.STILL_SHARE * pools.SUBTLE_SHARE,
     }
     assert shares_of(thing="harp", colour="blue", motion="still") == {pools.STILL_SHARE * pools.SUBTLE_SHARE}
+
+
+def test_own_media_are_met_as_often_as_it_says_and_hard_ones_more_often_among_them_too():
+    scenes = pools.scenes("look", 900)
+
+    met = contrastive._shares(scenes, own=100)
+
+    own = [after - before for before, after in pairwise(met[799:])]
+    assert len(met) == 900
+    assert sum(own) / met[-1] == pytest.approx(contrastive.OWN_SHARE)
+    white, other = (
+        {
+            round(s, 6)
+            for s, scene in zip(own, scenes[800:], strict=True)
+            if (scene.colour == "white") is is_white
+        }
+        for is_white in (True, False)
+    )
+    assert len(white) == len(other) == 1
+    assert white.pop() == pytest.approx(pools.WHITE_SHARE * other.pop(), rel=1e-4)
+    assert contrastive._shares(scenes, own=0) == pools.shares(scenes)

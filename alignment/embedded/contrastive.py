@@ -9,7 +9,10 @@ gradient has to find them through one class token. Language models read the patc
 
 Combinations that training never meets invite a shortcut: from a thing, its pitch and its tempo one can guess
 which counts come into question. So a share of each batch hides some attributes: pictures and clips without
-colour, and duets of two things that sound together, which are asked only for what is still there.
+colour, duets of two things that sound together, and sounds between two pitches and two tempos; they are asked
+only for what is still there. How often something sounds is asked of such sounds alone.
+
+Media that the decoders made are among those of the pools, since people go on with what they were given.
 
 Shape letters in this file:
     B batch   S clips   L patches   E embedding width   V values of an attribute   A active patches
@@ -18,7 +21,7 @@ Shape letters in this file:
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,11 +33,14 @@ from torch import Tensor, nn
 
 from alignment.embedded import pools
 from alignment.embedded.captions import CAPTION_TOKENS, CLASSES, SAMPLERS, Kind, spoken
+from alignment.embedded.disguises import ASKED_OF_DISGUISED, OF_DUETS, disguised_sounds, without_colour
+from alignment.embedded.own_media import OwnMedia
+from alignment.embedded.pools import Number
 from alignment.fitting import FitConfig, fit, half_precision, training_device
 from alignment.toybox import world
 from alignment.toybox.draw import draw_look
 from alignment.toybox.grammar import describe, phrase
-from alignment.toybox.world import Scene, sample_look
+from alignment.toybox.world import Scene, Sound, sample_look
 from encoders.imagebind import ImageBind
 from encoders.imagebind_config import ImageBindConfig
 from encoders.imagebind_encoder import ImageBindEncoder
@@ -52,10 +58,8 @@ TOWER: Mapping[Kind, str] = {"look": "vision", "clip": "vision", "sound": "audio
 BATCH: Mapping[Kind, int] = {"look": 64, "clip": 16, "sound": 48}
 POSITION_SCALE = 0.7
 EASY_STEPS = 700  # so long do big things in the middle of a white ground become rarer
-HIDDEN_SHARE = 0.25
-HIDDEN: Mapping[Kind, tuple[str, ...]] = {
-    "look": ("colour", "ground"), "clip": ("colour", "ground"), "sound": ("thing", "pitch"),
-}  # fmt: skip
+OWN_SHARE = 0.35
+"""Of the media that are met, those that the decoders made."""
 CYCLE: tuple[Kind, ...] = ("look", "clip", "sound", "look", "clip", "look", "clip", "sound", "look", "clip")
 
 
@@ -94,47 +98,51 @@ def _lay_positions(embedding: nn.Parameter, grid: tuple[int, int]) -> None:
     embedding[0, 1:] = POSITION_SCALE * grid_code(rows * columns, (columns,), embedding.shape[2], base=100.0)
 
 
-def train_imagebind(cache: Path, folder: Path, config: FitConfig, sizes: pools.PoolSizes) -> ImageBindEncoder:
+def train_imagebind(
+    cache: Path, folder: Path, config: FitConfig, sizes: pools.PoolSizes, own: Mapping[Kind, OwnMedia]
+) -> ImageBindEncoder:
     """Train vision, audio and text towers from nothing, one kind of medium per step."""
     encoder = build_encoder(kept_tokens(folder / "tokenizer"))
     model, tokenise = encoder.model.train(), encoder.tokens
     assert tokenise is not None
-    take = _inputs(encoder, cache, sizes)
+    take = _inputs(encoder, cache, sizes, own)
 
     def easy_looks(rng: random.Random, number: int) -> tuple[Tensor, list[Scene]]:
         scenes = [sample_look(rng, size="big", place="middle", ground="white") for _ in range(number)]
         return encoder.prepare([Image(draw_look(scene, rng)) for scene in scenes]), list(scenes)
 
     number: dict[Kind, int] = {"look": sizes.looks, "clip": sizes.clips, "sound": sizes.sounds}
-    listed = {kind: pools.scenes(kind, number[kind]) for kind in JUDGED}
-    shares = {kind: pools.shares(scenes) for kind, scenes in listed.items()}
+    listed = {kind: [*pools.scenes(kind, number[kind]), *own[kind].scenes] for kind in JUDGED}
+    shares = {kind: _shares(scenes, len(own[kind].scenes)) for kind, scenes in listed.items()}
     alike: dict[tuple[object, ...], list[int]] = {}
     for index, scene in enumerate(listed["sound"]):
         alike.setdefault(_rest(scene), []).append(index)
 
     def losses(step: int) -> dict[str, Tensor]:
         kind = CYCLE[step % len(CYCLE)]
-        rng = config.randomness(step)
-        chosen = sorted(rng.choices(range(number[kind]), cum_weights=shares[kind], k=BATCH[kind]))
+        rng, noise = config.randomness(step), config.noise(step)
+        chosen = sorted(rng.choices(range(len(listed[kind])), cum_weights=shares[kind], k=BATCH[kind]))
         scenes = [listed[kind][i] for i in chosen]
         batch = take[kind](chosen)
         easy = int(len(chosen) * (1 - step / EASY_STEPS)) if kind == "look" else 0
         if easy > 0:
             simple, named = easy_looks(rng, easy)
             batch, scenes = torch.cat([simple, batch[easy:]]), named + scenes[easy:]
-        hidden = torch.rand(len(scenes), generator=config.noise(step)) < HIDDEN_SHARE  # (B,)
-        partners = [rng.choice(alike[_rest(scene)]) for scene in scenes] if kind == "sound" else []
-        batch = hide(batch, hidden, take["sound"](partners) if partners else None)
-        batch, hidden = batch.to(training_device()), hidden.to(training_device())
+        if kind == "sound":
+            partners = [rng.choice(alike[_rest(scene)]) for scene in scenes]
+            less = disguised_sounds(batch, scenes, lambda: take["sound"](partners), noise)
+        else:
+            less = without_colour(batch, noise)
+        batch, plain = less.media.to(training_device()), less.plain.tolist()
         with half_precision():
             tokens = F.normalize(model.embed_tokens({TOWER[kind]: batch})[TOWER[kind]].float(), dim=-1)
             tokens = tokens if tokens.ndim == 4 else tokens[:, None]  # (B, S, 1 + L, E)
             media = F.normalize(tokens[:, :, 0].mean(1), dim=-1)  # (B, E)
-            whole = [scene for scene, hides in zip(scenes, hidden.tolist(), strict=True) if not hides]
-            contrast = _caption_contrast(model, tokenise, media[~hidden], whole, rng)
+            whole = [scene for scene, told in zip(scenes, plain, strict=True) if told]
+            contrast = _caption_contrast(model, tokenise, media[plain], whole, rng)
             active = active_patches(batch, kind)  # (B, S, L)
             within = _attribute_contrasts(
-                model, tokenise, media, tokens[:, :, 1:], active, hidden, scenes, kind, rng
+                model, tokenise, media, tokens[:, :, 1:], active, less.shown, scenes, kind, rng
             )
         return {f"{kind} captions": contrast, **within}
 
@@ -143,52 +151,58 @@ def train_imagebind(cache: Path, folder: Path, config: FitConfig, sizes: pools.P
     return encoder
 
 
-def hide(batch: Tensor, hidden: Tensor, partners: Tensor | None) -> Tensor:
-    """Return prepared media of which some rows show less.
-
-    Args:
-        batch: the input of a tower: pictures ``(B, 3, H, W)``, clips ``(B, S, 3, F, H, W)`` or filter banks
-            ``(B, S, 1, M, T)``.
-        hidden: which rows, ``(B,)`` bool.
-        partners: for sounds, one for each row that is played with it, like ``batch``. Without, the rows
-            lose their colours.
-
-    """
-    colours = 1 if batch.ndim == 4 else 2
-    if partners is None:
-        less = batch.mean(colours, keepdim=True).expand_as(batch)
-    else:
-        less = torch.maximum(batch, partners)  # of log energies, the louder one is nearly their sum
-    return torch.where(hidden.view(-1, *(1 for _ in batch.shape[1:])), less, batch)
-
-
 def _rest(scene: Scene) -> tuple[object, ...]:
-    """Return what is still heard of a sound when its thing and pitch are hidden."""
-    return tuple(getattr(scene, name) for name in JUDGED["sound"] if name not in HIDDEN["sound"])
+    """Return what two sounds of a duet have in common."""
+    return tuple(getattr(scene, name) for name in JUDGED["sound"] if name not in OF_DUETS)
+
+
+def _shares(scenes: Sequence[Scene], own: int) -> list[float]:
+    """Return the shares of a pool of which the last ``own`` scenes were made by a decoder, added up."""
+    first = len(scenes) - own
+    rendered, made = pools.shares(scenes[:first]), pools.shares(scenes[first:])
+    if not made:
+        return rendered
+    scale = OWN_SHARE / (1 - OWN_SHARE) * rendered[-1] / made[-1]
+    return [*rendered, *(rendered[-1] + scale * share for share in made)]
 
 
 def _inputs(
-    encoder: ImageBindEncoder, cache: Path, sizes: pools.PoolSizes
+    encoder: ImageBindEncoder, cache: Path, sizes: pools.PoolSizes, own: Mapping[Kind, OwnMedia]
 ) -> dict[Kind, Callable[[list[int]], Tensor]]:
-    """Return, for each kind, the function from pool indices to the input of its tower."""
+    """Return, for each kind, the function from indices to the input of its tower; own media come last."""
     looks = pools.look_pixels(cache, sizes.looks)
     clips = pools.clip_pixels(cache, sizes.clips)
     banks = sound_banks(encoder, cache, sizes.sounds)
+    made = own["sound"].rows
+    heard = [_banks(encoder, torch.from_numpy(made[i : i + 64])) for i in range(0, len(made), 64)]
+    own_banks = np.concatenate([banks[:0], *(part.numpy().astype(np.float16) for part in heard)])
     return {
-        "look": lambda chosen: encoder.prepare([Image(looks[i]) for i in chosen]),
-        "clip": lambda chosen: encoder.prepare([Video(clips[i], world.VIDEO_FPS) for i in chosen]),
-        "sound": lambda chosen: torch.from_numpy(banks[chosen].astype(np.float32)),
+        "look": lambda chosen: encoder.prepare([Image(_row(looks, own["look"].rows, i)) for i in chosen]),
+        "clip": lambda chosen: encoder.prepare(
+            [Video(_row(clips, own["clip"].rows, i), world.VIDEO_FPS) for i in chosen]
+        ),
+        "sound": lambda chosen: torch.from_numpy(
+            np.stack([_row(banks, own_banks, i) for i in chosen]).astype(np.float32)
+        ),
     }
+
+
+def _row(rendered: NDArray[Number], made: NDArray[Number], index: int) -> NDArray[Number]:
+    row: NDArray[Number] = rendered[index] if index < len(rendered) else made[index - len(rendered)]
+    return row
 
 
 def sound_banks(encoder: ImageBindEncoder, cache: Path, number: int) -> NDArray[np.float16]:
     """Return the prepared filter banks ``(N, 1, 1, mel bins, frames)`` of the sound pool."""
     samples = pools.sound_samples(cache, number)
 
-    def prepare(batch: Tensor) -> Tensor:
-        return encoder.prepare([Audio(row.numpy() / np.float32(32767), world.AUDIO_RATE_HZ) for row in batch])
+    return pools.encoded(cache / f"banks-{number}.npy", samples, lambda batch: _banks(encoder, batch))
 
-    return pools.encoded(cache / f"banks-{number}.npy", samples, prepare)
+
+def _banks(encoder: ImageBindEncoder, samples: Tensor) -> Tensor:
+    """Turn 16-bit samples ``(B, L)`` into prepared filter banks."""
+    sounds = [Audio(row.numpy() / np.float32(32767), world.AUDIO_RATE_HZ) for row in samples]
+    return encoder.prepare(sounds)
 
 
 def _texts(model: ImageBind, tokenise: TextTokens, texts: list[str]) -> Tensor:
@@ -200,10 +214,14 @@ def _texts(model: ImageBind, tokenise: TextTokens, texts: list[str]) -> Tensor:
 def _caption_contrast(
     model: ImageBind, tokenise: TextTokens, media: Tensor, scenes: list[Scene], rng: random.Random
 ) -> Tensor:
-    texts = _texts(model, tokenise, [spoken(scene, rng) for scene in scenes])
+    texts = _texts(model, tokenise, [_said(scene, rng) for scene in scenes])
     logits = media @ texts.T  # (B, B)
     own = torch.arange(len(scenes), device=media.device)
     return 0.5 * (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own))
+
+
+def _said(scene: Scene, rng: random.Random) -> str:
+    return describe(scene, rng, ASKED_OF_DISGUISED) if isinstance(scene, Sound) else spoken(scene, rng)
 
 
 def active_patches(batch: Tensor, kind: Kind) -> Tensor:
@@ -228,7 +246,7 @@ def _attribute_contrasts(
     media: Tensor,
     patches: Tensor,
     active: Tensor,
-    hidden: Tensor,
+    shown: Mapping[str, Tensor],
     scenes: list[Scene],
     kind: Kind,
     rng: random.Random,
@@ -241,9 +259,9 @@ def _attribute_contrasts(
         truth = torch.tensor(
             [CLASSES[name].index(getattr(scene, name)) for scene in scenes], device=media.device
         )
-        shown = ~hidden if name in HIDDEN[kind] else torch.ones_like(hidden)  # (B,)
-        asked = active & shown[:, None, None]  # (B, S, L)
+        told = shown.get(name, torch.ones(len(media), dtype=torch.bool)).to(media.device)  # (B,)
+        asked = active & told[:, None, None]  # (B, S, L)
         owner = asked.nonzero()[:, 0]  # (A,)
-        losses[f"{kind} {name}"] = F.cross_entropy(media[shown] @ values.T, truth[shown])  # over (B, V)
+        losses[f"{kind} {name}"] = F.cross_entropy(media[told] @ values.T, truth[told])  # over (B, V)
         losses[f"{kind} {name} patches"] = F.cross_entropy(patches[asked] @ values.T, truth[owner])
     return losses

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from alignment.embedded import pools
 from alignment.embedded.captions import Kind
+from alignment.embedded.own_media import OwnMedia
 from alignment.toybox import world
 from alignment.toybox.exercises import Exercise, Part, make
 from alignment.toybox.world import Clip, Look, Scene, Sound
@@ -114,8 +115,13 @@ def sample_dialogues(
     return dialogues
 
 
-def encode_pools(encoder: Encoder, cache: Path, sizes: pools.PoolSizes) -> dict[Kind, EncodedPool]:
-    """Return every pool that ``encoder`` reads with its features, encoding on the first call."""
+def encode_pools(
+    encoder: Encoder, cache: Path, sizes: pools.PoolSizes, own: Mapping[Kind, OwnMedia] | None = None
+) -> dict[Kind, EncodedPool]:
+    """Return every pool that ``encoder`` reads with its features, encoding on the first call.
+
+    With ``own``, what the decoders made is among the rest.
+    """
     looks = pools.look_pixels(cache, sizes.looks)
     clips = pools.clip_pixels(cache, sizes.clips)
     sounds = pools.sound_samples(cache, sizes.sounds)
@@ -138,8 +144,14 @@ def encode_pools(encoder: Encoder, cache: Path, sizes: pools.PoolSizes) -> dict[
             continue
         number = min(ENCODED[kind], len(row))
         joined = pools.encoded(cache / f"features-{kind}-{number}.npy", row[:number], features, 32)
+        listed = pools.scenes(kind, number)
+        if own is not None and own[kind].scenes:
+            made = own[kind]
+            path = cache / f"features-own-{kind}-{len(made.rows)}.npy"
+            joined = np.concatenate([joined, pools.encoded(path, made.rows, features, 32)])
+            listed = [*listed, *made.scenes]
         blocks = encoder.encode(read(row[0])).blocks
-        found[kind] = EncodedPool(pools.scenes(kind, number), joined[:, 1:], joined[:, 0], blocks)
+        found[kind] = EncodedPool(listed, joined[:, 1:], joined[:, 0], blocks)
     return found
 
 

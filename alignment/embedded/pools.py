@@ -51,6 +51,11 @@ class PoolSizes:
     clips: int = 16_000
     sounds: int = 10_000
 
+    @property
+    def own(self) -> dict[str, int]:
+        """How many of each kind are made by the decoders."""
+        return {"look": self.looks // 6, "clip": self.clips // 10, "sound": self.sounds * 2 // 5}
+
 
 def scenes(kind: str, number: int, seed: int = SEED) -> list[Scene]:
     """Return the seen scenes of a pool, the same for the same seed. ``kind``: look, clip or sound."""

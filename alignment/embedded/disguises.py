@@ -1,0 +1,105 @@
+"""Media that keep some of their attributes and lose others, so that none can be guessed from the rest.
+
+Pictures and clips lose their colours. Sounds are played together with another one that differs in thing and
+pitch alone, or are put between two pitches and two tempos.
+
+Shape letters in this file:
+    B batch   S clips   M mel bins   T mel frames
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alignment.toybox.world import Scene, Sound
+from encoders.filter_banks import bands_at, centres_hz
+
+HIDDEN_SHARE = 0.25
+"""Of each batch: what is shown without colours, and what sounds together with something else."""
+BETWEEN_SHARE = 0.4
+"""Of sounds, beside these."""
+WITHOUT_COLOUR, OF_DUETS, OF_BETWEEN = ("colour", "ground"), ("thing", "pitch"), ("pitch", "tempo")
+FURTHEST_SEMITONES = 5.5  # pitches are twelve apart: nearer to its own than to the next one
+FURTHEST_PACE = 1.35  # tempos are nearly 2 apart
+ASKED_OF_DISGUISED = frozenset({"count"})
+"""Of sounds: asked of plain ones, too, it would be guessed from which combinations there are."""
+
+
+class Disguised:
+    """A batch of which some rows show less.
+
+    ``media`` is what the tower gets. ``plain`` ``(B,)`` says which rows are as they were, and ``shown``, for
+    each attribute that may be lost, which rows ``(B,)`` are asked for it.
+    """
+
+    def __init__(self, media: Tensor, plain: Tensor, shown: Mapping[str, Tensor]) -> None:
+        self.media, self.plain, self.shown = media, plain, shown
+
+
+def without_colour(batch: Tensor, noise: torch.Generator) -> Disguised:
+    """Take the colours from some pictures ``(B, 3, H, W)`` or clips ``(B, S, 3, F, H, W)``."""
+    grey = torch.rand(len(batch), generator=noise) < HIDDEN_SHARE  # (B,)
+    less = batch.mean(1 if batch.ndim == 4 else 2, keepdim=True).expand_as(batch)
+    return Disguised(_where(grey, less, batch), ~grey, dict.fromkeys(WITHOUT_COLOUR, ~grey))
+
+
+def disguised_sounds(
+    batch: Tensor, scenes: Sequence[Scene], partners: Callable[[], Tensor], noise: torch.Generator
+) -> Disguised:
+    """Turn some sounds into duets, and put some between two pitches and two tempos.
+
+    Args:
+        batch: filter banks ``(B, S, 1, M, T)``.
+        scenes: what they are.
+        partners: gives for each row one like it, which may have another thing and pitch.
+        noise: decides which rows, and how far.
+
+    """
+    drawn = torch.rand(len(batch), generator=noise)  # (B,)
+    duet = drawn < HIDDEN_SHARE
+    between = ~duet & (drawn < HIDDEN_SHARE + BETWEEN_SHARE)
+    semitones = FURTHEST_SEMITONES * (2 * torch.rand(len(batch), generator=noise) - 1)
+    pace = FURTHEST_PACE ** torch.rand(len(batch), generator=noise)
+    slow = torch.tensor([isinstance(scene, Sound) and scene.tempo == "slow" for scene in scenes])
+    moved = transposed(batch.flatten(1, 2), semitones, torch.where(slow, pace, 1 / pace))
+    media = torch.maximum(batch, partners())  # of log energies, the louder one is nearly their sum
+    media = _where(between, moved.view_as(batch), _where(duet, media, batch))
+    shown = {name: torch.ones_like(duet) for name in {*OF_DUETS, *OF_BETWEEN}}
+    for names, rows in ((OF_DUETS, duet), (OF_BETWEEN, between)):
+        for name in names:
+            shown[name] = shown[name] & ~rows
+    shown |= dict.fromkeys(ASKED_OF_DISGUISED, duet | between)
+    return Disguised(media, ~(duet | between), shown)
+
+
+def transposed(banks: Tensor, semitones: Tensor, pace: Tensor) -> Tensor:
+    """Return log filter banks ``(B, S, M, T)`` as of sounds that are higher and go faster.
+
+    Args:
+        banks: of which each row has its own ``semitones`` and ``pace``.
+        semitones: how much higher, ``(B,)``.
+        pace: how many times as fast, ``(B,)``; what comes after the end is as quiet as the row gets.
+
+    """
+    B, _, M, T = banks.shape
+    from_hz = centres_hz(M) / 2 ** (semitones[:, None] / 12)  # (B, M)
+    rows = bands_at(from_hz, M)  # (B, M)
+    columns = torch.arange(T) * pace[:, None]  # (B, T)
+    grid = torch.stack(
+        [
+            (2 * columns / (T - 1) - 1)[:, None, :].expand(B, M, T),
+            (2 * rows / (M - 1) - 1)[:, :, None].expand(B, M, T),
+        ],
+        dim=-1,
+    )  # (B, M, T, 2)
+    moved = F.grid_sample(banks, grid.float(), padding_mode="border", align_corners=True)
+    quietest = banks.amin((2, 3), keepdim=True)
+    return torch.where((columns > T - 1)[:, None, None, :], quietest, moved)
+
+
+def _where(chosen: Tensor, then: Tensor, otherwise: Tensor) -> Tensor:
+    return torch.where(chosen.view(-1, *(1 for _ in then.shape[1:])), then, otherwise)

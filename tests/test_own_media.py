@@ -1,0 +1,135 @@
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from alignment.embedded import own_media, pools
+from alignment.embedded.dialogues import PoolScenes, encode_pools
+from alignment.embedded.own_media import OwnMedia, made
+from alignment.toybox.draw import draw_look
+from alignment.toybox.grammar import caption
+from alignment.toybox.media import render
+from alignment.toybox.world import Look, Scene, sample_clip, sample_look, sample_sound
+from decoders.latent_decoder import LatentDecoder
+from decoders.plan import Decoded
+from decoders.settings import DecodeSettings
+from encoders.encoder import Encoder
+from encoders.features import Features
+from encoders.media import Image, Medium, Modality
+
+
+class Renderer:
+    """A decoder that knows the scenes, and draws some of them wrong."""
+
+    def __init__(self, scenes: Sequence[Scene], wrong: Sequence[int] = ()) -> None:
+        self.known = {caption(scene): scene for scene in scenes}
+        self.wrong = {caption(scenes[i]) for i in wrong}
+        self.asked: list[str] = []
+        self.seeds: list[int | None] = []
+
+    def encode_caption(self, text: str) -> str:
+        return text
+
+    def decode_batch(self, conditions: Sequence[str], wishes: Sequence[DecodeSettings]) -> list[Decoded]:
+        self.asked += conditions
+        self.seeds += [wish.seed for wish in wishes]
+        return [Decoded(self._medium(text), {}) for text in conditions]
+
+    def _medium(self, text: str) -> Medium:
+        scene = self.known[text]
+        if text in self.wrong:
+            assert isinstance(scene, Look)
+            scene = sample_look(random.Random(1), thing="bell" if scene.thing != "bell" else "drum")
+        return render(scene, random.Random(text))
+
+    def loaded(self) -> LatentDecoder:
+        return cast(LatentDecoder, self)
+
+
+def nothing_to_load() -> LatentDecoder:
+    raise AssertionError("All is there: the decoder should not be loaded.")
+
+
+def test_what_came_out_right_is_kept_and_nothing_else(tmp_path: Path):
+    scenes: list[Scene] = [sample_look(random.Random(i)) for i in range(6)]
+    renderer = Renderer(scenes, wrong=(1, 4))
+
+    own = made(renderer.loaded, "look", scenes, tmp_path)
+
+    assert own.scenes == [scenes[i] for i in (0, 2, 3, 5)]
+    assert own.rows.shape == (4, 64, 64, 3)
+    assert own.rows.dtype == np.uint8
+    assert renderer.asked == [caption(scene) for scene in scenes]
+    assert len(set(renderer.seeds)) == 6
+
+
+def test_rows_are_like_those_of_the_pools(tmp_path: Path):
+    clips: list[Scene] = [sample_clip(random.Random(0))]
+    sounds: list[Scene] = [sample_sound(random.Random(0))]
+
+    clip = made(Renderer(clips).loaded, "clip", clips, tmp_path).rows
+    sound = made(Renderer(sounds).loaded, "sound", sounds, tmp_path).rows
+
+    like = pools.clip_pixels(tmp_path, 1), pools.sound_samples(tmp_path, 1)
+    assert (clip.shape, sound.shape) == tuple(rows.shape for rows in like)
+    assert (clip.dtype, sound.dtype) == tuple(rows.dtype for rows in like)
+    assert np.abs(sound).max() > 1000
+
+
+def test_what_is_made_once_is_not_made_again(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(own_media, "CHUNK", 2)
+    scenes: list[Scene] = [sample_look(random.Random(i)) for i in range(5)]
+    first = made(Renderer(scenes).loaded, "look", scenes, tmp_path)
+    next(tmp_path.glob("own-look-2-*")).unlink()  # as if it had been broken off there
+    renderer = Renderer(scenes)
+
+    again = made(renderer.loaded, "look", scenes, tmp_path)
+
+    assert renderer.asked == [caption(scene) for scene in scenes[2:4]]
+    assert again.scenes == first.scenes
+    assert np.array_equal(again.rows, first.rows)
+    made(nothing_to_load, "look", scenes, tmp_path)
+
+
+def test_a_decoder_that_makes_nothing_right_leaves_an_empty_pool(tmp_path: Path):
+    scenes: list[Scene] = [sample_look(random.Random(i)) for i in range(2)]
+
+    own = made(Renderer(scenes, wrong=(0, 1)).loaded, "look", scenes, tmp_path)
+
+    assert own.scenes == []
+    assert own.rows.shape == (0, 64, 64, 3)
+
+
+class Brightness:
+    """Reads of a picture how bright it is."""
+
+    modalities = frozenset({Modality.IMAGE})
+
+    def encode_batch(self, media: Sequence[Medium]) -> list[Features]:
+        found = []
+        for medium in media:
+            assert isinstance(medium, Image)
+            value = torch.tensor([medium.pixels.mean() / 255], dtype=torch.float32)
+            found.append(Features(Modality.IMAGE, value[None], value, (1, 1)))
+        return found
+
+    def encode(self, medium: Medium) -> Features:
+        return self.encode_batch([medium])[0]
+
+
+def test_dialogues_show_own_media_too(tmp_path: Path):
+    sizes = pools.PoolSizes(looks=3, clips=1, sounds=1)
+    scene = sample_look(random.Random(5), ground="white", size="small")
+    drawn = draw_look(scene, random.Random(0))
+    none = OwnMedia([], np.zeros((0, 1)))
+    own: Any = {"look": OwnMedia([scene], drawn[None]), "clip": none, "sound": none}
+
+    pool = encode_pools(cast(Encoder, Brightness()), tmp_path, sizes, own)["look"]
+
+    assert pool.scenes == [*pools.scenes("look", 3), scene]
+    assert pool.media(3).pooled.item() == np.float16(drawn.mean() / 255)
+    shown = PoolScenes(random.Random(0), {"look": pool})
+    assert scene in {shown.look() for _ in range(40)}
