@@ -22,6 +22,7 @@ from services.deployments import (
     LanguageModelReplica,
     ReplicaArgs,
     decoder_name,
+    deployment_names,
 )
 from services.presets import load_preset
 
@@ -77,9 +78,12 @@ def build_app(args: AppArgs) -> Application:
     encoding = {**usual, "max_ongoing_requests": QUEUED_MEDIA}
     door: dict[str, Any] = {**usual, "max_ongoing_requests": 256}
 
-    encoder = serve.deployment(name="Encoder", **encoding)(EncoderReplica).bind(replica)
+    names = deployment_names(preset)
+    encoder = serve.deployment(name=names["encoder"], **encoding)(EncoderReplica).bind(replica)
     speaking = {**usual, "max_ongoing_requests": QUEUED_BATCHES * preset.language_model.slots}
-    language_model = serve.deployment(name="LanguageModel", **speaking)(LanguageModelReplica).bind(replica)
+    language_model = serve.deployment(name=names["language_model"], **speaking)(LanguageModelReplica).bind(
+        replica
+    )
     makes: dict[str, list[Modality]] = {}
     for modality in preset.decoders:
         makes.setdefault(decoder_name(modality, preset), []).append(modality)
@@ -89,7 +93,7 @@ def build_app(args: AppArgs) -> Application:
         options = {**usual, "max_ongoing_requests": at_once}
         bound = serve.deployment(name=name, **options)(DecoderReplica).bind(replica, modalities)
         decoders |= dict.fromkeys(modalities, bound)
-    agent = serve.deployment(name="Agent", **door)(AgentReplica).bind(
+    agent = serve.deployment(name=names["agent"], **door)(AgentReplica).bind(
         replica, encoder, language_model, decoders
     )
     gateway = serve.deployment(name="Gateway", **door)(serve.ingress()(GatewayReplica))

@@ -17,7 +17,10 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from types import FrameType
 
@@ -85,6 +88,7 @@ def _serve(preset: Preset, host: str, port: int, folder: Path) -> int:
     from ray.serve.config import HTTPOptions
 
     from deploy.app import AppArgs, build_app
+    from services.cluster import APP_NAME
 
     address = f"http://{_reachable(host)}:{port}"
     for name in ("ray", "ray.serve"):
@@ -98,13 +102,13 @@ def _serve(preset: Preset, host: str, port: int, folder: Path) -> int:
             logging_config={"log_level": "ERROR", "enable_access_log": False},
         )
         app = build_app(AppArgs(preset=str(preset.file), store=(folder / "files").as_uri(), page_url=address))
-        serve.run(app, name="patchbay", route_prefix="/")
-        _wait_until_it_answers(address, ready_within_s(preset))
-        print(
-            f"\n  Chat page   {address}/\n  API         {address}/v1\n\n"
-            f"Ready after {time.monotonic() - began:.0f} s. Stop with Ctrl-C.",
-            flush=True,
-        )
+        target = serve.RunTarget(app, name=APP_NAME, route_prefix="/")
+        serve.run_many([target], wait_for_applications_running=False)
+        within_s = ready_within_s(preset)
+        _wait_until(partial(_page_lacks, address), within_s, _expect_no_failure)
+        print(f"\n  Chat page   {address}/\n  API         {address}/v1\n", flush=True)
+        _wait_until(partial(_health_lacks, address), within_s, _expect_no_failure)
+        print(f"Ready after {time.monotonic() - began:.0f} s. Stop with Ctrl-C.", flush=True)
         while True:
             signal.pause()
     except KeyboardInterrupt:
@@ -164,29 +168,55 @@ def ready_within_s(preset: Preset) -> float:
     return READY_WITHIN_S + bytes_to_load(preset) / SLOW_BYTES_PER_S
 
 
-def _wait_until_it_answers(address: str, within_s: float) -> None:
-    """Return when the health check and the page answer."""
+def _wait_until(lacks: Callable[[], str], within_s: float, expect_no_failure: Callable[[], None]) -> None:
+    """Return when the service lacks nothing any more."""
     deadline = time.monotonic() + within_s
-    lacking = "an answer"
+    while lacking := lacks():
+        expect_no_failure()
+        if time.monotonic() > deadline:
+            raise PresetProblem(
+                f"The service did not come up within {within_s:.0f} s; it lacks {lacking}. "
+                "Run `patchbay doctor` to see what is wrong.",
+                code="not_ready",
+            )
+        time.sleep(0.2)
+
+
+def _page_lacks(address: str) -> str:
+    return "" if _get(f"{address}/")[0] == HTTPStatus.OK else "an answer"
+
+
+def _health_lacks(address: str) -> str:
+    try:
+        health = json.loads(_get(f"{address}/health")[1])
+    except ValueError:  # whoever answers, it is not the gateway
+        return "an answer"
+    return "" if health["status"] == "ok" else ", ".join(health["unavailable"])
+
+
+def _get(url: str) -> tuple[int, bytes]:
+    """Return status and body, and 0 where nobody answers."""
     # A proxy that the environment names is not for the way to our own service.
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    while time.monotonic() < deadline:
-        try:
-            with direct.open(f"{address}/health", timeout=10) as answer:
-                health = json.load(answer)
-            with direct.open(f"{address}/", timeout=30) as answer:
-                answer.read()
-            if health["status"] == "ok":
-                return
-            lacking = ", ".join(health["unavailable"])
-        except (urllib.error.URLError, OSError):
-            pass
-        time.sleep(0.2)
-    raise PresetProblem(
-        f"The service did not come up within {within_s:.0f} s; it lacks {lacking}. "
-        "Run `patchbay doctor` to see what is wrong.",
-        code="not_ready",
-    )
+    try:
+        with direct.open(url, timeout=30) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read()
+    except OSError:
+        return 0, b""
+
+
+def _expect_no_failure() -> None:
+    """Raise RuntimeError once Serve has given up."""
+    from ray import serve
+
+    from services.cluster import APP_NAME
+
+    application = serve.status().applications.get(APP_NAME)
+    if application is not None and application.status == "DEPLOY_FAILED":
+        raise RuntimeError(application.message)
 
 
 def _why(error: Exception) -> PresetProblem:
@@ -194,8 +224,10 @@ def _why(error: Exception) -> PresetProblem:
     from ray import serve
     from ray.exceptions import RayError
 
+    from services.cluster import APP_NAME
+
     try:
-        application = serve.status().applications.get("patchbay")
+        application = serve.status().applications.get(APP_NAME)
     except (RuntimeError, RayError):  # there is no Serve to ask
         application = None
     reports = [deployment.message for deployment in application.deployments.values()] if application else []

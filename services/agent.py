@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import logging
 import secrets
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -21,6 +22,8 @@ from services.adapters import chosen_adapters, no_adapter
 from services.artefacts import ArtefactStore
 from services.boxes import (
     LOCAL,
+    Box,
+    BoxState,
     Counts,
     DecodeBox,
     EncodeBox,
@@ -32,6 +35,7 @@ from services.boxes import (
     SpeechOptions,
     SpokenSignal,
     Words,
+    not_ready,
 )
 from services.errors import BadRequest, ServiceError, Unavailable, translate
 from services.events import (
@@ -45,7 +49,7 @@ from services.events import (
     TurnStarted,
 )
 from services.making import Making, Order, Told, changed, kept
-from services.messages import MEDIA, Message, TurnOptions
+from services.messages import MEDIA, MediaPart, Message, TurnOptions
 from services.presets import AdapterPreset, CostLimits, GenerationDefaults, Limits
 from services.reading import Reader
 from services.turn_state import MediumState, SpeechEnded, TurnState
@@ -57,6 +61,11 @@ QUESTIONS = {
     Modality.VIDEO: "Shall I make this video?",
     Modality.AUDIO: "Shall I make this sound?",
 }
+
+PATIENCE_S = 3.0
+"""How long a request waits for a box that is not ready: for one that is nearly there, not a whole start."""
+
+LOOK_EVERY_S = 0.2
 
 Number = TypeVar("Number", int, float)
 
@@ -89,18 +98,19 @@ class Agent:
         self.adapters = adapters or {}
         self.num_spoken = self.num_asked = 0
 
-    async def outputs(self) -> tuple[Modality, ...]:
-        """Return the media that can be made now."""
-        alive = {modality for modality, box in self.decode.items() if await box.available()}
-        return tuple(modality for modality in MEDIA if modality in alive)
+    @property
+    def boxes(self) -> dict[str, Box]:
+        """The boxes by their names in ``/health`` and ``/metrics``."""
+        decoders = {modality.value: box for modality, box in self.decode.items()}
+        return {"encoder": self.encode, "language_model": self.generate, **decoders}
+
+    async def states(self) -> dict[str, BoxState]:
+        """Return which boxes can work now."""
+        return {name: await box.state() for name, box in self.boxes.items()}
 
     async def counts(self) -> dict[str, Mapping[str, Counts]]:
         """Return what is counted: by part of the service (an agent, a box), then by replica."""
-        boxes: dict[str, EncodeBox | GenerateBox | DecodeBox] = {
-            "encoder": self.encode,
-            "language_model": self.generate,
-            **{modality.value: box for modality, box in self.decode.items()},
-        }
+        boxes = self.boxes
         answers = await asyncio.gather(*(box.counts() for box in boxes.values()))
         return {"agent": self.own_counts(), **dict(zip(boxes, answers, strict=True))}
 
@@ -143,7 +153,7 @@ class Agent:
             self.cost_limits[modality].check(wishes, modality, place="")
         if wishes.lora is not None:
             self._check_adapter(wishes.lora, modality, "lora")
-        self._check_up([modality], await self.outputs(), param=None)
+        self._check_up([modality], await self._ready({}, [modality]), param=None)
         order = replace(order, settings=settings, user=_user(user, turn), previews=previews)
         told: asyncio.Queue[Told] = asyncio.Queue()
         medium = MediumState(modality, signal.caption, 0.0)
@@ -166,7 +176,8 @@ class Agent:
         reply = TurnState()
         self.reader.check(conversation)
         options, adapter = self._adapted(options)
-        allowed = self._allowed(options, await self.outputs())
+        self._check_wishes(options)
+        allowed = await self._allowed(conversation, options)
         seed = secrets.randbelow(2**31) if options.seed is None else options.seed
         read = await self.reader.read(conversation)
         for modality, wishes in options.decoders.items():
@@ -335,7 +346,8 @@ class Agent:
         if name not in self.adapters or self.adapters[name].box != modality.value:
             raise no_adapter(name, modality.value, self.adapters).at(place)
 
-    def _allowed(self, options: TurnOptions, up: Sequence[Modality]) -> frozenset[Modality]:
+    def _check_wishes(self, options: TurnOptions) -> None:
+        """Raise BadRequest for media that nobody makes here, and for more than decoders may be asked."""
         named = [(modality, "modalities") for modality in options.modalities or ()]
         named += [(modality, f"decoders.{modality.value}") for modality in options.decoders]
         for modality, param in named:
@@ -346,12 +358,50 @@ class Agent:
                     code="unsupported_modality",
                     param=param,
                 )
-        self._check_up(options.modalities or (), up, param="modalities")
         for modality, settings in options.decoders.items():
             if modality in self.cost_limits:
                 self.cost_limits[modality].check(settings, modality, place=f"decoders.{modality.value}.")
-        wanted = set(up) if options.modalities is None else set(options.modalities)
+
+    async def _allowed(self, conversation: Sequence[Message], options: TurnOptions) -> frozenset[Modality]:
+        """Return the media that the reply may hold, once all that it needs is ready."""
+        needed: dict[str, Box] = {"language model": self.generate}
+        if any(isinstance(part, MediaPart) for message in conversation for part in message.parts):
+            needed["encoder"] = self.encode
+        wanted = set(self.decode) if options.modalities is None else set(options.modalities)
+        up = await self._ready(needed, [modality for modality in self.decode if modality in wanted])
+        self._check_up(options.modalities or (), up, param="modalities")
         return frozenset(wanted & set(up))
+
+    async def _ready(self, needed: Mapping[str, Box], wanted: Sequence[Modality]) -> tuple[Modality, ...]:
+        """Return the media of ``wanted`` that can be made, once ``needed`` boxes are ready.
+
+        Waits a little where they are not, and for decoders that are being loaded. Those that are gone are
+        left out of what the agent may promise.
+
+        Raises:
+            Unavailable: it took too long.
+
+        """
+        until = time.monotonic() + PATIENCE_S
+        while True:
+            states = {name: await box.state() for name, box in needed.items()}
+            made = {modality: await self.decode[modality].state() for modality in wanted}
+            missing = {name: state for name, state in states.items() if state is not BoxState.READY}
+            loading = [modality for modality, state in made.items() if state is BoxState.LOADING]
+            if not missing and not loading:
+                return tuple(m for m in MEDIA if made.get(m) is BoxState.READY)
+            if time.monotonic() >= until:
+                for name, state in missing.items():
+                    raise not_ready(name, state)
+                way_out = (
+                    self._way_out(loading) if needed else ""
+                )  # a medium that is made again has no choice
+                raise not_ready(f"{loading[0].value} decoder", BoxState.LOADING, way_out)
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    def _way_out(self, loading: Sequence[Modality]) -> str:
+        others = ["text", *(modality.value for modality in self.decode if modality not in loading)]
+        return f", or ask for what is ready: modalities {others}"
 
     @staticmethod
     def _check_up(wanted: Sequence[Modality], up: Sequence[Modality], param: str | None) -> None:

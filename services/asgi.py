@@ -170,12 +170,15 @@ async def read_json(request: Request) -> object:
 
 def error_response(error: ServiceError) -> Response:
     """Return the answer for an error."""
-    headers = {}
-    if error.retry_after_s is not None:
-        headers["Retry-After"] = str(error.retry_after_s)
+    headers = retry_after(error)
     if isinstance(error, Conflict):
         headers["x-should-retry"] = "false"  # OpenAI's clients would ask again at once
     return Response(json.dumps(error.body()), error.status, headers=headers, media_type="application/json")
+
+
+def retry_after(error: ServiceError) -> dict[str, str]:
+    """Return the header that says when to try again, where that is known."""
+    return {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
 
 
 def sse(value: object) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from decoders.settings import DecodeSettings
 from encoders.media import Modality
 from services.artefacts import Artefact
+from services.errors import Unavailable
 from services.messages import Role
 
 Array = NDArray[np.float32]
@@ -26,6 +28,27 @@ LOCAL = "local"
 
 Counts = Mapping[str, float]
 """What one replica of a box counts and measures, by the names that ``services.metrics`` knows."""
+
+
+RETRY_LOADING_S = 5
+
+
+class BoxState(StrEnum):
+    """Whether a box can work: not yet, now, or not any more until it has been started again."""
+
+    LOADING = "loading"
+    READY = "ready"
+    GONE = "gone"
+
+
+def not_ready(box: str, state: BoxState, way_out: str = "") -> Unavailable:
+    """Return the error for a request that needs a box which is not ready."""
+    how = "is still being loaded" if state is BoxState.LOADING else "has stopped and is being started again"
+    return Unavailable(
+        f"The {box} {how}. Try again in {RETRY_LOADING_S} s{way_out}; GET /health tells what is ready.",
+        code="model_loading",
+        retry_after_s=RETRY_LOADING_S,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,11 +169,11 @@ class Made:
 Step = Progress | Preview | Made
 
 
-class EncodeBox(Protocol):
-    """Reads media."""
+class Box(Protocol):
+    """What all boxes can say of themselves."""
 
-    async def encode(self, artefact_id: str, expect: Modality | None) -> Encoded:
-        """Read the artefact and encode it; a :class:`ServiceError` says why not."""
+    async def state(self) -> BoxState:
+        """Return whether it can work now."""
         ...
 
     async def counts(self) -> Mapping[str, Counts]:
@@ -158,7 +181,15 @@ class EncodeBox(Protocol):
         ...
 
 
-class GenerateBox(Protocol):
+class EncodeBox(Box, Protocol):
+    """Reads media."""
+
+    async def encode(self, artefact_id: str, expect: Modality | None) -> Encoded:
+        """Read the artefact and encode it; a :class:`ServiceError` says why not."""
+        ...
+
+
+class GenerateBox(Box, Protocol):
     """Thinks: continues a conversation with words and signals."""
 
     def generate(
@@ -167,17 +198,9 @@ class GenerateBox(Protocol):
         """Stream the reply; closing the stream stops the model."""
         ...
 
-    async def counts(self) -> Mapping[str, Counts]:
-        """Return what each replica counts, by the name of the replica."""
-        ...
 
-
-class DecodeBox(Protocol):
+class DecodeBox(Box, Protocol):
     """Makes one kind of media."""
-
-    async def available(self) -> bool:
-        """Whether a signal sent now would be decoded."""
-        ...
 
     def decode(
         self,
@@ -195,8 +218,4 @@ class DecodeBox(Protocol):
         start from, as far from it as the strength of ``settings`` says, or that of the preset; without
         either it is left alone.
         """
-        ...
-
-    async def counts(self) -> Mapping[str, Counts]:
-        """Return what each replica counts, by the name of the replica."""
         ...

@@ -3,7 +3,7 @@
 Each replica holds one of the objects of ``services.local_*``, which bring a thread of their own and end
 what is dropped within one step, because Serve frees a replica's slot on cancel while its thread still
 runs. Media travel through the artefact store. What goes wrong travels as a value, so that no traceback
-fills the logs. Only this file, :mod:`services.remote_boxes` and ``deploy/`` know Ray; replicas that need no
+fills the logs. Only this file, :mod:`services.cluster` and ``deploy/`` know Ray; replicas that need no
 model never import torch.
 """
 
@@ -36,18 +36,12 @@ from services.boxes import (
     SpokenSignal,
     Step,
 )
+from services.cluster import ClusterStatus, Failure, Line
 from services.errors import ServiceError, translate
 from services.events import Event
 from services.messages import Message, TurnOptions
 from services.presets import Preset, load_preset
-from services.remote_boxes import (
-    ClusterStatus,
-    Failure,
-    RemoteAgent,
-    RemoteDecoder,
-    RemoteEncoder,
-    RemoteLanguageModel,
-)
+from services.remote_boxes import RemoteAgent, RemoteDecoder, RemoteEncoder, RemoteLanguageModel
 
 logger = logging.getLogger(__name__)
 
@@ -189,14 +183,18 @@ class AgentReplica:
         decoders: Mapping[Modality, DeploymentHandle[DecoderReplica]],
     ) -> None:
         preset = load_preset(args.preset)
-        status = ClusterStatus()
+        status, names = ClusterStatus(), deployment_names(preset)
         self.boxes: dict[str, DeploymentHandle[Any]] = {"language_model": language_model}
         self.boxes |= {modality.value: handle for modality, handle in decoders.items()}
+
+        def line(handle: DeploymentHandle[Any], part: str, spoken: str) -> Line:
+            return Line(handle, spoken, names[part], status)
+
         self.agent = Agent(
-            encode=RemoteEncoder(encoder),
-            generate=RemoteLanguageModel(language_model),
+            encode=RemoteEncoder(line(encoder, "encoder", "encoder")),
+            generate=RemoteLanguageModel(line(language_model, "language_model", "language model")),
             decode={
-                modality: RemoteDecoder(handle, modality, status, decoder_name(modality, preset))
+                modality: RemoteDecoder(line(handle, modality.value, f"{modality.value} decoder"), modality)
                 for modality, handle in decoders.items()
             },
             store=ArtefactStore(args.store),
@@ -214,10 +212,6 @@ class AgentReplica:
         async with aclosing(self.agent.turn(conversation, options)) as events:
             async for event in events:
                 yield event
-
-    async def outputs(self) -> tuple[Modality, ...]:
-        """Return the media that can be made now."""
-        return await self.agent.outputs()
 
     async def counts(self) -> dict[str, Mapping[str, Counts]]:
         """Return what the boxes count; of agents, only this replica."""
@@ -271,7 +265,8 @@ class GatewayReplica:
 
         preset = load_preset(self.args.preset)
         store = ArtefactStore(self.args.store)
-        agent = RemoteAgent(self.agent)
+        names = deployment_names(preset)
+        agent = RemoteAgent(Line(self.agent, "agent", names["agent"], ClusterStatus()), names)
         api = build_gateway(preset, agent, store, labels=False, adapters=agent)
         if self.page_url is None:
             return api
@@ -292,6 +287,12 @@ def decoder_name(modality: Modality, preset: Preset) -> str:
     if preset.decoders_gb is not None:
         return "Decoders"
     return f"{modality.value.capitalize()}Decoder"
+
+
+def deployment_names(preset: Preset) -> dict[str, str]:
+    """Return the names of the deployments behind the gateway, by part of the service."""
+    decoders = {modality.value: decoder_name(modality, preset) for modality in preset.decoders}
+    return {"agent": "Agent", "encoder": "Encoder", "language_model": "LanguageModel", **decoders}
 
 
 def _named(counts: Mapping[str, Counts]) -> Mapping[str, Counts]:

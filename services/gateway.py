@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from encoders.media import MediaError, Modality
+from encoders.media import MediaError
 from services.adapter_routes import AdapterKeeper, adapter_routes
 from services.adapters import split_model
 from services.artefacts import ArtefactStore
@@ -28,9 +28,10 @@ from services.asgi import (
     end,
     error_response,
     read_json,
+    retry_after,
     until_gone,
 )
-from services.boxes import Counts
+from services.boxes import BoxState, Counts, not_ready
 from services.chat_completions import Completion
 from services.errors import (
     BadRequest,
@@ -43,7 +44,7 @@ from services.errors import (
 )
 from services.events import Event
 from services.files import files_router
-from services.messages import Message, TurnOptions
+from services.messages import MEDIA, Message, TurnOptions
 from services.metrics import MEDIA_TYPE, exposition
 from services.part_routes import PartMaker, parts_router
 from services.presets import Preset
@@ -53,6 +54,8 @@ from services.turn_stream import lines, opened
 logger = logging.getLogger(__name__)
 
 SWEEP_EVERY_S = 600
+SPEAKERS = ("agent", "language_model")
+"""What every reply needs. Only an agent in another process can be away."""
 
 
 class TurnMaker(PartMaker, Protocol):
@@ -62,8 +65,8 @@ class TurnMaker(PartMaker, Protocol):
         """Stream a reply."""
         ...
 
-    async def outputs(self) -> Sequence[Modality]:
-        """Return the media that can be made now."""
+    async def states(self) -> Mapping[str, BoxState]:
+        """Return which parts of the service can work now: the boxes, and perhaps the agent itself."""
         ...
 
     async def counts(self) -> Mapping[str, Mapping[str, Counts]]:
@@ -138,15 +141,20 @@ def build_gateway(
         return await _model(name, preset, agent, created)
 
     @app.get("/health")
-    async def health() -> dict[str, Any]:
-        outputs = ["text", *(modality.value for modality in await agent.outputs())]
-        lacking = [modality.value for modality in preset.decoders if modality.value not in outputs]
-        return {
-            "status": "degraded" if lacking else "ok",
+    async def health() -> Response:
+        states = await agent.states()
+        speakers = [part for part in SPEAKERS if states.get(part, BoxState.READY) is not BoxState.READY]
+        body = {
+            "status": _status(states),
             "preset": preset.name,
-            "output_modalities": outputs,
-            "unavailable": lacking,
+            "parts": dict(states),
+            "output_modalities": _made_now(preset, states),
+            "unavailable": [part for part, state in states.items() if state is not BoxState.READY],
         }
+        if not speakers:
+            return JSONResponse(body)
+        error = not_ready(speakers[0].replace("_", " "), states[speakers[0]])
+        return JSONResponse({**body, **error.body()}, error.status, headers=retry_after(error))
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -171,9 +179,23 @@ def with_page(api: FastAPI, page: ASGIApp) -> ASGIApp:
     return app
 
 
+def _status(states: Mapping[str, BoxState]) -> str:
+    if BoxState.GONE in states.values():
+        gone = [part for part in SPEAKERS if states.get(part) is BoxState.GONE]
+        return "unavailable" if gone else "degraded"
+    return "loading" if BoxState.LOADING in states.values() else "ok"
+
+
+def _made_now(preset: Preset, states: Mapping[str, BoxState]) -> list[str]:
+    made = (modality.value for modality in MEDIA if modality in preset.decoders)
+    return ["text", *(modality for modality in made if states.get(modality) is BoxState.READY)]
+
+
 async def _model(name: str, preset: Preset, agent: TurnMaker, created: int) -> dict[str, Any]:
-    inputs = ["text", *(modality.value for modality in preset.encoder.modalities)]
-    outputs = ["text", *(modality.value for modality in await agent.outputs())]
+    states = await agent.states()
+    reads = states.get("encoder") is BoxState.READY
+    inputs = ["text", *(modality.value for modality in preset.encoder.modalities if reads)]
+    outputs = _made_now(preset, states)
     return {
         "id": name,
         "parent": None if name == preset.name else preset.name,

@@ -33,7 +33,7 @@ from decoders.writing import to_jpeg, to_mp4, to_png, to_wav
 from encoders.media import Audio, Image, Medium, Modality, Video, read_media
 from services.adapters import AdapterShelf
 from services.artefacts import ArtefactStore
-from services.boxes import LOCAL, Counts, Made, Preview, Progress, SpokenSignal, Step
+from services.boxes import LOCAL, BoxState, Counts, Made, Preview, Progress, SpokenSignal, Step
 from services.compiling import compile_if_possible
 from services.decoder_pool import DecoderKey, DecoderPool
 from services.errors import ServiceError
@@ -130,9 +130,9 @@ class LocalDecoder:
         """Whether :meth:`link` has nothing to load."""
         return self.chosen.link == "caption" or self._projecting is not None
 
-    async def available(self) -> bool:
-        """Whether the decoder can work: in this process it always can."""
-        return True
+    async def state(self) -> BoxState:
+        """Say that it is ready: in this process it is loaded when it is needed."""
+        return BoxState.READY
 
     async def counts(self) -> Mapping[str, Counts]:
         """Return what the engine is doing; nothing before the weights are loaded."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from encoders.media import MediaBudget, Modality, read_media
 from services.artefacts import ArtefactStore
-from services.boxes import LOCAL, Counts, Encoded
+from services.boxes import LOCAL, BoxState, Counts, Encoded
 from services.encoded_cache import EncodedCache, Key
 from services.errors import BadRequest
 from services.loading import loading
@@ -57,6 +57,10 @@ class LocalEncoder:
             async for encoded in out:
                 return encoded
         raise AssertionError("an encoder ended without a result")
+
+    async def state(self) -> BoxState:
+        """Say that it is ready: in this process it is loaded when it is needed."""
+        return BoxState.READY
 
     async def counts(self) -> Mapping[str, Counts]:
         """Return what the cache counts."""

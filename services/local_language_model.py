@@ -28,6 +28,7 @@ from llm.template import Message as TemplateMessage
 from services.adapters import AdapterShelf
 from services.boxes import (
     LOCAL,
+    BoxState,
     Counts,
     Encoded,
     Finished,
@@ -94,6 +95,10 @@ class LocalLanguageModel:
 
         with ThreadPoolExecutor(1) as thread:  # the caller may have an event loop that runs
             thread.submit(asyncio.run, say()).result()
+
+    async def state(self) -> BoxState:
+        """Say that it is ready: in this process it is loaded when it is needed."""
+        return BoxState.READY
 
     async def counts(self) -> Mapping[str, Counts]:
         """Return what the engine counts; nothing before the weights are loaded."""

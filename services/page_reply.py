@@ -7,9 +7,10 @@ import base64
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ Shown = list[Json]
 NAMES = {Modality.IMAGE: "picture", Modality.VIDEO: "video", Modality.AUDIO: "sound"}
 SHOWN_EVERY_S = 0.1  # a browser that is told of every step falls behind
 SUFFIXES = {"image": ".png", "video": ".mp4", "audio": ".wav"}
+ASK_AGAIN_AFTER_S = 1.0  # a service that is being loaded waits a little itself before it says so
+LOADING_WITHIN_S = 1200.0
 WORKING = ("started", "working", "preview")
 CANCEL, AGAIN = "cancel", "again"
 
@@ -218,7 +221,8 @@ async def replied(
             if text:
                 content.append({"type": "text", "text": text})
             shelf.said = [*earlier, {"role": "user", "content": content}]
-            async with aclosing(_shown(client, shelf, client.stream(shelf.said, **body), stop)) as states:
+            ask = partial(client.stream, shelf.said, **body)
+            async with aclosing(_once_loaded(client, shelf, ask, stop)) as states:
                 async for state in states:
                     yield state, shelf.history(), shelf
     except ServiceError as error:
@@ -234,13 +238,37 @@ async def remade(
     try:
         async with Client(base_url) as client:
             yield shelf.messages(), shelf.history(), shelf
-            chunks = client.retry_part(shelf.reply_id, index, **body)
-            async with aclosing(_shown(client, shelf, chunks, stop)) as states:
+            ask = partial(client.retry_part, shelf.reply_id, index, **body)
+            async with aclosing(_once_loaded(client, shelf, ask, stop)) as states:
                 async for state in states:
                     yield state, shelf.history(), shelf
     except ServiceError as error:
         shelf.end()
         yield [*shelf.messages(), problem(error.message)], shelf.history(), shelf
+
+
+async def _once_loaded(
+    client: Client, shelf: Shelf, ask: Callable[[], AsyncGenerator[Json, None]], stop: asyncio.Event
+) -> AsyncGenerator[Shown, None]:
+    """Yield what :func:`_shown` does; while the service is being loaded, say so and ask again."""
+    deadline = time.monotonic() + LOADING_WITHIN_S
+    while True:
+        try:
+            async with aclosing(_shown(client, shelf, ask(), stop)) as states:
+                async for state in states:
+                    yield state
+            return
+        except ServiceError as error:
+            if error.code != "model_loading" or time.monotonic() > deadline:
+                raise
+            title = {"title": "Waiting until it is loaded", "status": "pending"}
+            yield [*shelf.messages(), {"role": "assistant", "content": error.message, "metadata": title}]
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), ASK_AGAIN_AFTER_S)
+        if stop.is_set():
+            shelf.end()
+            yield shelf.messages()
+            return
 
 
 async def _shown(

@@ -14,6 +14,7 @@ from encoders.media import Modality
 from services.agent import Agent
 from services.artefacts import ArtefactStore
 from services.boxes import (
+    BoxState,
     Encoded,
     Made,
     Preview,
@@ -40,7 +41,19 @@ def signal(modality: Modality, caption: str = "a bell") -> SpokenSignal:
     return SpokenSignal(modality, caption, zeros, zeros)
 
 
-class FakeEncoder:
+class FakeBox:
+    """Is ready unless it is told otherwise."""
+
+    now = BoxState.READY
+
+    async def state(self) -> BoxState:
+        return self.now
+
+    async def counts(self) -> dict[str, dict[str, float]]:
+        return {}
+
+
+class FakeEncoder(FakeBox):
     async def encode(self, artefact_id: str, expect: Modality | None) -> Encoded:
         if expect is AUDIO:
             raise BadRequest("This is not a sound.", code="unsupported_media")
@@ -48,7 +61,7 @@ class FakeEncoder:
         return Encoded(expect or IMAGE, tokens, tokens[0], (3,))
 
 
-class FakeSpeaker:
+class FakeSpeaker(FakeBox):
     """Says what it is given; a callable in the list is called instead of said."""
 
     def __init__(self, *script: Speech | Exception | Callable[[], Any]) -> None:
@@ -74,15 +87,15 @@ class FakeSpeaker:
             self.closed = True
 
 
-class FakeDecoder:
+class FakeDecoder(FakeBox):
     """Takes ``steps`` of ``step_s`` seconds each, and fails at the end if it is told to."""
 
     def __init__(
         self, store: ArtefactStore, modality: Modality, steps: int = 2, step_s: float = 0.0,
-        error: Exception | None = None, up: bool = True,
+        error: Exception | None = None, now: BoxState = BoxState.READY,
     ) -> None:  # fmt: skip
         self.store, self.modality = store, modality
-        self.steps, self.step_s, self.error, self.up = steps, step_s, error, up
+        self.steps, self.step_s, self.error, self.now = steps, step_s, error, now
         self.began: list[float] = []
         self.ended: list[float] = []
         self.settings: list[DecodeSettings] = []
@@ -91,9 +104,6 @@ class FakeDecoder:
         self.sources: list[str | None] = []
         self.steps_taken = 0
         self.stopped = False
-
-    async def available(self) -> bool:
-        return self.up
 
     async def decode(
         self,

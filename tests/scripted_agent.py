@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from decoders.settings import DecodeSettings
 from decoders.writing import to_mp4, to_png, to_wav
 from encoders.media import Audio, Image, Modality, Video
 from services.artefacts import ArtefactStore
+from services.boxes import BoxState
 from services.events import (
     Event,
     PartDone,
@@ -51,6 +52,8 @@ class FakeAgent:
         self.options = TurnOptions()
         self.ended = asyncio.Event()
         self.running: set[tuple[str, int]] = set()
+        self.now = dict.fromkeys(("encoder", "language_model", "image", "video"), BoxState.READY)
+        self.now["audio"] = BoxState.GONE
         self.retried: list[tuple[Any, ...]] = []
 
     async def turn(
@@ -66,8 +69,8 @@ class FakeAgent:
         finally:
             self.ended.set()
 
-    async def outputs(self) -> Sequence[Modality]:
-        return (IMAGE, VIDEO)
+    async def states(self) -> Mapping[str, BoxState]:
+        return self.now
 
     async def counts(self) -> dict[str, dict[str, dict[str, float]]]:
         return {"image": {"local": {"requests": 2}}}

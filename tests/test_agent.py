@@ -12,6 +12,7 @@ from decoders.settings import DecodeSettings
 from encoders.media import Modality
 from services.artefacts import ArtefactStore
 from services.boxes import (
+    BoxState,
     Finished,
     SpokenEarlier,
     Words,
@@ -34,6 +35,7 @@ from tests.fake_boxes import (
     IMAGE,
     VIDEO,
     FakeDecoder,
+    FakeEncoder,
     FakeSpeaker,
     agent,
     events_of,
@@ -147,13 +149,56 @@ async def test_a_failing_language_model_still_delivers_what_it_has_spoken(store:
 
 async def test_a_decoder_that_is_down_is_not_promised(store: ArtefactStore) -> None:
     speaker = FakeSpeaker(Words("words"), Finished("stop"))
-    the_agent = agent(store, speaker, FakeDecoder(store, IMAGE), FakeDecoder(store, AUDIO, up=False))
+    the_agent = agent(store, speaker, FakeDecoder(store, IMAGE), FakeDecoder(store, AUDIO, now=BoxState.GONE))
     await events_of(the_agent)
     assert speaker.options is not None
     assert speaker.options.allowed == {IMAGE}
-    assert await the_agent.outputs() == (IMAGE,)
     failed = failure(await events_of(the_agent, modalities=[AUDIO]))
     assert (failed["kind"], failed["code"]) == ("Unavailable", "decoder_unavailable")
+
+
+@pytest.mark.parametrize("now", [BoxState.LOADING, BoxState.GONE])
+@pytest.mark.parametrize("part", ["language model", "encoder"])
+async def test_a_turn_is_refused_in_time_while_what_it_needs_is_not_ready(
+    store: ArtefactStore, monkeypatch: pytest.MonkeyPatch, part: str, now: BoxState
+) -> None:
+    monkeypatch.setattr("services.agent.PATIENCE_S", 0.05)
+    speaker, encoder = FakeSpeaker(Words("words"), Finished("stop")), FakeEncoder()
+    the_agent = agent(store, speaker, FakeDecoder(store, IMAGE), encoder=encoder)
+    (speaker if part == "language model" else encoder).now = now
+    shown = store.put(b"x", media_type="image/png", filename="a.png").id
+    failed = failure(await events_of(the_agent, [Message(Role.USER, (MediaPart(shown, IMAGE),))]))
+    assert (failed["kind"], failed["code"], failed["retry_after_s"]) == ("Unavailable", "model_loading", 5)
+    how = "is still being loaded" if now is BoxState.LOADING else "has stopped and is being started again"
+    assert failed["message"].startswith(f"The {part} {how}. Try again in 5 s")
+    assert not speaker.prompt
+    answered = await events_of(the_agent)  # words alone need no encoder
+    assert isinstance(answered[-1], TurnDone) is (part == "encoder")
+
+
+async def test_a_turn_waits_for_a_decoder_that_is_nearly_there(store: ArtefactStore) -> None:
+    speaker, decoder = FakeSpeaker(Finished("stop")), FakeDecoder(store, IMAGE, now=BoxState.LOADING)
+    turn = asyncio.create_task(events_of(agent(store, speaker, decoder)))
+    await asyncio.sleep(0.05)
+    assert not speaker.options
+    decoder.now = BoxState.READY
+    await turn
+    assert speaker.options is not None
+    assert speaker.options.allowed == {IMAGE}
+
+
+async def test_a_decoder_that_is_still_loaded_is_not_quietly_left_out(
+    store: ArtefactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.agent.PATIENCE_S", 0.05)
+    speaker = FakeSpeaker(Finished("stop"))
+    decoders = FakeDecoder(store, IMAGE), FakeDecoder(store, AUDIO, now=BoxState.LOADING)
+    the_agent = agent(store, speaker, *decoders)
+    failed = failure(await events_of(the_agent))
+    assert failed["code"] == "model_loading"
+    assert "The audio decoder is still being loaded" in failed["message"]
+    assert "modalities ['text', 'image']" in failed["message"]
+    assert isinstance((await events_of(the_agent, modalities=[Modality.TEXT, IMAGE]))[-1], TurnDone)
 
 
 async def test_modalities_of_a_request_are_all_that_is_allowed(store: ArtefactStore) -> None:

@@ -20,7 +20,7 @@ import pytest
 from encoders.media import Modality
 from services import page_reply
 from services.chat_page import Settings
-from services.errors import BadRequest, TooManyRequests
+from services.errors import BadRequest, TooManyRequests, Unavailable
 from services.page_reply import Shelf, remade, replied
 from tests.test_cluster import ROOT, free_port
 
@@ -272,6 +272,38 @@ async def test_a_medium_that_cannot_be_made_again_stays_as_it_was(
         how, []
     )
     assert history[-1]["parts"][0]["file_id"] == "file-1"
+
+
+async def test_the_page_waits_while_the_service_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading = Unavailable("The image decoder is still being loaded.", code="model_loading")
+
+    class Loading(FakeClient):
+        async def _answer(self) -> AsyncGenerator[dict[str, Any], None]:
+            if len(self.asked) < 3:
+                raise loading
+            yield finished(1)
+
+    monkeypatch.setattr(page_reply, "Client", Loading)
+    monkeypatch.setattr(page_reply, "ASK_AGAIN_AFTER_S", 0.01)
+    monkeypatch.setattr(FakeClient, "asked", [])
+    never = asyncio.Event()
+    turn = replied("http://x", tmp_path, ("draw", []), [], [], {}, never)
+    seen = [shown async for shown, _, _ in turn]
+    assert [shown[-1]["content"] for shown in seen[:2]] == [loading.message] * 2
+    assert seen[0][-1]["metadata"] == {"title": "Waiting until it is loaded", "status": "pending"}
+    assert [bubble["content"]["alt_text"] for bubble in seen[-1]] == ["A bell."]
+    assert len(FakeClient.asked) == 3
+
+    monkeypatch.setattr(FakeClient, "asked", [])
+    monkeypatch.setattr(page_reply, "ASK_AGAIN_AFTER_S", 60.0)
+    stop = asyncio.Event()
+    states = replied("http://x", tmp_path, ("draw", []), [], [], {}, stop)
+    await anext(states)
+    stop.set()
+    assert (await last(states))[0] == []
+    assert len(FakeClient.asked) == 1
 
 
 @pytest.fixture(scope="module")

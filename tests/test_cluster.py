@@ -39,7 +39,7 @@ def serving(preset: Path, log: Path) -> Iterator[tuple[str, "subprocess.Popen[by
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + START_S
-        while "Chat page" not in log.read_text():
+        while "Ready after" not in log.read_text():
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
@@ -245,6 +245,40 @@ def test_a_decoder_that_died_is_not_promised_until_it_is_back(
     assert down.value.response.headers["retry-after"]
     wait_until(lambda: "image" in outputs(client))
     assert ask(client, "draw a bell")["parts"][1]["type"] == "image"  # type: ignore[index]
+
+
+def test_without_a_language_model_requests_end_in_time_and_health_says_why(
+    client: openai.OpenAI, service: tuple[str, "subprocess.Popen[bytes]"]
+) -> None:
+    address, process = service
+    named = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in descendants(process.pid)}
+    (victim,) = [int(pid) for pid, name in named.items() if b":LanguageModel" in name]
+    os.kill(victim, signal.SIGKILL)
+    wait_until(lambda: health(address)["parts"]["language_model"] == "gone")
+    told = health(address)
+    assert (told["status"], told["error"]["code"]) == ("unavailable", "model_loading")
+    began = time.monotonic()
+    refused: openai.APIStatusError | None = None
+    try:
+        ask(client, "hello")
+    except openai.APIStatusError as error:
+        refused = error
+    if refused is not None:  # otherwise it is back already
+        assert (refused.status_code, refused.code) == (503, "model_loading")
+        assert refused.response.headers["retry-after"]
+    assert time.monotonic() - began < 30
+    wait_until(lambda: health(address)["status"] == "ok")
+    assert ask(client, "draw a bell")["parts"][1]["type"] == "image"  # type: ignore[index]
+
+
+def health(address: str) -> dict[str, Any]:
+    """Return what ``/health`` says, whatever its status."""
+    try:
+        with urllib.request.urlopen(f"{address}/health") as answer:
+            value: dict[str, Any] = json.load(answer)
+    except urllib.error.HTTPError as error:
+        value = json.load(error)
+    return value
 
 
 def outputs(client: openai.OpenAI) -> list[str]:

@@ -16,17 +16,12 @@ from decoders.settings import DecodeSettings
 from encoders.media import Modality
 from services.agent import Agent
 from services.artefacts import ArtefactStore
-from services.boxes import Finished, Made, Preview, SpokenSignal
+from services.boxes import BoxState, Finished, Made, Preview, SpokenSignal
+from services.cluster import ClusterStatus, Line
 from services.deployments import AgentReplica, DecoderReplica, EncoderReplica, LanguageModelReplica
 from services.events import PartDone, PartFailed, PartPreview, PartProgress, TurnStarted
 from services.messages import TurnOptions
-from services.remote_boxes import (
-    ClusterStatus,
-    RemoteAgent,
-    RemoteDecoder,
-    RemoteEncoder,
-    RemoteLanguageModel,
-)
+from services.remote_boxes import RemoteAgent, RemoteDecoder, RemoteEncoder, RemoteLanguageModel
 from tests.fake_boxes import FakeDecoder, FakeEncoder, FakeSpeaker, said
 
 IMAGE = Modality.IMAGE
@@ -93,13 +88,18 @@ def replica(kind: type, box: object) -> Any:
     return shell
 
 
-def remote_decoder(decoder: FakeDecoder) -> RemoteDecoder:
-    class AllUp(ClusterStatus):
-        async def is_running(self, deployment: str) -> bool:
-            return True
+class AllUp(ClusterStatus):
+    async def state(self, deployment: str) -> BoxState:
+        return BoxState.READY
 
-    handle: Any = Handle(replica(DecoderReplica, decoder))
-    return RemoteDecoder(handle, IMAGE, AllUp(), "ImageDecoder")
+
+def line(replica: object, box: str) -> Line:
+    handle: Any = Handle(replica)
+    return Line(handle, box, "Replica", AllUp())
+
+
+def remote_decoder(decoder: FakeDecoder) -> RemoteDecoder:
+    return RemoteDecoder(line(replica(DecoderReplica, decoder), "image decoder"), IMAGE)
 
 
 def remote_agent(store: ArtefactStore, decoder: FakeDecoder) -> RemoteAgent:
@@ -107,12 +107,12 @@ def remote_agent(store: ArtefactStore, decoder: FakeDecoder) -> RemoteAgent:
     speaker = FakeSpeaker(SpokenSignal(IMAGE, "a bell", zeros, zeros), Finished("stop"))
     shell = object.__new__(AgentReplica)
     shell.agent = Agent(
-        encode=FakeEncoder(),  # type: ignore[arg-type]
-        generate=speaker,  # type: ignore[arg-type]
+        encode=FakeEncoder(),
+        generate=speaker,
         decode={IMAGE: remote_decoder(decoder)},
         store=store,
     )
-    return RemoteAgent(Handle(shell))  # type: ignore[arg-type]
+    return RemoteAgent(line(shell, "agent"), {})
 
 
 async def test_the_user_the_source_and_the_wish_for_previews_reach_the_decoder(store: ArtefactStore) -> None:
@@ -143,9 +143,9 @@ async def test_every_replica_counts_under_its_own_name(monkeypatch: pytest.Monke
     for kind, remote in (
         (EncoderReplica, RemoteEncoder),
         (LanguageModelReplica, RemoteLanguageModel),
-        (DecoderReplica, lambda handle: RemoteDecoder(handle, IMAGE, ClusterStatus(), "ImageDecoder")),
+        (DecoderReplica, lambda line: RemoteDecoder(line, IMAGE)),
     ):
-        box: Any = remote(Handle(replica(kind, Counting())))  # type: ignore[operator]
+        box: Any = remote(line(replica(kind, Counting()), "box"))  # type: ignore[operator]
         assert await box.counts() == {"r1": {"slots": 8}}
 
 
@@ -154,16 +154,9 @@ async def test_every_replica_of_the_agent_counts_what_it_asked_about(
 ) -> None:
     name = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r1"))
     monkeypatch.setattr(serve, "get_replica_context", lambda: name)
-    monkeypatch.setattr(FakeEncoder, "counts", _nothing, raising=False)
-    monkeypatch.setattr(FakeSpeaker, "counts", _nothing, raising=False)
     remote = remote_agent(store, FakeDecoder(store, IMAGE))
-    monkeypatch.setattr(FakeDecoder, "counts", _nothing, raising=False)
     [event async for event in remote.turn(said(), TurnOptions())]
     assert (await remote.counts())["agent"] == {"r1": {"media_total": 1, "asked_total": 0}}
-
-
-async def _nothing(box: object) -> dict[str, dict[str, float]]:
-    return {}
 
 
 async def test_a_box_that_does_not_answer_counts_nothing() -> None:
@@ -171,8 +164,7 @@ async def test_a_box_that_does_not_answer_counts_nothing() -> None:
         async def counts(self) -> None:
             raise OSError("gone")
 
-    handle: Any = Handle(replica(EncoderReplica, Broken()))
-    assert await RemoteEncoder(handle).counts() == {}
+    assert await RemoteEncoder(line(replica(EncoderReplica, Broken()), "encoder")).counts() == {}
 
 
 async def test_parts_are_cancelled_and_made_again_in_the_replica_of_the_agent(store: ArtefactStore) -> None:

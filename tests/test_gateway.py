@@ -13,6 +13,7 @@ import pytest
 from services import turn_stream
 from services.artefacts import ArtefactStore
 from services.asgi import with_pings
+from services.boxes import BoxState
 from services.errors import BadRequest
 from services.events import (
     PartFailed,
@@ -228,10 +229,46 @@ async def test_health_and_models_say_what_can_be_made_now(preset: Preset, store:
         same = (await http.get("/v1/models/tiny")).json()
         other = await http.get("/v1/models/gpt-9")
     assert (health["status"], health["unavailable"]) == ("degraded", ["audio"])
+    assert health["parts"] == {
+        "encoder": "ready",
+        "language_model": "ready",
+        "image": "ready",
+        "video": "ready",
+        "audio": "gone",
+    }
     assert model == same
     assert model["input_modalities"] == ["text", "image", "video", "audio"]
     assert model["output_modalities"] == ["text", "image", "video"]
     assert (other.status_code, other.json()["error"]["code"]) == (404, "model_not_found")
+
+
+@pytest.mark.parametrize(
+    ("part", "now", "status", "code"),
+    [
+        ("language_model", BoxState.LOADING, "loading", 503),
+        ("language_model", BoxState.GONE, "unavailable", 503),
+        ("encoder", BoxState.LOADING, "loading", 200),
+        ("encoder", BoxState.GONE, "degraded", 200),
+        ("audio", BoxState.LOADING, "loading", 200),
+        ("audio", BoxState.READY, "ok", 200),
+    ],
+)
+async def test_health_says_what_each_part_is_doing(
+    preset: Preset, store: ArtefactStore, part: str, now: BoxState, status: str, code: int
+) -> None:
+    agent = FakeAgent()
+    agent.now |= {"audio": BoxState.READY, part: now}
+    async with client(build_gateway(preset, agent, store)) as http:
+        answer = await http.get("/health")
+        (model,) = (await http.get("/v1/models")).json()["data"]
+    health = answer.json()
+    assert (answer.status_code, health["status"], health["parts"][part]) == (code, status, now)
+    assert health["unavailable"] == ([] if now is BoxState.READY else [part])
+    if code == 503:  # no request can be answered: who balances loads looks at the status alone
+        assert health["error"]["code"] == "model_loading"
+        assert answer.headers["retry-after"]
+    reads = ["text"] if part == "encoder" else ["text", "image", "video", "audio"]
+    assert model["input_modalities"] == reads
 
 
 async def test_errors_of_routing_are_in_the_same_form(preset: Preset, store: ArtefactStore) -> None:
@@ -291,7 +328,7 @@ async def test_a_stream_pings_while_only_progress_comes_that_nobody_asked_for(
 
 async def test_a_mistake_of_ours_has_a_request_id_too(preset: Preset, store: ArtefactStore) -> None:
     class Broken(FakeAgent):
-        async def outputs(self) -> Any:
+        async def states(self) -> Any:
             raise RuntimeError("secret")
 
     async with client(build_gateway(preset, Broken(), store)) as http:

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "services": {"alignment", "encoders", "llm", "decoders"},
     "deploy": {"services", "alignment", "encoders", "llm", "decoders"},
 }
-RAY_FILES = {"services/deployments.py", "services/remote_boxes.py", "deploy/app.py", "deploy/serve.py"}
+RAY_FILES = {"services/deployments.py", "services/cluster.py", "deploy/app.py", "deploy/serve.py"}
 SOURCES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
 
 

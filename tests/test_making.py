@@ -12,6 +12,7 @@ import pytest
 from decoders.settings import DecodeSettings
 from services.artefacts import Artefact, ArtefactStore
 from services.boxes import (
+    BoxState,
     Finished,
     Words,
 )
@@ -148,7 +149,10 @@ async def test_a_failed_part_is_made_again_from_the_same_signal_without_the_lang
     assert other.users[-1] == "user ann"
 
 
-async def test_a_part_that_cannot_be_made_again_says_why(store: ArtefactStore) -> None:
+async def test_a_part_that_cannot_be_made_again_says_why(
+    store: ArtefactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.agent.PATIENCE_S", 0.05)
     decoder = FakeDecoder(store, IMAGE, steps=1000, step_s=0.01)
     limits = {IMAGE: CostLimits(steps=10)}
     speaker = FakeSpeaker(Words("Here."), signal(IMAGE), Finished("stop"))
@@ -171,8 +175,10 @@ async def test_a_part_that_cannot_be_made_again_says_why(store: ArtefactStore) -
     assert await refusal(turn, 0) == "part_not_found"
     assert await refusal("0" * 32, 1) == "part_not_found"
     assert await refusal(turn, 1, steps=11) == "decoder_limit_exceeded"
-    decoder.up = False
+    decoder.now = BoxState.GONE
     assert await refusal(turn, 1) == "decoder_unavailable"
+    decoder.now = BoxState.LOADING
+    assert await refusal(turn, 1) == "model_loading"
 
 
 async def test_an_edit_starts_from_the_newest_medium_of_its_kind(store: ArtefactStore) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -13,7 +15,8 @@ import pytest
 from ray import serve
 from ray.exceptions import ActorDiedError
 
-from deploy.serve import _wait_until_it_answers, _why, main, ready_within_s
+from deploy.serve import _health_lacks, _page_lacks, _wait_until, _why, main, ready_within_s
+from services.errors import PresetProblem
 from services.presets import load_preset
 
 
@@ -60,24 +63,53 @@ def test_a_service_may_take_longer_to_come_up_the_more_weights_it_reads(
     assert ready_within_s(load_preset(str(path))) == small + 200
 
 
-def test_a_proxy_of_the_environment_is_not_asked_for_our_own_service(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Ready(BaseHTTPRequestHandler):
+@contextmanager
+def answering(*answers: tuple[int, bytes]) -> Iterator[str]:
+    """Serve these answers, the last one for ever, and yield the address."""
+    left = list(answers)
+
+    class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(200)
+            status, body = left.pop(0) if len(left) > 1 else left[0]
+            self.send_response(status)
             self.end_headers()
-            self.wfile.write(b'{"status": "ok"}')
+            self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Ready) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         Thread(target=server.serve_forever).start()
         try:
-            monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-            monkeypatch.delenv("no_proxy", raising=False)
-            _wait_until_it_answers(f"http://127.0.0.1:{server.server_port}", within_s=1.0)
+            yield f"http://127.0.0.1:{server.server_port}"
         finally:
             server.shutdown()
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_our_own_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with answering((200, b'{"status": "ok"}')) as address:
+        assert _page_lacks(address) == ""
+        assert _health_lacks(address) == ""
+
+
+def test_what_is_still_loaded_is_waited_for_and_named_when_it_takes_too_long() -> None:
+    loading = (503, b'{"status": "loading", "unavailable": ["language_model", "image"]}')
+    with answering((404, b"no route"), loading, (200, b'{"status": "ok", "unavailable": []}')) as address:
+        lacking = [_health_lacks(address) for _ in range(3)]
+    assert lacking == ["an answer", "language_model, image", ""]
+    assert _health_lacks(address) == "an answer"  # nobody is there any more
+    with pytest.raises(PresetProblem, match="did not come up within 0 s; it lacks language_model, image"):
+        _wait_until(lambda: lacking[1], 0.0, lambda: None)
+
+
+def test_a_service_that_failed_is_not_waited_for() -> None:
+    def failed() -> None:
+        raise RuntimeError("out of paint")
+
+    with pytest.raises(RuntimeError, match="out of paint"):
+        _wait_until(lambda: "an answer", 60.0, failed)
 
 
 def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
