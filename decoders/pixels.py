@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from decoders.settings import WrongSetting
+
 VAE_BATCH_PIXELS = 2**21
 """Pixels that go through the VAE's decoder at once; more are split, to bound its memory."""
 
@@ -54,10 +56,11 @@ def from_pixels(vae: Any, frames: Sequence[NDArray[np.uint8]], width_px: int, he
 
 
 def check_multiple(name: str, value: int, factor: int) -> int:
-    """Return ``value`` divided by ``factor``; raise ValueError when it does not divide."""
+    """Return ``value`` divided by ``factor``; raise WrongSetting when it does not divide."""
     if value % factor:
-        raise ValueError(
+        raise WrongSetting(
+            name,
             f"{name} is {value}; this decoder makes multiples of {factor}. "
-            f"Ask for {max(factor, round(value / factor) * factor)}."
+            f"Ask for {max(factor, round(value / factor) * factor)}.",
         )
     return value // factor

@@ -24,6 +24,14 @@ USUAL_STRENGTH = 0.6
 _NUMBERS = {"guidance_scale": (0.0, 50.0), "duration_s": (0.05, 120.0), "fps": (0.1, 240.0)}
 
 
+class WrongSetting(ValueError):
+    """A setting that a decoder cannot follow; ``name`` is its field in :class:`DecodeSettings`."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
 def _check(name: str, value: object) -> None:
     """Raise ValueError when ``value`` is out of the range of the field ``name``."""
     if value is None:
@@ -105,13 +113,14 @@ class DecodeSettings:
         return replace(self, seed=seed)
 
     def only(self, *allowed: str) -> None:
-        """Raise ValueError when a size is given that is not in ``allowed``."""
+        """Raise WrongSetting when a size is given that is not in ``allowed``."""
         for name in ("width_px", "height_px", "num_frames", "duration_s"):
             value = getattr(self, name)
             if value is not None and name not in allowed:
-                raise ValueError(
+                raise WrongSetting(
+                    name,
                     f"{name} is {value}, but this decoder has no {name}; it takes "
-                    f"{', '.join(allowed) or 'no size'}. Leave {name} out."
+                    f"{', '.join(allowed) or 'no size'}. Leave {name} out.",
                 )
 
 

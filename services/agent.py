@@ -29,6 +29,7 @@ from services.boxes import (
     EncodeBox,
     Finished,
     GenerateBox,
+    Made,
     Preview,
     Progress,
     PromptMessage,
@@ -47,8 +48,9 @@ from services.events import (
     TurnDone,
     TurnFailed,
     TurnStarted,
+    new_turn_id,
 )
-from services.making import Making, Order, Told, changed, kept
+from services.making import Making, Order, PartFailure, Told, changed, kept
 from services.messages import MEDIA, MediaPart, Message, TurnOptions
 from services.presets import AdapterPreset, CostLimits, GenerationDefaults, Limits
 from services.reading import Reader
@@ -155,20 +157,88 @@ class Agent:
             self._check_adapter(wishes.lora, modality, "lora")
         self._check_up([modality], await self._ready({}, [modality]), param=None)
         order = replace(order, settings=settings, user=_user(user, turn), previews=previews)
-        told: asyncio.Queue[Told] = asyncio.Queue()
         medium = MediumState(modality, signal.caption, 0.0)
+        yield PartStarted(index=index, modality=modality, caption=signal.caption)
+        async with aclosing(self._told_of(order)) as told:
+            async for item in told:
+                match item:
+                    case Progress() | Preview():
+                        yield _step_event(index, item)
+                    case _:
+                        medium.settle(index, item)
+        assert medium.outcome is not None
+        yield medium.outcome
+
+    async def _told_of(self, order: Order) -> AsyncGenerator[Told, None]:
+        """Make one medium of which everything is stored that is to be, and yield what is told of it."""
+        told: asyncio.Queue[Told] = asyncio.Queue()
         task = self.making.start(order, told.put_nowait, again=True)
         try:
-            yield PartStarted(index=index, modality=modality, caption=signal.caption)
-            while medium.outcome is None:
-                match await told.get():
-                    case Progress() | Preview() as step:
-                        yield _step_event(index, step)
-                    case outcome:
-                        medium.settle(index, outcome)
-            yield medium.outcome
+            while True:
+                item = await told.get()
+                yield item
+                if isinstance(item, Made | PartFailure):
+                    return
         finally:
             await _end([task])
+
+    def make(
+        self,
+        modality: Modality,
+        caption: str,
+        settings: DecodeSettings,
+        *,
+        user: str | None = None,
+        previews: int = 0,
+    ) -> AsyncGenerator[Event, None]:
+        """Make one medium of words, read by its decoder's own text encoder and not by the language model.
+
+        The last event is :class:`PartDone`, or :class:`TurnFailed` where it could not be made; no other error
+        leaves here. Closing the stream stops the decoder.
+        """
+        return _told(self._made(modality, caption, settings, user, previews))
+
+    async def _made(
+        self, modality: Modality, caption: str, settings: DecodeSettings, user: str | None, previews: int
+    ) -> AsyncGenerator[Event, None]:
+        if modality not in self.decode:
+            made = ", ".join(known.value for known in self.decode) or "nothing but text"
+            raise BadRequest(
+                f"This model cannot make {modality.value}; it makes {made}. Ask for that.",
+                code="unsupported_modality",
+            )
+        if modality in self.cost_limits:
+            self.cost_limits[modality].check(settings, modality, place="")
+        if settings.lora is not None:
+            self._check_adapter(settings.lora, modality, "lora")
+        self._check_up([modality], await self._ready({}, [modality]), param=None)
+        if settings.seed is None:
+            settings = replace(settings, seed=secrets.randbelow(2**31))
+        turn = new_turn_id()
+        order = Order(
+            turn=turn,
+            index=0,
+            signal=SpokenSignal.of_words(modality, caption),
+            settings=settings,
+            user=_user(user, turn),
+            previews=previews,
+        )
+        medium = MediumState(modality, caption, 0.0)
+        started = False
+        async with aclosing(self._told_of(order)) as told:
+            async for item in told:
+                if isinstance(item, PartFailure):
+                    raise item.error
+                if not started:  # a decoder that takes no more says so before it begins
+                    started = True
+                    yield PartStarted(index=0, modality=modality, caption=caption)
+                match item:
+                    case Progress() | Preview():
+                        yield _step_event(0, item)
+                    case Made():
+                        medium.settle(0, item)
+        assert medium.outcome is not None
+        yield medium.outcome
 
     async def _events(
         self, conversation: Sequence[Message], options: TurnOptions

@@ -181,6 +181,11 @@ def retry_after(error: ServiceError) -> dict[str, str]:
     return {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
 
 
+def named_sse(name: str, value: object) -> str:
+    """Return one server-sent event with a name."""
+    return f"event: {name}\n{sse(value)}"
+
+
 def sse(value: object) -> str:
     """Return one server-sent event."""
     return f"data: {json.dumps(value, separators=(',', ':'))}\n\n"

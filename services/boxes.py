@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,7 +118,8 @@ class SpokenSignal:
     """A medium the model chose to make: its caption and its signal block.
 
     ``hidden`` are the states at the signal tokens and ``embeddings`` their input embeddings, both
-    ``(k, llm_width)``. ``confidence`` in [0, 1] is how probable this kind of medium was.
+    ``(k, llm_width)``. ``confidence`` in [0, 1] is how probable this kind of medium was. Where nobody
+    spoke, there are no states, and the decoder's own text encoder reads the caption.
     """
 
     modality: Modality
@@ -126,6 +127,16 @@ class SpokenSignal:
     hidden: Array
     embeddings: Array
     confidence: float = 1.0
+
+    @classmethod
+    def of_words(cls, modality: Modality, caption: str) -> Self:
+        """Return what asks for a medium with words alone."""
+        return cls(modality, caption, np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32))
+
+    @property
+    def is_words(self) -> bool:
+        """Whether there are no states of a language model."""
+        return self.hidden.size == 0
 
 
 @dataclass(frozen=True)

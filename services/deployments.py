@@ -234,6 +234,15 @@ class AgentReplica:
             async for event in events:
                 yield event
 
+    async def make(
+        self, modality: Modality, caption: str, settings: DecodeSettings, *, user: str | None, previews: int
+    ) -> AsyncGenerator[Event, None]:
+        """Stream the events of a medium that is made of words."""
+        made = self.agent.make(modality, caption, settings, user=user, previews=previews)
+        async with aclosing(made) as events:
+            async for event in events:
+                yield event
+
     async def adapters(self) -> list[AdapterState]:
         """Return the adapters of every replica of the boxes that have some."""
         boxes = {adapter.box for adapter in self.agent.adapters.values()}

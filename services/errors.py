@@ -10,7 +10,9 @@ import errno
 from typing import Any
 
 from decoders.failures import DecoderOutOfMemory, QueueFull
+from decoders.settings import WrongSetting
 from encoders.media import MediaError
+from services.setting_names import IN_REQUESTS, in_requests
 
 
 class ServiceError(Exception):
@@ -170,6 +172,9 @@ def translate(error: BaseException) -> ServiceError:
             code="storage_full",
             retry_after_s=60,
         )
+    if isinstance(error, WrongSetting):
+        told = IN_REQUESTS.get(error.name, error.name)
+        return BadRequest(in_requests(message, error.name), code="invalid_value", param=told)
     if isinstance(error, ValueError):
         return BadRequest(
             message, code=str(getattr(error, "code", "invalid_value")), param=getattr(error, "param", None)

@@ -33,6 +33,7 @@ from services.asgi import (
 )
 from services.boxes import BoxState, Counts, not_ready
 from services.chat_completions import Completion
+from services.direct_requests import MediumMaker
 from services.errors import (
     BadRequest,
     Internal,
@@ -44,6 +45,7 @@ from services.errors import (
 )
 from services.events import Event
 from services.files import files_router
+from services.image_routes import images_router
 from services.messages import MEDIA, Message, TurnOptions
 from services.metrics import MEDIA_TYPE, exposition
 from services.part_routes import PartMaker, parts_router
@@ -58,7 +60,7 @@ SPEAKERS = ("agent", "language_model")
 """What every reply needs. Only an agent in another process can be away."""
 
 
-class TurnMaker(PartMaker, Protocol):
+class TurnMaker(PartMaker, MediumMaker, Protocol):
     """The agent, as the gateway needs it."""
 
     def turn(self, conversation: Sequence[Message], options: TurnOptions) -> AsyncGenerator[Event, None]:
@@ -107,7 +109,14 @@ def build_gateway(
             include_usage=wishes is not None and wishes.include_usage,
         )
 
+    def adapter_of(model: str | None) -> str | None:
+        name, adapter = split_model(model or preset.name, preset.adapters)
+        if name != preset.name:
+            raise _no_model(model, preset)
+        return adapter
+
     app.include_router(files_router(store, limits.media.budget()))
+    app.include_router(images_router(agent, store, adapter_of, limits.max_decoder_calls))
     app.include_router(parts_router(agent, new_completion))
     if adapters is not None:
         app.include_router(adapter_routes(preset.adapters, adapters))
@@ -115,9 +124,7 @@ def build_gateway(
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         chat = read_chat_request(await read_json(request))
-        name, adapter = split_model(chat.model or preset.name, preset.adapters)
-        if name != preset.name:
-            raise _no_model(chat.model, preset)
+        adapter = adapter_of(chat.model)
         options = chat.options()
         if adapter is not None:
             options = replace(options, adapters=(adapter, *options.adapters))

@@ -14,6 +14,7 @@ from decoders.projection import OutputProjection, OutputProjectionConfig
 from decoders.text_readers import round_mask
 from decoders.whole_pipeline import WholePipeline
 from services.boxes import SpokenSignal
+from services.loading import LOADING
 
 
 class Link(Protocol):
@@ -66,5 +67,6 @@ class CaptionLink:
         self.decoder = decoder
 
     def condition(self, signal: SpokenSignal) -> Condition:
-        """Encode the caption."""
-        return self.decoder.encode_caption(signal.caption)
+        """Encode the caption; the first one may load the text encoder."""
+        with LOADING:
+            return self.decoder.encode_caption(signal.caption)

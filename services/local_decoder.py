@@ -165,7 +165,10 @@ class LocalDecoder:
         settings = self.chosen.fill(settings)
         name = settings.lora
         async with self.pool.use(self.key, need, self._engine) as engine:
-            link = self.link(engine) if self._is_linked else await asyncio.to_thread(self.link, engine)
+            if signal.is_words:
+                link: Link = CaptionLink(engine.decoder)
+            else:
+                link = self.link(engine) if self._is_linked else await asyncio.to_thread(self.link, engine)
             condition = await engine.call(lambda: link.condition(signal))
             start, settings = await self._start(engine, settings, source)
             steps = steps_run(settings.steps or engine.decoder.defaults.steps, settings.strength or 1.0)
@@ -221,7 +224,7 @@ class LocalDecoder:
         manifest = {
             **decoded.manifest,
             "caption": signal.caption,
-            "link": self.chosen.link,
+            "link": "caption" if signal.is_words else self.chosen.link,
             "preset": self.preset.name,
             "made_by": "patchbay",
         }

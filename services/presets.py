@@ -20,6 +20,7 @@ from encoders.tiler import Tiling, TilingName
 from services.compiling import Compile
 from services.errors import BadRequest, PresetProblem
 from services.origins import DtypeName, Origin, Strict
+from services.setting_names import IN_REQUESTS
 
 SHIPPED = Path(__file__).resolve().parent.parent / "deploy" / "presets"
 
@@ -78,6 +79,14 @@ class LanguageModelPreset(BoxPreset):
     compile: Compile = False
 
 
+OWN_SIZES = {
+    Modality.IMAGE: ("width_px", "height_px"),
+    Modality.VIDEO: ("width_px", "height_px", "num_frames"),
+    Modality.AUDIO: ("duration_s",),
+}
+"""The settings of a decoder that say how large its medium is."""
+
+
 class CostLimits(Strict):
     """The most that one request may ask of a decoder."""
 
@@ -87,17 +96,31 @@ class CostLimits(Strict):
     duration_s: float = Field(default=30.0, gt=0)
 
     def check(self, settings: DecodeSettings, modality: Modality, *, place: str) -> None:
-        """Raise BadRequest when ``settings`` ask for more; ``place`` is where in the request they stand."""
-        for name, given, most in (
+        """Raise BadRequest when ``settings`` ask for more, or for a size that such a medium does not have.
+
+        ``place`` is where in the request they stand.
+        """
+        own = dict.fromkeys(IN_REQUESTS.get(name, name) for name in OWN_SIZES[modality])
+        size = None if settings.width_px is None else f"{settings.width_px}x{settings.height_px}"
+        sizes = {"size": size, "num_frames": settings.num_frames, "seconds": settings.duration_s}
+        for told, given in sizes.items():
+            if given is not None and told not in own:
+                raise BadRequest(
+                    f"{told} is {given}, and {modality.value} has no such setting; how large it is, "
+                    f"{' and '.join(own)} says. Leave {told} out.",
+                    code="invalid_value",
+                    param=f"{place}{told}",
+                )
+        for name, wish, most in (
             ("num_inference_steps", settings.steps, self.steps),
             ("size", settings.width_px, self.side_px),
             ("size", settings.height_px, self.side_px),
             ("num_frames", settings.num_frames, self.num_frames),
             ("seconds", settings.duration_s, self.duration_s),
         ):
-            if given is not None and given > most:
+            if wish is not None and wish > most:
                 raise BadRequest(
-                    f"{name} is {given:g}; for {modality.value} this model allows at most {most:g}. "
+                    f"{name} is {wish:g}; for {modality.value} this model allows at most {most:g}. "
                     "Ask for less.",
                     code="decoder_limit_exceeded",
                     param=f"{place}{name}",
@@ -238,14 +261,9 @@ class Preset(Strict):
     def _only_sizes_of_its_own(cls, decoders: dict[Modality, DecoderPreset]) -> dict[Modality, DecoderPreset]:
         if Modality.TEXT in decoders:
             raise ValueError("text needs no decoder; name image, video or audio")
-        own = {
-            Modality.IMAGE: {"width_px", "height_px"},
-            Modality.VIDEO: {"width_px", "height_px", "num_frames"},
-            Modality.AUDIO: {"duration_s"},
-        }
         for modality, decoder in decoders.items():
             for name in ("width_px", "height_px", "num_frames", "duration_s"):
-                if getattr(decoder, name) is not None and name not in own[modality]:
+                if getattr(decoder, name) is not None and name not in OWN_SIZES[modality]:
                     raise ValueError(f"{modality.value} has no {name}; leave it out")
             if modality is Modality.AUDIO and decoder.vae != "whole":
                 raise ValueError("audio has no pictures to slice or tile; leave vae out")

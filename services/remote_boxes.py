@@ -151,6 +151,21 @@ class RemoteAgent:
             async for event in events:
                 yield event
 
+    async def make(
+        self,
+        modality: Modality,
+        caption: str,
+        settings: DecodeSettings,
+        *,
+        user: str | None = None,
+        previews: int = 0,
+    ) -> AsyncGenerator[Event, None]:
+        """Stream the events of a medium that is made of words."""
+        made = self._events("make", modality, caption, settings, user=user, previews=previews)
+        async with aclosing(made) as events:
+            async for event in events:
+                yield event
+
     async def _events(self, method: str, *args: Any, **wishes: Any) -> AsyncGenerator[Event, None]:
         try:
             async with aclosing(self.line.stream(method, *args, **wishes)) as stream:

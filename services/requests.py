@@ -29,6 +29,7 @@ from encoders.media import Modality
 from services.artefacts import ArtefactStore
 from services.errors import BadRequest, ServiceError
 from services.messages import MAX_PREVIEWS, MediaPart, Message, Part, Role, SpokenPart, TextPart, TurnOptions
+from services.setting_names import IN_REQUESTS, in_requests
 
 DATA_URL = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]*)*;base64,", re.IGNORECASE)
 OWN_URL = re.compile(r"(?:https?://[^/]+)?/v1/files/(?P<id>file-[0-9a-f]{32})/content")
@@ -41,15 +42,6 @@ OWN_PARTS = {modality.value: modality for modality in (Modality.IMAGE, Modality.
 PART_TYPES = ("text", *URL_PARTS, "input_audio", "file")
 
 JsonObject = Mapping[str, Any]
-
-
-IN_REQUESTS = {
-    "steps": "num_inference_steps",
-    "width_px": "size",
-    "height_px": "size",
-    "duration_s": "seconds",
-}
-"""What a request calls settings of a decoder that have another name inside."""
 
 
 class Body(BaseModel):
@@ -102,7 +94,7 @@ class DecoderRequest(Body):
                 DecodeSettings(**{name: wish})
             except ValueError as error:
                 told = IN_REQUESTS.get(name, name)
-                message = str(error).replace(f"{name} is", f"{told} is", 1)
+                message = in_requests(str(error), name)
                 raise BadRequest(message, code="invalid_value", param=told) from error
         return DecodeSettings(**wishes)
 
@@ -239,12 +231,16 @@ def read_messages(messages: Sequence[JsonObject], store: ArtefactStore) -> list[
     conversation = [_message(message, f"messages[{place}]", store) for place, message in enumerate(messages)]
     for place, message in enumerate(conversation):
         for part in message.parts:
-            _expect_characters(part, f"messages[{place}]")
+            expect_whole_characters(_words_of(part), f"messages[{place}]")
     return conversation
 
 
-def _expect_characters(part: Part, param: str) -> None:
-    words = part.caption if isinstance(part, SpokenPart) else part.text if isinstance(part, TextPart) else ""
+def _words_of(part: Part) -> str:
+    return part.caption if isinstance(part, SpokenPart) else part.text if isinstance(part, TextPart) else ""
+
+
+def expect_whole_characters(words: str, param: str) -> None:
+    """Raise BadRequest for half of a character, which JSON can hold and UTF-8 cannot."""
     try:
         words.encode()
     except UnicodeEncodeError as error:

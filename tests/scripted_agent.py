@@ -55,6 +55,7 @@ class FakeAgent:
         self.now = dict.fromkeys(("encoder", "language_model", "image", "video"), BoxState.READY)
         self.now["audio"] = BoxState.GONE
         self.retried: list[tuple[Any, ...]] = []
+        self.made: list[tuple[Any, ...]] = []
 
     async def turn(
         self, conversation: Sequence[Message], options: TurnOptions
@@ -77,6 +78,20 @@ class FakeAgent:
 
     async def cancel_part(self, turn: str, index: int) -> bool:
         return (turn, index) in self.running
+
+    async def make(
+        self,
+        modality: Modality,
+        caption: str,
+        settings: DecodeSettings,
+        *,
+        user: str | None = None,
+        previews: int = 0,
+    ) -> AsyncGenerator[Event, None]:
+        self.made.append((modality, caption, settings, user, previews))
+        async with aclosing(self.turn((), TurnOptions())) as events:
+            async for event in events:
+                yield event
 
     async def retry_part(
         self, turn: str, index: int, wishes: DecodeSettings, *, user: str | None = None, previews: int = 0

@@ -227,6 +227,32 @@ async def test_a_decoder_may_not_be_asked_for_more_than_its_limits(store: Artefa
     assert failed["param"] == "decoders.image.num_inference_steps"
 
 
+@pytest.mark.parametrize(
+    ("modality", "settings", "name", "way_out"),
+    [
+        (IMAGE, DecodeSettings(num_frames=8), "num_frames is 8", "size says. Leave num_frames out."),
+        (AUDIO, DecodeSettings(width_px=64, height_px=32), "size is 64x32", "seconds says. Leave size out."),
+        (
+            VIDEO,
+            DecodeSettings(duration_s=2.0),
+            "seconds is 2.0",
+            "size and num_frames says. Leave seconds out.",
+        ),
+    ],
+)
+async def test_a_size_that_such_a_medium_does_not_have_is_refused_before_anything_is_said(
+    store: ArtefactStore, modality: Modality, settings: DecodeSettings, name: str, way_out: str
+) -> None:
+    speaker, decoder = FakeSpeaker(Finished("stop")), FakeDecoder(store, modality)
+    the_agent = agent(store, speaker, decoder, cost_limits={modality: CostLimits()})
+    failed = failure(await events_of(the_agent, decoders={modality: settings}))
+    assert failed["code"] == "invalid_value"
+    assert failed["param"] == f"decoders.{modality.value}.{name.split()[0]}"
+    assert failed["message"].startswith(name)
+    assert failed["message"].endswith(way_out)
+    assert speaker.options is None
+
+
 async def test_media_get_seeds_that_follow_from_the_seed_of_the_turn(store: ArtefactStore) -> None:
     speaker = FakeSpeaker(signal(IMAGE), signal(IMAGE), Finished("stop"))
     the_agent = agent(store, speaker, FakeDecoder(store, IMAGE))

@@ -1,9 +1,12 @@
 import errno
 import pickle
+from collections.abc import Callable
 
 import pytest
 
 from decoders.failures import DecoderOutOfMemory, QueueFull
+from decoders.pixels import check_multiple
+from decoders.settings import DecodeSettings, WrongSetting
 from encoders.media import MediaError
 from services.errors import (
     KINDS,
@@ -55,6 +58,35 @@ def test_known_errors_keep_their_meaning(error: Exception, kind: type, code: str
     known = translate(error)
     assert type(known) is kind
     assert known.code == code
+
+
+@pytest.mark.parametrize(
+    ("refuse", "message", "param"),
+    [
+        (
+            lambda: DecodeSettings(num_frames=3).only("width_px", "height_px"),
+            "num_frames is 3, but this decoder has no num_frames; it takes size. Leave num_frames out.",
+            "num_frames",
+        ),
+        (
+            lambda: DecodeSettings(width_px=64).only("duration_s"),
+            "The width in size is 64, but this decoder has no size; it takes seconds. Leave size out.",
+            "size",
+        ),
+        (
+            lambda: check_multiple("height_px", 25, 8),
+            "The height in size is 25; this decoder makes multiples of 8. Ask for 24.",
+            "size",
+        ),
+    ],
+)
+def test_a_decoders_setting_is_called_what_the_request_calls_it(
+    refuse: Callable[[], object], message: str, param: str
+) -> None:
+    with pytest.raises(WrongSetting) as refused:
+        refuse()
+    told = translate(refused.value)
+    assert (told.status, told.code, told.message, told.param) == (400, "invalid_value", message, param)
 
 
 def test_a_full_queue_says_when_to_come_back() -> None:

@@ -116,6 +116,31 @@ def test_files_are_uploaded_and_referred_to(client: openai.OpenAI, tmp_path: Pat
     assert client.files.delete(file.id).deleted
 
 
+def test_pictures_are_made_of_words(client: openai.OpenAI) -> None:
+    answer = client.images.generate(prompt="a bell", n=2, size="16x16", extra_body={"seed": 3})  # type: ignore[call-overload]
+    assert [picture.model_extra["manifest"]["seed"] for picture in answer.data] == [3, 4]
+    file = client.get(answer.data[0].url, cast_to=openai.HttpxBinaryResponseContent).content
+    inline = client.images.generate(prompt="a bell", response_format="b64_json", extra_body={"seed": 3})
+    assert inline.data is not None
+    assert base64.b64decode(inline.data[0].b64_json or "") == file
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.images.generate(prompt=" ")
+    assert (refused.value.code, refused.value.param) == ("empty_message", "prompt")
+
+
+def test_a_picture_is_seen_while_it_is_made(client: openai.OpenAI) -> None:
+    stream = client.images.generate(
+        prompt="a bell", stream=True, partial_images=2, extra_body={"steps": 6, "seed": 3}
+    )
+    events = list(stream)
+    assert [event.type for event in events] == [
+        "image_generation.partial_image",
+        "image_generation.partial_image",
+        "image_generation.completed",
+    ]
+    assert all(read_media(base64.b64decode(event.b64_json)).modality is Modality.IMAGE for event in events)
+
+
 def test_errors_are_those_of_the_client(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="gpt-9", messages=[{"role": "user", "content": "hi"}])
