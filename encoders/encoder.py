@@ -23,6 +23,11 @@ class Encoder(Protocol):
         """What it can read."""
         ...
 
+    @property
+    def joint(self) -> bool:
+        """Whether the pooled vectors of all that it reads lie in one space and can be compared."""
+        ...
+
     def width_of(self, modality: Modality) -> int:
         """Return the size of one token, and of the pooled vector, of a medium of ``modality``."""
         ...

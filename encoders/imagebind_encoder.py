@@ -139,6 +139,11 @@ class ImageBindEncoder:
             self.tokens.save(folder)
 
     @property
+    def joint(self) -> bool:
+        """True: all towers end in one space, which is what ImageBind is for."""
+        return True
+
+    @property
     def width(self) -> int:
         """Size of one token, and of the pooled embedding."""
         return self.model.config.out_width

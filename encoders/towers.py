@@ -222,6 +222,11 @@ class TowerEncoder:
         seen = {Modality.IMAGE, Modality.VIDEO} if self.vision else set()
         return frozenset(seen | ({Modality.AUDIO} if self.audio else set()))
 
+    @property
+    def joint(self) -> bool:
+        """Whether all that it reads ends in one space: each tower was trained for itself."""
+        return self.vision is None or self.audio is None
+
     def width_of(self, modality: Modality) -> int:
         """Return the size of one token, and of the pooled vector, of a medium of ``modality``.
 

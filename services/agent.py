@@ -22,6 +22,7 @@ from services.adapters import chosen_adapters, no_adapter
 from services.artefacts import ArtefactStore
 from services.boxes import (
     LOCAL,
+    Array,
     Box,
     BoxState,
     Counts,
@@ -51,7 +52,7 @@ from services.events import (
     new_turn_id,
 )
 from services.making import Making, Order, PartFailure, Told, changed, kept
-from services.messages import MEDIA, MediaPart, Message, TurnOptions
+from services.messages import MEDIA, MediaPart, Message, TextPart, TurnOptions
 from services.presets import AdapterPreset, CostLimits, GenerationDefaults, Limits
 from services.reading import Reader
 from services.turn_state import MediumState, SpeechEnded, TurnState
@@ -126,6 +127,22 @@ class Agent:
         The last event is :class:`TurnDone` or :class:`TurnFailed`; no other error leaves here.
         """
         return _told(self._events(conversation, options))
+
+    async def embed(self, items: Sequence[TextPart | MediaPart]) -> list[Array]:
+        """Return a vector of length 1 for each item, all in one space.
+
+        Raises:
+            ServiceError: an item cannot be read, or the encoder is not ready.
+
+        """
+        for place, item in enumerate(items):
+            if isinstance(item, MediaPart):
+                try:
+                    self.reader.expect_readable(item)
+                except BadRequest as error:
+                    raise error.at(f"input[{place}]") from error
+        await self._ready({"encoder": self.encode}, [])
+        return await self.encode.embed(items)
 
     async def cancel_part(self, turn: str, index: int) -> bool:
         """Stop one medium of a turn and nothing else; return False when it is not being made here.

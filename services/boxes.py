@@ -19,7 +19,7 @@ from decoders.settings import DecodeSettings
 from encoders.media import Modality
 from services.artefacts import Artefact
 from services.errors import Unavailable
-from services.messages import Role
+from services.messages import MediaPart, Role, TextPart
 
 Array = NDArray[np.float32]
 
@@ -197,6 +197,13 @@ class EncodeBox(Box, Protocol):
 
     async def encode(self, artefact_id: str, expect: Modality | None) -> Encoded:
         """Read the artefact and encode it; a :class:`ServiceError` says why not."""
+        ...
+
+    async def embed(self, items: Sequence[TextPart | MediaPart]) -> list[Array]:
+        """Return a vector ``(width,)`` of length 1 for each item, all in one space.
+
+        A :class:`ServiceError` says why not, its ``param`` for which item.
+        """
         ...
 
 

@@ -28,6 +28,7 @@ from services.agent import Agent
 from services.artefacts import ArtefactStore
 from services.boxes import (
     LOCAL,
+    Array,
     Counts,
     Encoded,
     PromptMessage,
@@ -39,7 +40,7 @@ from services.boxes import (
 from services.cluster import ClusterStatus, Failure, Line
 from services.errors import ServiceError, translate
 from services.events import Event
-from services.messages import Message, TurnOptions
+from services.messages import MediaPart, Message, TextPart, TurnOptions
 from services.presets import Preset, load_preset
 from services.remote_boxes import RemoteAgent, RemoteDecoder, RemoteEncoder, RemoteLanguageModel
 
@@ -77,6 +78,13 @@ class EncoderReplica:
         """Encode one artefact."""
         try:
             return await self.box.encode(artefact_id, expect)
+        except Exception as error:  # noqa: BLE001  (the edge of a process: it must answer)
+            return _failure(error)
+
+    async def embed(self, items: Sequence[TextPart | MediaPart]) -> list[Array] | Failure:
+        """Return a unit vector for each item, all in one space."""
+        try:
+            return await self.box.embed(items)
         except Exception as error:  # noqa: BLE001  (the edge of a process: it must answer)
             return _failure(error)
 
@@ -220,6 +228,13 @@ class AgentReplica:
     async def own_counts(self) -> Mapping[str, Counts]:
         """Return what this replica of the agent counts."""
         return _named(self.agent.own_counts())
+
+    async def embed(self, items: Sequence[TextPart | MediaPart]) -> list[Array] | Failure:
+        """Return a unit vector for each item, all in one space."""
+        try:
+            return await self.agent.embed(items)
+        except Exception as error:  # noqa: BLE001  (the edge of a process: it must answer)
+            return _failure(error)
 
     async def cancel_part(self, turn: str, index: int) -> bool:
         """Stop one medium, if it is being made by this replica."""

@@ -34,6 +34,7 @@ from services.asgi import (
 from services.boxes import BoxState, Counts, not_ready
 from services.chat_completions import Completion
 from services.direct_requests import MediumMaker
+from services.embedding_routes import Embedder, embeddings_router
 from services.errors import (
     BadRequest,
     Internal,
@@ -51,6 +52,7 @@ from services.metrics import MEDIA_TYPE, exposition
 from services.part_routes import PartMaker, parts_router
 from services.presets import Preset
 from services.requests import StreamOptions, read_chat_request, read_messages
+from services.sound_routes import sounds_router
 from services.turn_stream import lines, opened
 
 logger = logging.getLogger(__name__)
@@ -60,7 +62,7 @@ SPEAKERS = ("agent", "language_model")
 """What every reply needs. Only an agent in another process can be away."""
 
 
-class TurnMaker(PartMaker, MediumMaker, Protocol):
+class TurnMaker(PartMaker, MediumMaker, Embedder, Protocol):
     """The agent, as the gateway needs it."""
 
     def turn(self, conversation: Sequence[Message], options: TurnOptions) -> AsyncGenerator[Event, None]:
@@ -118,6 +120,10 @@ def build_gateway(
     app.include_router(files_router(store, limits.media.budget()))
     app.include_router(images_router(agent, store, adapter_of, limits.max_decoder_calls))
     app.include_router(parts_router(agent, new_completion))
+    app.include_router(sounds_router(agent, store, adapter_of))
+    app.include_router(
+        embeddings_router(agent, store, adapter_of, name=preset.name, max_media=limits.max_media)
+    )
     if adapters is not None:
         app.include_router(adapter_routes(preset.adapters, adapters))
 

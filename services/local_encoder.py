@@ -6,16 +6,20 @@ The model is loaded at the first use, or by :meth:`LocalEncoder.load`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from encoders.media import MediaBudget, Modality, read_media
 from services.artefacts import ArtefactStore
-from services.boxes import LOCAL, BoxState, Counts, Encoded
+from services.boxes import LOCAL, Array, BoxState, Counts, Encoded
 from services.encoded_cache import EncodedCache, Key
-from services.errors import BadRequest
+from services.errors import BadRequest, ServiceError, translate
 from services.loading import loading
+from services.messages import MediaPart, TextPart
 from services.presets import Preset
 from services.worker import Worker
 
@@ -53,10 +57,50 @@ class LocalEncoder:
         key = artefact.sha256, expect
         if (known := self.cache.find(key)) is not None:
             return known
-        async with aclosing(self.worker.stream(lambda emit, stop: emit(self._run(artefact_id, key)))) as out:
+        return await self._worked(partial(self._run, artefact_id, key))
+
+    async def _worked(self, work: Callable[[], Encoded]) -> Encoded:
+        """Do something in the encoder's thread, when its turn comes."""
+        async with aclosing(self.worker.stream(lambda emit, stop: emit(work()))) as out:
             async for encoded in out:
                 return encoded
         raise AssertionError("an encoder ended without a result")
+
+    async def embed(self, items: Sequence[TextPart | MediaPart]) -> list[Array]:
+        """Return a unit vector for each item, all in one space; texts need an encoder that reads them."""
+        encoder = await asyncio.to_thread(self.load) if self.encoder is None else self.encoder
+        if not encoder.joint:
+            raise BadRequest(
+                "The encoder of this model has a space of its own for sounds, which cannot be compared with "
+                "that of pictures. Serve a preset whose encoder is an ImageBind, or reads one of both.",
+                code="unsupported_model",
+                param="model",
+            )
+        found: list[Array] = []
+        for place, item in enumerate(items):
+            try:
+                if isinstance(item, MediaPart):
+                    encoded = await self.encode(item.artefact_id, item.modality)
+                else:
+                    encoded = await self._worked(partial(self._read, encoder, item.text))
+            except (ServiceError, ValueError) as error:
+                raise translate(error).at(f"input[{place}]") from error
+            found.append(encoded.pooled / max(float(np.linalg.norm(encoded.pooled)), 1e-12))
+        return found
+
+    @staticmethod
+    def _read(encoder: Encoder, text: str) -> Encoded:
+        from encoders.imagebind_encoder import ImageBindEncoder
+
+        if not isinstance(encoder, ImageBindEncoder) or Modality.TEXT not in encoder.modalities:
+            raise BadRequest(
+                f"The encoder of this model has no text tower; it reads "
+                f"{', '.join(sorted(encoder.modalities))}. Embed media, as data URLs or file ids, or serve a "
+                "preset whose encoder reads text.",
+                code="unsupported_modality",
+            )
+        pooled: Array = encoder.embed_text([text])[0].numpy()
+        return Encoded(Modality.TEXT, np.zeros((0, len(pooled)), np.float32), pooled, ())
 
     async def state(self) -> BoxState:
         """Say that it is ready: in this process it is loaded when it is needed."""

@@ -85,11 +85,15 @@ class Reader:
             prompt.append(PromptMessage(message.role, tuple(parts)))
         return Read(prompt, newest)
 
-    async def _encoded(self, part: MediaPart) -> Encoded:
+    def expect_readable(self, part: MediaPart) -> None:
+        """Raise BadRequest for a medium that says it is of a kind that is not read."""
         if part.modality is not None and part.modality not in self.inputs:
             raise BadRequest(
                 f"This model cannot read {part.modality.value}; it reads "
                 f"{', '.join(('text', *(known.value for known in self.inputs)))}. Leave it out.",
                 code="unsupported_modality",
             )
+
+    async def _encoded(self, part: MediaPart) -> Encoded:
+        self.expect_readable(part)
         return await self.encode.encode(part.artefact_id, part.modality)

@@ -14,6 +14,7 @@ from decoders.settings import DecodeSettings
 from encoders.media import Modality
 from services.adapters import AdapterState
 from services.boxes import (
+    Array,
     BoxState,
     Counts,
     Encoded,
@@ -26,7 +27,7 @@ from services.boxes import (
 from services.cluster import Line
 from services.errors import ServiceError, Unavailable
 from services.events import Event, TurnFailed
-from services.messages import Message, TurnOptions
+from services.messages import MediaPart, Message, TextPart, TurnOptions
 
 STOPS_WITHIN_S = 60.0  # a step of a large video takes a while
 
@@ -45,6 +46,11 @@ class RemoteEncoder:
         """Read the artefact and encode it."""
         encoded: Encoded = await self.line.call("encode", artefact_id, expect)
         return encoded
+
+    async def embed(self, items: Sequence[TextPart | MediaPart]) -> list[Array]:
+        """Return a unit vector for each item."""
+        vectors: list[Array] = await self.line.call("embed", items)
+        return vectors
 
     async def counts(self) -> Mapping[str, Counts]:
         """Return what each replica counts."""
@@ -132,6 +138,11 @@ class RemoteAgent:
         """Return what the boxes count, by box and replica."""
         counts: Mapping[str, Mapping[str, Counts]] = await self.line.call("counts")
         return {**counts, "agent": await self.line.counts(method="own_counts")}
+
+    async def embed(self, items: Sequence[TextPart | MediaPart]) -> list[Array]:
+        """Return a unit vector for each item, all in one space."""
+        vectors: list[Array] = await self.line.call("embed", items)
+        return vectors
 
     async def cancel_part(self, turn: str, index: int) -> bool:
         """Stop one medium; return False when no replica is making it."""

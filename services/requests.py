@@ -278,17 +278,18 @@ def _content(content: object, param: str, store: ArtefactStore) -> list[Part]:
         return [TextPart(content)]
     if not isinstance(content, list):
         raise _wrong(param, f"content is {content!r:.80}; expected a string or a list of parts.")
-    parts = []
+    parts: list[Part] = []
     for place, part in enumerate(content):
         here = f"{param}[{place}]"
         try:
-            parts.append(_part(part, store))
+            parts.append(read_part(part, store))
         except ServiceError as error:
             raise error.at(here) from error
     return parts
 
 
-def _part(part: object, store: ArtefactStore) -> Part:
+def read_part(part: object, store: ArtefactStore) -> TextPart | MediaPart:
+    """Return one part of a message; a medium that came along is in ``store`` afterwards."""
     if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
         raise _wrong(None, f"A part is an object with a type, not {part!r:.80}.")
     kind = part["type"]

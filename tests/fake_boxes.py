@@ -14,6 +14,7 @@ from encoders.media import Modality
 from services.agent import Agent
 from services.artefacts import ArtefactStore
 from services.boxes import (
+    Array,
     BoxState,
     Encoded,
     Made,
@@ -31,7 +32,7 @@ from services.events import (
     TurnFailed,
     TurnStarted,
 )
-from services.messages import Message, Role, TextPart, TurnOptions
+from services.messages import MediaPart, Message, Role, TextPart, TurnOptions
 
 IMAGE, VIDEO, AUDIO = Modality.IMAGE, Modality.VIDEO, Modality.AUDIO
 
@@ -59,6 +60,9 @@ class FakeEncoder(FakeBox):
             raise BadRequest("This is not a sound.", code="unsupported_media")
         tokens = np.zeros((3, 4), dtype=np.float32)
         return Encoded(expect or IMAGE, tokens, tokens[0], (3,))
+
+    async def embed(self, items: Sequence[TextPart | MediaPart]) -> list[Array]:
+        return [np.ones(4, dtype=np.float32) / 2 for _ in items]
 
 
 class FakeSpeaker(FakeBox):

@@ -17,7 +17,7 @@ from decoders.settings import DecodeSettings
 from decoders.writing import to_mp4, to_png, to_wav
 from encoders.media import Audio, Image, Modality, Video
 from services.artefacts import ArtefactStore
-from services.boxes import BoxState
+from services.boxes import Array, BoxState
 from services.events import (
     Event,
     PartDone,
@@ -28,7 +28,7 @@ from services.events import (
     TurnStarted,
 )
 from services.gateway import build_gateway
-from services.messages import Message, TurnOptions
+from services.messages import MediaPart, Message, TextPart, TurnOptions
 from services.presets import Preset
 
 IMAGE, VIDEO, AUDIO = Modality.IMAGE, Modality.VIDEO, Modality.AUDIO
@@ -92,6 +92,9 @@ class FakeAgent:
         async with aclosing(self.turn((), TurnOptions())) as events:
             async for event in events:
                 yield event
+
+    async def embed(self, items: Sequence[TextPart | MediaPart]) -> list[Array]:
+        return [np.ones(4, dtype=np.float32) / 2 for _ in items]
 
     async def retry_part(
         self, turn: str, index: int, wishes: DecodeSettings, *, user: str | None = None, previews: int = 0

@@ -141,6 +141,18 @@ def test_a_picture_is_seen_while_it_is_made(client: openai.OpenAI) -> None:
     assert all(read_media(base64.b64decode(event.b64_json)).modality is Modality.IMAGE for event in events)
 
 
+def test_media_are_embedded_in_one_space(client: openai.OpenAI) -> None:
+    from tests.scripted_agent import MP4, PNG, data_url
+
+    given = [data_url(PNG, "image/png"), data_url(MP4, "video/mp4")]
+    answer = client.embeddings.create(model="tiny", input=given)
+    lengths = [sum(number**2 for number in each.embedding) for each in answer.data]
+    assert lengths == pytest.approx([1.0, 1.0])
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.embeddings.create(model="tiny", input="a bell")
+    assert (refused.value.code, refused.value.param) == ("unsupported_modality", "input[0]")
+
+
 def test_errors_are_those_of_the_client(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="gpt-9", messages=[{"role": "user", "content": "hi"}])
