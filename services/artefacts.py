@@ -78,10 +78,15 @@ class ArtefactStore:
             caption=caption,
             manifest=manifest,
         )
-        self.files.pipe_file(self._path(artefact.id, "bin"), data)
+        self._write(self._path(artefact.id, "bin"), data)
         # The description comes last: an id that can be looked up always has its bytes.
-        self.files.pipe_file(self._path(artefact.id, "json"), json.dumps(asdict(artefact)).encode())
+        self._write(self._path(artefact.id, "json"), json.dumps(asdict(artefact)).encode())
         return artefact
+
+    def _write(self, path: str, data: bytes) -> None:
+        """Write a file at one stroke: who reads it meanwhile sees what was there before, and all of it."""
+        self.files.pipe_file(f"{path}.part", data)
+        self.files.mv(f"{path}.part", path)
 
     def get(self, artefact_id: str) -> Artefact:
         """Return the description of an artefact."""
@@ -114,22 +119,36 @@ class ArtefactStore:
         except FileNotFoundError:  # somebody else removed it at the same moment
             raise self._unknown(artefact_id) from None
 
+    def of_purpose(self, purpose: str) -> list[Artefact]:
+        """Return all artefacts that were stored for ``purpose``."""
+        found = []
+        for name in self._ids():
+            try:
+                artefact = self.get(name)
+            except (NotFound, ValueError, KeyError, TypeError):  # removed meanwhile, or no file of ours
+                continue
+            if artefact.purpose == purpose:
+                found.append(artefact)
+        return found
+
+    def _ids(self) -> list[str]:
+        names = (str(path).rsplit("/", 1)[-1] for path in self.files.ls(self.root, detail=False))
+        return [name.removesuffix(".json") for name in names if name.endswith(".json")]
+
     def sweep(self, older_than_s: float) -> int:
         """Remove what was stored longer ago than ``older_than_s`` seconds; return how many artefacts."""
         limit = time.time() - older_than_s
         removed = 0
-        for path in self.files.ls(self.root, detail=False):
-            name = str(path).rsplit("/", 1)[-1]
-            if not name.endswith(".json"):
-                continue
+        for name in self._ids():
             try:
-                artefact = self.get(name.removesuffix(".json"))
+                artefact = self.get(name)
                 if artefact.created_at < limit:
                     self.delete(artefact.id)
                     removed += 1
             except NotFound:  # removed meanwhile, or no file of ours
                 continue
             except (ValueError, KeyError, TypeError):
+                path = self._path(name, "json")
                 logger.warning("%s describes no file and stays. Remove it by hand.", path)
         return removed
 

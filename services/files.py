@@ -62,7 +62,7 @@ def files_router(store: ArtefactStore, budget: MediaBudget) -> APIRouter:
 
     @router.api_route("/{file_id}/content", methods=["GET", "HEAD"])
     def content(file_id: str, request: Request) -> Response:
-        return _content(store, store.get(file_id), request.headers.get("range"))
+        return content_of(store, store.get(file_id), request.headers.get("range"))
 
     return router
 
@@ -99,7 +99,8 @@ def described(artefact: Artefact) -> dict[str, Any]:
     }
 
 
-def _content(store: ArtefactStore, artefact: Artefact, wanted: str | None) -> Response:
+def content_of(store: ArtefactStore, artefact: Artefact, wanted: str | None) -> Response:
+    """Return the bytes of an artefact, or the range of them that the header ``wanted`` names."""
     headers = {
         "Accept-Ranges": "bytes",
         "Cache-Control": "private, max-age=3600",

@@ -54,6 +54,8 @@ from services.presets import Preset
 from services.requests import StreamOptions, read_chat_request, read_messages
 from services.sound_routes import sounds_router
 from services.turn_stream import lines, opened
+from services.video_jobs import VideoJobs
+from services.video_routes import videos_router
 
 logger = logging.getLogger(__name__)
 
@@ -90,11 +92,13 @@ def build_gateway(
     created = int(time.time())
     limits = preset.limits
     expires_after_s = int(limits.files_expire_after_h * 3600)
+    jobs = VideoJobs(store)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         sweeper = asyncio.create_task(_sweep(store, expires_after_s))
         yield
+        await jobs.close()
         await end(sweeper)
 
     app = FastAPI(title="Patchbay", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
@@ -123,6 +127,9 @@ def build_gateway(
     app.include_router(sounds_router(agent, store, adapter_of))
     app.include_router(
         embeddings_router(agent, store, adapter_of, name=preset.name, max_media=limits.max_media)
+    )
+    app.include_router(
+        videos_router(agent, jobs, store, adapter_of, name=preset.name, expires_after_s=expires_after_s)
     )
     if adapters is not None:
         app.include_router(adapter_routes(preset.adapters, adapters))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from urllib.parse import quote
 
 import pytest
@@ -67,6 +68,26 @@ async def test_a_file_of_any_name_can_be_fetched(preset: Preset, store: Artefact
     told = answer.headers["content-disposition"]
     assert told.isascii()
     assert ("filename*=UTF-8''" + quote(name) in told) is not name.isascii()
+
+
+def test_who_reads_while_a_file_is_stored_anew_gets_all_of_it(store: ArtefactStore) -> None:
+    name = store.put(b"0" * 100_000, media_type="image/png", filename="a.png").id
+    ended = threading.Event()
+
+    def rewrite() -> None:
+        for digit in b"123456789" * 20:
+            data = bytes([digit]) * 100_000
+            store.put(data, media_type="image/png", filename="a.png", artefact_id=name)
+        ended.set()
+
+    writer = threading.Thread(target=rewrite)
+    writer.start()
+    seen = set()
+    while not ended.is_set():
+        store.get(name)
+        seen.add((len(data := store.read(name)), len(set(data))))
+    writer.join()
+    assert seen == {(100_000, 1)}
 
 
 async def test_a_range_outside_of_the_file_says_how_large_it_is(preset: Preset, store: ArtefactStore) -> None:
