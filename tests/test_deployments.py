@@ -19,8 +19,9 @@ from services.artefacts import ArtefactStore
 from services.boxes import BoxState, Finished, Made, Preview, SpokenSignal
 from services.cluster import ClusterStatus, Line
 from services.deployments import AgentReplica, DecoderReplica, EncoderReplica, LanguageModelReplica
+from services.errors import BadRequest
 from services.events import PartDone, PartFailed, PartPreview, PartProgress, TurnStarted
-from services.messages import TurnOptions
+from services.messages import MediaPart, TextPart, TurnOptions
 from services.remote_boxes import RemoteAgent, RemoteDecoder, RemoteEncoder, RemoteLanguageModel
 from tests.fake_boxes import FakeDecoder, FakeEncoder, FakeSpeaker, said
 
@@ -165,6 +166,34 @@ async def test_a_box_that_does_not_answer_counts_nothing() -> None:
             raise OSError("gone")
 
     assert await RemoteEncoder(line(replica(EncoderReplica, Broken()), "encoder")).counts() == {}
+
+
+async def test_media_of_words_and_embeddings_go_through_the_replica_of_the_agent(
+    store: ArtefactStore,
+) -> None:
+    decoder = FakeDecoder(store, IMAGE)
+    remote = remote_agent(store, decoder)
+    made = remote.make(IMAGE, "a bell", DecodeSettings(seed=5), user="ann", previews=1)
+    events = [event async for event in made]
+    assert isinstance(events[-1], PartDone)
+    assert any(isinstance(event, PartPreview) for event in events)
+    assert decoder.signals[0].is_words
+    assert (decoder.signals[0].caption, decoder.settings[0].seed, decoder.users) == (
+        "a bell",
+        5,
+        ["user ann"],
+    )
+
+    shown = MediaPart(store.put(b"x", media_type="image/png", filename="a.png").id, IMAGE)
+    assert [vector.shape for vector in await remote.embed([shown, TextPart("a bell")])] == [(4,), (4,)]
+    with pytest.raises(BadRequest) as refused:
+        await remote.embed([TextPart("a bell"), MediaPart(shown.artefact_id, Modality.TEXT)])
+    assert (refused.value.code, refused.value.param) == ("unsupported_modality", "input[1]")
+
+
+async def test_an_encoder_in_another_process_embeds(store: ArtefactStore) -> None:
+    box = RemoteEncoder(line(replica(EncoderReplica, FakeEncoder()), "encoder"))
+    assert len(await box.embed([TextPart("a bell")])) == 1
 
 
 async def test_parts_are_cancelled_and_made_again_in_the_replica_of_the_agent(store: ArtefactStore) -> None:
