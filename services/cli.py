@@ -197,6 +197,11 @@ def _parser() -> argparse.ArgumentParser:
         help="with --full-size, where nothing can be measured: whose limits to tell (default %(default)s)",
     )
     bench.add_argument(
+        "--weights",
+        metavar="DIR",
+        help="with --full-size on a GPU: write the random weights there, and time reading them too",
+    )
+    bench.add_argument(
         "--tables", metavar="DIR", help="write the tables of DIR's JSON files into its README.md"
     )
     bench.set_defaults(run=bench_command, refuse=bench.error)
@@ -409,11 +414,14 @@ def bench_command(args: argparse.Namespace) -> int:
         args.refuse(f"choose one: {', '.join(sorted(BENCHES))}, --full-size or --tables DIR")
     if args.url and args.name != "service":
         args.refuse("--url belongs to service: patchbay bench service --url http://127.0.0.1:8000")
+    if args.weights and not args.full_size:
+        args.refuse("--weights belongs to --full-size: patchbay bench --full-size --weights DIR")
     if args.tables:
         print("\n".join(write_tables(Path(args.tables))))
         return 0
     if args.full_size:
-        result = run_full_size(args.quick, args.dry, args.gpu)
+        folder = Path(args.weights) if args.weights else None
+        result = run_full_size(args.quick, args.dry, args.gpu, folder)
     elif args.url:
         result = run_service(args.url, args.quick)
     else:
