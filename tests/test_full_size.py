@@ -56,7 +56,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Sizes:
     (folder / "llm" / "bridge.json").write_text(
         json.dumps(manifest | {"llm_width": 32, "base_vocabulary": 400, "lora": False, "base_tables": False})
     )
-    values: Any = tiny_values() | {"weights": "nowhere", "sizes": ".", "language_model": {"slots": 2}}
+    values: Any = tiny_values() | {"weights": "nowhere", "sizes": "."}
     values["decoders"]["image"] |= {"width_px": 16, "height_px": 16}
     values["decoders"]["video"] |= {"width_px": 16, "height_px": 16, "num_frames": 2}
     values["decoders"]["audio"] |= {"duration_s": 0.05}
