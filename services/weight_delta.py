@@ -144,8 +144,8 @@ def _expect_a_delta(delta: Path, added: Tensors, base: Path, own: Tensors) -> No
         if likeness > MOST_LIKENESS:
             raise ValueError(
                 f"{name} of {delta} has a mean cosine of {likeness:.2f} with that of {base}; expected at "
-                f"most {MOST_LIKENESS}, as a delta is a difference and these are whole weights, which need no base. "
-                f"Use {WANTED}."
+                f"most {MOST_LIKENESS}, as a delta is a difference. These are whole weights, which need no "
+                f"base; or use {WANTED}."
             )
 
 

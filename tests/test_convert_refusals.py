@@ -241,7 +241,7 @@ def test_tokens_that_were_added_to_the_base_are_left_out(
 
 
 @pytest.mark.parametrize(
-    ("base", "complaint"),
+    ("given", "complaint"),
     [
         ("a.pt", r"a.pt is a file; expected the folder of Vicuna-7B v0 .* Give that folder, or a hub id"),
         (
@@ -254,14 +254,14 @@ def test_a_base_that_can_be_none_is_not_looked_for(
     tensors: dict[str, Tensor],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    base: str,
+    given: str,
     complaint: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     file = save_pt(tensors, Path("a.pt"))
 
     with pytest.raises(ValueError, match=complaint):
-        convert_nextgpt(file, tmp_path / "w", base, **SIZES)
+        convert_nextgpt(file, tmp_path / "w", given, **SIZES)
 
 
 def test_a_path_that_is_empty_is_refused_before_anything_is_written(
