@@ -109,7 +109,8 @@ def medium_work(decoder: LatentDecoder, wish: DecodeSettings) -> Work:
 
 def reading_work(encoder: ImageBindEncoder) -> dict[Modality, Work]:
     """Return what the encoder takes to read a picture, a video and a sound."""
-    model, works = encoder.model, {}
+    model = encoder.model
+    works: dict[Modality, Work] = {}
     passes = encoder_work(model, encoder.preprocessing)
     for modality, read in zip((Modality.IMAGE, Modality.VIDEO, Modality.AUDIO), passes, strict=True):
         tower = TOWER_OF[modality]

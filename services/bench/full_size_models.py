@@ -235,7 +235,8 @@ def _write_decoder(built: BuiltDecoder, modality: Modality, folder: Path) -> Non
 
 def media_to_read(sizes: Sizes) -> dict[Modality, Medium]:
     """Return a picture, a video and a sound of noise, of the sizes that decoders make."""
-    noise, media = np.random.default_rng(0), {}
+    noise = np.random.default_rng(0)
+    media: dict[Modality, Medium] = {}
     for modality, wish in sizes.settings:
         if modality is Modality.AUDIO:
             samples = noise.uniform(-1, 1, int(16_000 * (wish.duration_s or 1.0))).astype(np.float32)

@@ -76,7 +76,8 @@ def _taken_on_the_cpu(work: Callable[[], T]) -> tuple[T, Taken]:
         began = time.perf_counter()
         made = work()
         seconds = time.perf_counter() - began
-    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    recorded: Any = profiler.profiler
+    events = sorted(recorded.kineto_results.events(), key=lambda event: event.start_ns())
     now = most = 0
     for event in events:
         if event.name() == "[memory]":
@@ -94,7 +95,8 @@ def predicted_rows(sizes: Sizes, gpu: Device) -> list[BenchRow]:
     gpu_gb = gpu.memory_bytes / 1e9
     preset = sizes.asked_of_doctor("cuda")
     boxes = boxes_of(preset)
-    whole, rows = f"what an {gpu.name} has", []
+    whole = f"what an {gpu.name} has"
+    rows: list[BenchRow] = []
 
     def row(name: str, value: float, weights: float, caches: float, at_work: float) -> None:
         details = {"weights GB": weights, "caches GB": caches, "at work GB": at_work}
@@ -162,7 +164,10 @@ def resident_rows(
     boxes, kinds = boxes_of(preset), box_kinds(sizes)
     if folder is not None:
         expect_room(folder, boxes)
-    memory, loads, built, held = [], [], {}, 0
+    memory: list[BenchRow] = []
+    loads: list[BenchRow] = []
+    built: dict[str, Any] = {}
+    held = 0
     for box, kind in zip(boxes, kinds, strict=True):
         size = box.in_memory - box.cache
         made, weights = taken(device, partial(kind.build, sizes, device))
