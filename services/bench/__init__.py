@@ -87,7 +87,7 @@ def run_full_size(quick: bool, dry: bool, gpu: str, folder: Path | None = None) 
     """
     import torch
 
-    from services.bench import full_size
+    from services.bench import forward_work, full_size
 
     device = "cuda" if torch.cuda.is_available() and not dry else None
     if device is None and folder is not None:
@@ -99,7 +99,7 @@ def run_full_size(quick: bool, dry: bool, gpu: str, folder: Path | None = None) 
         )
     result = result_of("full-size", full_size.run(device, quick, gpu, folder=folder))
     if device is None:
-        result["machine"]["counted_for"] = full_size.GPUS[gpu].name
+        result["machine"]["counted_for"] = forward_work.GPUS[gpu].name
     return result
 
 

@@ -106,9 +106,9 @@ def predicted_rows(sizes: Sizes, gpu: Device) -> list[BenchRow]:
     for box in boxes:
         weights, caches, at_work = box.in_memory - box.cache, box.cache, box.working or 0
         row(box.name, *(size / 1e9 for size in (weights + caches + at_work, weights, caches, at_work)))
-    together, at_work = _together(preset, boxes)
+    together, busy = _together(preset, boxes)
     row("all resident", together, 0, 0, 0)
-    row("all at work", at_work, 0, 0, at_work - together)
+    row("all at work", busy, 0, 0, busy - together)
     for box in boxes:
         size = box.in_memory - box.cache
         linked, written = size / gpu.link_bytes_per_s, size / gpu.bytes_per_s
