@@ -36,7 +36,7 @@ from decoders.pipeline_arguments import (
     modality_of,
 )
 from decoders.pipeline_folder import DEFAULTS_FILE, PipelineFolder
-from decoders.pipeline_lora import denoising_network, read_pipeline_lora
+from decoders.pipeline_lora import denoising_networks, read_pipeline_lora, wearer
 from decoders.plan import Decoded
 from decoders.settings import DecoderDefaults, DecodeSettings
 from decoders.text_readers import READERS
@@ -108,8 +108,8 @@ class WholePipeline:
         self._check_layout()
         self.digest = folder.digest()
         self._vae_use = "whole"
-        found = denoising_network(pipeline)
-        self._worn = None if found is None else WornLora(found[1])
+        networks = denoising_networks(pipeline)
+        self._worn = WornLora(wearer(networks)) if networks else None
 
     @classmethod
     def load(
@@ -217,7 +217,7 @@ class WholePipeline:
         return Condition(embeddings, named, caption)
 
     def read_lora(self, name: str, folder: Path) -> DecoderLora:
-        """Read LoRA for the denoising network; see :func:`decoders.pipeline_lora.read_pipeline_lora`."""
+        """Read LoRA for the denoising networks; see :func:`decoders.pipeline_lora.read_pipeline_lora`."""
         return read_pipeline_lora(name, folder, self.pipeline, self.folder.dtype)
 
     def compile(self) -> None:

@@ -55,6 +55,16 @@ def check_tokenizer(config: ImageBindConfig, tokenizer: Path | None) -> None:
         )
 
 
+def _narrowed(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    narrow = tensor.to(dtype or tensor.dtype).contiguous()
+    if bool((narrow.isinf() & tensor.isfinite()).any()):
+        raise ValueError(
+            f"{name} holds {float(tensor.abs().max()):g}, which {str(dtype).removeprefix('torch.')} cannot "
+            f"hold. Choose bfloat16 or float32."
+        )
+    return narrow
+
+
 def write_folder(
     tensors: Mapping[str, Tensor],
     folder: Path,
@@ -78,9 +88,7 @@ def write_folder(
     folder.mkdir(parents=True)
     # NExT-GPT's input projection was trained on plain means over the clips; other readers take tokens.
     write_config(folder, config, preprocessing, pooled="mean")
-    state = {
-        name: tensors[name].to(dtype or tensors[name].dtype).contiguous() for name in released_shapes(config)
-    }
+    state = {name: _narrowed(name, tensors[name], dtype) for name in released_shapes(config)}
     save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     if config.text is not None and tokenizer is not None:
         for name in TOKENIZER_FILES:

@@ -56,7 +56,12 @@ class TextTokens:
         if (folder / TOKENIZER_FILE).is_file():
             return cls(_read_tokenizer(folder / TOKENIZER_FILE), context_length)
         if all((folder / name).is_file() for name in CLIP_FILES):
-            clip = CLIPTokenizer.from_pretrained(folder)
+            try:
+                clip = CLIPTokenizer.from_pretrained(folder)
+            except Exception as error:  # tokenizers raises nothing narrower
+                raise ValueError(
+                    f"{' and '.join(CLIP_FILES)} in {folder} are no tokenizer: {error}. Copy them again."
+                ) from error
             return cls(clip.backend_tokenizer, context_length)
         raise FileNotFoundError(
             f"{folder} has no tokenizer: expected {TOKENIZER_FILE}, or {' and '.join(CLIP_FILES)}. "
@@ -105,7 +110,10 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
+        raise ValueError(f"{path} is not JSON: {error}. Copy it again.") from error
     if not isinstance(values, dict) or "model" not in values:
         raise ValueError(f"{path} has no entry 'model'; expected a file of the tokenizers library.")
-    return Tokenizer.from_str(json.dumps(values))
+    try:
+        return Tokenizer.from_str(json.dumps(values))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"{path} is no tokenizer: {error}. Copy it again.") from error

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from encoders.media import Modality
 from llm import checkpoint
@@ -194,12 +195,13 @@ def check_base(base: Path, tensors: Mapping[str, Tensor], sizes: ReleaseSizes) -
     for name, expected in base_config(sizes).items():
         if (given := config.get(name)) != expected:
             raise ValueError(
-                f"{path} has {name} {given}; this checkpoint was trained on a base with {expected}. "
+                f"{path} has {name} {given!r}; this checkpoint was trained on a base with {expected!r}. "
                 f"Use {BASE_NAME}, not LLaMA itself, a later Vicuna or Llama 2."
             )
     read_base_tokenizer(base, sizes)
     _expect_all_shards(base)
     table = _base_embedding(base, sizes)
+    _expect_all_tensors(base, config)
     picked = torch.linspace(0, sizes.base_vocabulary - 1, min(COMPARED_ROWS, sizes.base_vocabulary)).long()
     ours, theirs = tensors[EMBEDDING][picked].float(), table[picked].float()
     agreement = float(F.cosine_similarity(ours, theirs, dim=-1).mean())
@@ -275,6 +277,28 @@ def _expect_all_shards(base: Path) -> None:
             f"{path} names {len(absent)} file{'s' if len(absent) > 1 else ''} that {base} lacks: "
             f"{', '.join(absent)}. Copy or download the whole folder."
         )
+
+
+def _expect_all_tensors(base: Path, config: dict[str, Any]) -> None:
+    """Hold names and shapes of all weights against what the configuration describes."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    except (KeyError, RuntimeError, StrictDataclassError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"{base / 'config.json'} describes no model that can be built: {error}. Use that of {BASE_NAME}."
+        ) from error
+    given: dict[str, tuple[int, ...]] = {}
+    for path in sorted(base.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            given |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    for name, parameter in model.named_parameters():
+        if given.get(name) != tuple(parameter.shape):
+            has = f"has {name} of shape {given[name]}" if name in given else f"lacks {name}"
+            raise ValueError(
+                f"{base} {has}; its config.json asks for {tuple(parameter.shape)}. Copy or download the "
+                f"whole folder of {BASE_NAME}."
+            )
 
 
 def _base_embedding(base: Path, sizes: ReleaseSizes) -> Tensor:

@@ -192,7 +192,7 @@ def check_tensors(
     expected = {name: shape for group in shapes.values() for name, shape in group.items()}
     if foreign := sorted(tensors.keys() - expected.keys()):
         raise ValueError(
-            f"{file} holds {_some(foreign)}, which this layout has no place for. {_guess(foreign)}"
+            f"{file} holds {_some(foreign)}, which this layout has no place for. {_guess(foreign, wanted)}"
             f"Use {wanted}, as its authors published it."
         )
     found: dict[str, int] = {}
@@ -227,12 +227,13 @@ def check_tensors(
     return found
 
 
-def _guess(foreign: Sequence[str]) -> str:
-    """Say what names that fit nothing look like."""
-    first = foreign[0]
-    if first.startswith(("modality_heads.", "modality_preprocessors.", "modality_trunks.")):
+def _guess(foreign: Sequence[str], wanted: str) -> str:
+    """Say what names that fit nothing look like, where ``wanted`` is another thing."""
+    first, wants_imagebind = foreign[0], wanted == WANTED["imagebind"]
+    is_imagebind = first.startswith(("modality_heads.", "modality_preprocessors.", "modality_trunks."))
+    if is_imagebind and not wants_imagebind:
         return "It looks like ImageBind: patchbay convert imagebind. "
-    if first.startswith(("gen_text_hidden_fcs", "llama_model.", "llama_proj.")):
+    if wants_imagebind and first.startswith(("gen_text_hidden_fcs", "llama_model.", "llama_proj.")):
         return "It looks like NExT-GPT: patchbay convert nextgpt. "
     wrapper = first.split(".")[0]
     if wrapper in ("module", "_orig_mod", "model") and all(n.startswith(f"{wrapper}.") for n in foreign):
@@ -249,6 +250,11 @@ def find_base(name: str) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
+    if Path(name).exists():
+        raise ValueError(
+            f"{name} is a file; expected the folder of {llm_side.BASE_NAME}, with config.json, tokenizer and "
+            f"weights. Give that folder, or a hub id."
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HFValidationError,
@@ -263,7 +269,12 @@ def find_base(name: str) -> Path:
             f"{name} is in the local cache in part: its download was broken off. Expected the whole of "
             f"{llm_side.BASE_NAME}. The same command goes on with it: hf download {name}"
         ) from error
-    except (HFValidationError, LocalEntryNotFoundError) as error:
+    except HFValidationError as error:
+        raise ValueError(
+            f"{name} is no folder here, and no hub id either, which looks like owner/name. Expected "
+            f"{llm_side.BASE_NAME}. Give its folder, or the id of a model in the local cache."
+        ) from error
+    except LocalEntryNotFoundError as error:
         raise ValueError(
             f"{name} is no folder here, and no model of that name is in the local cache. Expected "
             f"{llm_side.BASE_NAME}. Give its folder, or fetch it first: hf download {name}"
@@ -346,4 +357,10 @@ def _reason(error: OSError | SafetensorError) -> str:
 
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(names[:NAMES_SHOWN]) + more
+    return (
+        ", ".join(
+            name if name.isprintable() and name.split() == [name] else repr(name)
+            for name in names[:NAMES_SHOWN]
+        )
+        + more
+    )

@@ -161,7 +161,7 @@ def examine(
     for name, adapter in preset.adapters.items():
         faults = faults_of_adapter(preset.weights_folder / adapter.folder)
         yield Check(f"adapter {name}", not faults, "; ".join(faults) or "its files are there")
-    room = fitting(preset.device, needed(preset, boxes), memory)
+    room = _room(preset, boxes, memory)
     yield room
     if tight := too_large_for_turns(preset, boxes):
         yield Check("decoders_gb", False, tight)
@@ -226,6 +226,16 @@ def room_on(device: str, memory: int | None = None) -> int | None:
     if not torch.cuda.is_available():
         return None
     return int(torch.cuda.mem_get_info(torch.device(device))[0])
+
+
+def _room(preset: Preset, boxes: Sequence[Box], memory: int | None) -> Check:
+    """Say whether all boxes fit, and of which nothing is known."""
+    check = fitting(preset.device, needed(preset, boxes), memory)
+    unknown = [f"{box.name}: {part.name}" for box in boxes for part in box.parts if part.parameters is None]
+    if not unknown:
+        return check
+    names = ", ".join(unknown)
+    return replace(check, detail=f"{check.detail}; not counted, as no sizes are known: {names}")
 
 
 def fitting(device: str, size: int, memory: int | None = None) -> Check:
@@ -342,7 +352,7 @@ class Survey:
 def survey(preset: Preset, memory: int | None = None) -> Survey:
     """Look at files, terms and memory, of this machine or of one with ``memory`` bytes. Loads nothing."""
     boxes = tuple(boxes_of(preset))
-    check = fitting(preset.device, needed(preset, boxes), memory)
+    check = _room(preset, boxes, memory)
     steps = [fetching(preset)] if fetchable(preset) else []
     steps += [
         step

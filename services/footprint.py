@@ -17,6 +17,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from decoders.pipeline_arguments import WITHOUT_TEXT_ENCODERS
 from encoders.media import Modality
 from services.origins import Origin
@@ -29,6 +31,18 @@ NOT_MODELS = ("scheduler", "tokenizer", "feature_extractor", "safety_checker", "
 LINKS_OWN, TABLES = "projection", "tables.safetensors"
 MADE_HERE = ("bridge", "LoRA", "tables", LINKS_OWN)
 """Parts that no download holds as they are: they are converted or trained."""
+NOT_BUILT = (
+    AttributeError,
+    ImportError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+    ZeroDivisionError,
+)
+"""What libraries raise on a configuration of which nothing can be built."""
 TOWERS = {"vision": "vision tower", "audio": "audio tower"}
 TAKEN_APART = ("StableDiffusionPipeline", "TextToVideoSDPipeline", "AudioLDMPipeline")
 """Pipelines that do not run as a whole. Their text encoder is let go when it is not needed."""
@@ -182,7 +196,7 @@ def working_bytes(preset: Preset, box: Box) -> int | None:
             if box.name == "encoder":
                 return working_memory.encoder_bytes(preset)
             return working_memory.language_model_bytes(preset) + _whole_again(box.parts[0])
-    except (ImportError, KeyError, OSError, TypeError, ValueError):
+    except NOT_BUILT:
         return None
 
 
@@ -411,7 +425,7 @@ def _described(kind: str, config: str) -> tuple[int | None, Matrices]:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of what the libraries themselves use
             model = _build(kind, json.loads(config))
-    except (ImportError, KeyError, TypeError, ValueError):
+    except NOT_BUILT:
         return None, ()
     if model is None:
         return None, ()
@@ -433,7 +447,7 @@ def _lora_numbers(base: str, lora: str) -> int | None:
         rank, targets = int(values["r"]), tuple(values["target_modules"])
         with torch.device("meta"):
             model = _build("language model", json.loads(base))
-    except (ImportError, KeyError, TypeError, ValueError):
+    except NOT_BUILT:
         return None
     layers = [
         layer
@@ -514,10 +528,10 @@ def _cache(config: dict[str, Any], dtype: str, options: LanguageModelPreset) -> 
         width = config.get("head_dim") or config["hidden_size"] // heads
         shared = config.get("num_key_value_heads") or heads
         positions, layers = config["max_position_embeddings"], config["num_hidden_layers"]
-    except KeyError:
+        positions = min(positions, options.context or positions)
+        return int(2 * layers * shared * width * positions * options.slots * BYTES[dtype])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return 0
-    positions = min(positions, options.context or positions)
-    return int(2 * layers * shared * width * positions * options.slots * BYTES[dtype])
 
 
 def commands(box: BoxPreset, preset: Preset) -> list[str]:

@@ -124,6 +124,8 @@ def _in_turns(preset: Preset, boxes: Sequence[Box], spare: int | None) -> tuple[
     if preset.decoders_gb is not None or len(preset.decoders) < 2:
         return None
     movable = [box.movable for box in boxes]
+    if not max(movable):
+        return None  # nothing is known of their sizes
     budget = math.ceil(max(movable) / 1e7) / 100  # the largest, rounded up
     changes: dict[str, Any] = {"decoders_gb": budget}
     place = "on the disk"

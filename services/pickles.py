@@ -33,7 +33,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
     """
     if not path.is_file():
-        what = "a folder" if path.is_dir() else "not there"
+        what = "a folder" if path.is_dir() else "no plain file" if path.exists() else "not there"
         raise ValueError(f"{path} is {what}; expected a file of torch.save. Give the path of the download.")
     if (other := _something_else(path)) is not None:
         raise ValueError(f"{path} is {other}; expected a file of torch.save. Download that file itself.")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from decoders.settings import DecodeSettings
 from encoders.media import MediaBudget, Modality
@@ -28,10 +28,19 @@ SHIPPED = Path(__file__).resolve().parent.parent / "deploy" / "presets"
 QuantizationName = Literal["int8", "nf4"]
 
 
+def _nameable(folder: str) -> str:
+    if not folder.strip() or "\0" in folder:
+        raise ValueError(f"{folder!r} is no folder; expected its path, or '.' for where the preset's file is")
+    return folder
+
+
+SomeFolder = Annotated[str, AfterValidator(_nameable)]
+
+
 class BoxPreset(Strict):
     """What every box has. ``dtype`` None leaves the choice to the box."""
 
-    folder: str
+    folder: SomeFolder
     dtype: DtypeName | None = None
     origins: tuple[Origin, ...] = ()
 
@@ -50,7 +59,7 @@ class EncoderPreset(BoxPreset):
     bridge has to be trained to it. Without it a picture is seen once, as the encoder was trained.
     """
 
-    folder: str = "encoder"
+    folder: SomeFolder = "encoder"
     modalities: tuple[Modality, ...] = (Modality.IMAGE, Modality.VIDEO, Modality.AUDIO)
     cache_mb: int = Field(default=256, ge=0, description="encoded media that are kept, by their content")
     tiling: TilingPreset | None = None
@@ -70,8 +79,8 @@ class LanguageModelPreset(BoxPreset):
     `patchbay bench compile` says how much.
     """
 
-    folder: str = "llm"
-    base: str | None = None
+    folder: SomeFolder = "llm"
+    base: SomeFolder | None = None
     quantization: QuantizationName | None = None
     slots: int = Field(default=8, ge=1, description="replies that are made at the same time")
     context: int | None = Field(default=None, ge=1, description="positions of a conversation and its reply")
@@ -208,7 +217,7 @@ class AdapterPreset(Strict):
     """LoRA that a request may name: for which box it is, and its folder, relative to the weights."""
 
     box: Literal["language_model", "image", "video", "audio"]
-    folder: str
+    folder: SomeFolder
 
 
 class Limits(Strict):
@@ -235,8 +244,8 @@ class Preset(Strict):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     description: str
-    weights: str = Field(description="folder of the weights, relative to the preset's file")
-    sizes: str | None = Field(
+    weights: SomeFolder = Field(description="folder of the weights, relative to the preset's file")
+    sizes: SomeFolder | None = Field(
         default=None,
         description="folder of the boxes' configurations, for when the weights are not there yet",
     )
@@ -249,7 +258,7 @@ class Preset(Strict):
     adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")], AdapterPreset] = (
         Field(default={})
     )
-    projections: str = "projections"
+    projections: SomeFolder = "projections"
     generation: GenerationDefaults = GenerationDefaults()
     limits: Limits = Limits()
     examples: tuple[Example, ...] = ()

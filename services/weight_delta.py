@@ -17,14 +17,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from services.convert import made_by, unfinished, with_digests
 from services.pickles import read_pickle
-from services.weight_files import read_header
+from services.weight_files import absent_shards, read_header
 
 FILE_BYTES = 2 * 10**9
 WANTED = "LLaMA-1 7B (the hub's huggyllama/llama-7b) and lmsys/vicuna-7b-delta-v0"
 TABLES = ("embed_tokens.weight", "lm_head.weight")
+COMPARED_ROWS = 512
+MOST_LIKENESS = 0.5
 COMPUTED = ".rotary_emb.inv_freq"
 """How names end of what older files hold, and every model computes on its own."""
 
@@ -47,6 +50,9 @@ def convert_delta(delta: Path, base: Path, out: Path) -> dict[str, Any]:
     config = delta / "config.json"
     if not config.is_file():
         raise ValueError(f"{config} is missing; expected the folder of a delta. Use {WANTED}.")
+    _expect_object(config)
+    if not base.is_dir():
+        raise ValueError(f"{base} is not a folder; expected that of the base. Use {WANTED}.")
     tokenizers = [base / name for name in ("tokenizer.model", "tokenizer.json") if (base / name).is_file()]
     if not tokenizers:
         raise ValueError(
@@ -55,6 +61,7 @@ def convert_delta(delta: Path, base: Path, out: Path) -> dict[str, Any]:
         )
     added, own = _tensors(delta), _tensors(base)
     _expect_same_names(delta, added, base, own)
+    _expect_a_delta(delta, added, base, own)
     with unfinished(out.parent, (out.name,)) as folder:
         target = folder / out.name
         target.mkdir()
@@ -73,8 +80,22 @@ def convert_delta(delta: Path, base: Path, out: Path) -> dict[str, Any]:
         return with_digests(folder, record, out.name)
 
 
+def _expect_object(config: Path) -> None:
+    try:
+        values: Any = json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{config} is no JSON: {error}. Copy or download it again.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{config} holds a {type(values).__name__}; expected an object. Download it again.")
+
+
 def _tensors(folder: Path) -> Tensors:
     """Return what reads each tensor of a folder, from safetensors or, without any, from pickles."""
+    if absent := absent_shards(folder):
+        raise ValueError(
+            f"{absent[0]} is missing, and an index beside it names it ({len(absent)} such files). Copy or "
+            f"download the whole folder."
+        )
     found: dict[str, Callable[[], Tensor]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         found |= {name: _from_file(path, name) for name in read_header(path)}
@@ -112,10 +133,32 @@ def _expect_same_names(delta: Path, added: Tensors, base: Path, own: Tensors) ->
             )
 
 
+def _expect_a_delta(delta: Path, added: Tensors, base: Path, own: Tensors) -> None:
+    """Refuse weights that are whole already: they point where the base does, which a difference does not."""
+    for name in (name for name in added if name.endswith(TABLES[0])):
+        change, tensor = added[name](), own[name]()
+        rows = min(COMPARED_ROWS, len(change), len(tensor)) if change.ndim == tensor.ndim == 2 else 0
+        if not rows or change.shape[1] != tensor.shape[1]:
+            continue  # which its shape will say
+        likeness = float(F.cosine_similarity(change[:rows].float(), tensor[:rows].float(), dim=-1).mean())
+        if likeness > MOST_LIKENESS:
+            raise ValueError(
+                f"{name} of {delta} has a mean cosine of {likeness:.2f} with that of {base}; expected at "
+                f"most {MOST_LIKENESS}, as a delta is a difference. These are whole weights, which need no "
+                f"base; or use {WANTED}."
+            )
+
+
 def _sums(delta: Path, added: Tensors, base: Path, own: Tensors) -> Iterator[tuple[str, Tensor]]:
     for name, read in added.items():
         change, tensor = read(), own[name]()
-        rows = change.shape[0] - tensor.shape[0]
+        for folder, given in ((delta, change), (base, tensor)):
+            if not given.is_floating_point():
+                raise ValueError(
+                    f"{name} of {folder} is {str(given.dtype).removeprefix('torch.')}; expected numbers in "
+                    f"floating point. Use {WANTED}."
+                )
+        rows = len(change) - len(tensor) if change.ndim and tensor.ndim else 0
         if rows > 0 and name.endswith(TABLES) and change.shape[1:] == tensor.shape[1:]:
             tensor = torch.cat([tensor, tensor.new_zeros(rows, *tensor.shape[1:])])
         if change.shape != tensor.shape:

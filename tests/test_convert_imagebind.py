@@ -70,6 +70,11 @@ def test_imagebind_stands_for_a_video_by_the_plain_mean_of_its_clips(tmp_path: P
             {},
             r"modality_heads.imu.3.weight holds values that are not finite",
         ),
+        (
+            {"modality_heads.audio.0.weight": torch.full((12,), 70_000.0)},
+            {"dtype": torch.float16},
+            r"modality_heads.audio.0.weight holds 70000, which float16 cannot hold\. Choose bfloat16 or",
+        ),
         ({}, {"towers": ("text",)}, r"needs CLIP's vocabulary"),
         ({}, {"towers": ("text",), "tokenizer": Path("nowhere")}, r"nowhere has no tokenizer: expected"),
     ],
@@ -83,3 +88,23 @@ def test_an_imagebind_that_does_not_fit_is_refused(
     with pytest.raises(ValueError, match=complaint):
         convert_imagebind(tmp_path / "i.pth", tmp_path / "w", release=TINY, **options)
     assert not (tmp_path / "w" / "encoder").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "complaint"),
+    [
+        ({"tokenizer.json": "{"}, r"tokenizer.json is not JSON: .* Copy it again"),
+        ({"tokenizer.json": '{"model": 3}'}, r"tokenizer.json is no tokenizer: .* Copy it again"),
+        (
+            {"vocab.json": "[1]", "merges.txt": "a b c"},
+            r"vocab.json and merges.txt in .* are no tokenizer: .*",
+        ),
+    ],
+)
+def test_a_vocabulary_that_is_damaged_is_named(tmp_path: Path, files: dict[str, str], complaint: str) -> None:
+    imagebind_file(tmp_path / "i.pth")
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+
+    with pytest.raises(ValueError, match=complaint):
+        convert_imagebind(tmp_path / "i.pth", tmp_path / "w", ("text",), tmp_path, release=TINY)

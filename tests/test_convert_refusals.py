@@ -139,6 +139,12 @@ def a_shard_less(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
 
 
+def a_layer_less(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if ".layers.1." not in name}
+    save_file(kept, folder / "model.safetensors")
+
+
 def fewer_rows(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:-1].clone()
@@ -156,7 +162,11 @@ def fewer_rows(folder: Path) -> None:
             setting("max_position_embeddings", 4096),
             r"max_position_embeddings 4096; .* a later Vicuna or Llama 2",
         ),
-        (setting("model_type", "mistral"), r"model_type mistral; .* llama"),
+        (setting("model_type", "mistral"), r"model_type 'mistral'; .* 'llama'"),
+        (setting("num_hidden_layers", "32"), r"has num_hidden_layers '32'; .* a base with 32\."),
+        (setting("intermediate_size", 7), r"has model\.layers\.0\.mlp\.\w+\.weight of shape .*asks for \("),
+        (setting("num_attention_heads", 0), r"config.json describes no model that can be built: "),
+        (a_layer_less, r"base lacks model\.layers\.1\.\S+; its config.json asks for \(.*whole folder"),
         (more_tokens, r"tokenizer.json has 301 tokens; .* 300"),
         (lambda folder: (folder / "tokenizer.json").unlink(), r"no tokenizer; .* Copy tokenizer.model from"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"patchbay convert pickles"),
@@ -228,6 +238,46 @@ def test_tokens_that_were_added_to_the_base_are_left_out(
         304,
         305,
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ("a.pt", r"a.pt is a file; expected the folder of Vicuna-7B v0 .* Give that folder, or a hub id"),
+        (
+            "https://hub/lmsys/vicuna-7b",
+            r"no hub id either, which looks like owner/name\. .* Give its",
+        ),
+    ],
+)
+def test_a_base_that_can_be_none_is_not_looked_for(
+    tensors: dict[str, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: str,
+    complaint: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = save_pt(tensors, Path("a.pt"))
+
+    with pytest.raises(ValueError, match=complaint):
+        convert_nextgpt(file, tmp_path / "w", given, **SIZES)
+
+
+def test_a_path_that_is_empty_is_refused_before_anything_is_written(
+    tensors: dict[str, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_pt(tensors, Path("a.pt"))
+
+    for words in (["a.pt", "--out", ""], ["a.pt", "--out", "w", "--base", " "], ["", "--out", "w"]):
+        with pytest.raises(SystemExit):
+            main(["convert", "nextgpt", *words])
+        assert "it is empty; expected a path" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
 def test_a_base_that_is_nowhere_is_refused_with_how_to_fetch_it(

@@ -30,6 +30,7 @@ from tests.published import (
     publish,
     write_preset,
 )
+from tests.tiny import tiny_values
 
 IMAGE = next(iter(PIPELINES))
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -402,3 +403,17 @@ def test_a_token_is_told_to_the_hub_and_to_no_other_host(
 
     assert set(hub.tokens) == {("hub", "Bearer secret"), ("elsewhere", None)}
     assert (path.parent / "w/image" / UNET).read_bytes() == hub.repositories[IMAGE][UNET]
+
+
+def test_a_preset_that_no_origin_can_complete_says_what_to_do_instead(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(yaml.safe_dump(tiny_values()))
+
+    for words in ([], ["--dry-run"]):
+        assert main(["fetch", "--preset", str(path), *words]) == 1
+        captured = capsys.readouterr()
+        assert "lacks" in captured.err
+        assert "Put it there, or correct the folders in" in captured.err
+        assert captured.out == ""

@@ -403,3 +403,29 @@ def test_an_adapter_that_is_not_there_is_said(tiny_preset: Path, capsys: pytest.
     assert main(["doctor", "--preset", str(path), "--port", "8123"]) == 1
 
     assert "nowhere/adapter_config.json is missing" in capsys.readouterr().out
+
+
+IMPOSSIBLE: list[dict[str, Any]] = [
+    {"model_type": "nobody"},
+    {"model_type": "llama", "max_position_embeddings": "many", "num_attention_heads": 4, "hidden_size": 8},
+    {"model_type": "llama", "hidden_size": -4, "num_attention_heads": 0, "max_position_embeddings": 8},
+    {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 4, "num_hidden_layers": [2]},
+]
+
+
+@pytest.mark.parametrize("config", IMPOSSIBLE)
+def test_what_cannot_be_counted_is_said_and_not_taken_for_nothing(
+    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "weights" / "llm" / "base").mkdir(parents=True)
+    (tmp_path / "weights" / "llm" / "base" / "config.json").write_text(json.dumps(config))
+    path = tmp_path / "p.yaml"
+    path.write_text(yaml.safe_dump(tiny_values()))
+
+    assert main(["doctor", "--preset", str(path), "--port", "8123"]) == 1
+
+    lines = capsys.readouterr().out.splitlines()
+    (room,) = [line for line in lines if line.startswith("room on cpu")]
+    assert "not counted, as no sizes are known: encoder: towers, language model: base, " in room
+    assert main(["doctor", "--preset", str(path), "--table"]) == 0
+    assert "as the preset says" in capsys.readouterr().out

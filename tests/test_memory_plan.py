@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from encoders.media import Modality
+from services.arguments import memory_size
 from services.boxes import PromptMessage, SpeechOptions
-from services.cli import _bytes, main
+from services.cli import main
 from services.doctor import fitting, survey
 from services.footprint import boxes_of, needed
 from services.memory_plan import LEFT_FREE, changed, plan_for, rows, table, write_preset
@@ -238,7 +239,7 @@ def test_doctor_says_what_would_change_on_another_machine_and_what_to_type(
 
 @pytest.mark.parametrize(("text", "size"), [("24GB", 24e9), ("24 gb", 24e9), ("1.5GiB", 1.5 * 2**30)])
 def test_sizes_are_read(text: str, size: float) -> None:
-    assert _bytes(text) == int(size)
+    assert memory_size(text) == int(size)
 
 
 def test_a_wrong_size_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,54 @@ async def test_a_request_that_is_stopped_or_fails_leaves_no_lora_behind(
     np.testing.assert_array_equal(values(made[0].medium), before)
     np.testing.assert_array_equal(values(made[2].medium), before)
     assert np.abs(values(made[1].medium) - before).max() > 5
+
+
+@pytest.fixture(scope="module")
+def two_networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Wan whose second half of the steps is taken by a network of its own, as in version 2.2."""
+    pipeline = tiny_current.wan_pipeline()
+    second = tiny_current.wan_pipeline().transformer
+    torch.manual_seed(7)
+    for parameter in second.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    pipeline.register_modules(transformer_2=second)
+    pipeline.register_to_config(boundary_ratio=0.9)
+    return tiny_pipelines.saved(pipeline, tmp_path_factory.mktemp("two") / "wan")
+
+
+@pytest.mark.parametrize("parts", [("transformer",), ("transformer_2",), ("transformer", "transformer_2")])
+@pytest.mark.parametrize("apart", [True, False])
+def test_each_of_two_networks_wears_its_own_lora(
+    two_networks: Path, tmp_path: Path, parts: tuple[str, ...], apart: bool
+) -> None:
+    decoder = WholePipeline.load(two_networks)
+    # Of two steps the second would begin with next to no noise.
+    condition, wish = decoder.encode_caption("a big red bell"), replace(settings("wan"), steps=4)
+    before = values(decoder.decode(condition, wish).medium)
+    other, together = WholePipeline.load(two_networks), {}
+    for number, part in enumerate(parts):
+        network = getattr(WholePipeline.load(two_networks).pipeline, part)
+        wrapped, _ = fresh_lora(network, LoraConfig(r=2, lora_alpha=2, target_modules=TARGETS), seed=number)
+        state = get_peft_model_state_dict(wrapped)
+        layers = {name.removeprefix("base_model.model."): value for name, value in state.items()}
+        together |= {f"{part}.{name}": value for name, value in layers.items()}
+        folder = tmp_path / "apart" / part  # as such files are published, and as diffusers loads them
+        folder.mkdir(parents=True)
+        save_file({f"transformer.{name}": value for name, value in layers.items()}, folder / FILE)
+        into_second = part == "transformer_2"
+        other.pipeline.load_lora_weights(
+            folder, adapter_name=f"own-{part}", load_into_transformer_2=into_second
+        )
+    (tmp_path / "together").mkdir()
+    save_file(together, tmp_path / "together" / FILE)
+
+    lora = decoder.read_lora("ink", tmp_path / ("apart" if apart else "together"))
+    worn = values(decoder.decode(condition, replace(wish, lora="ink"), lora=lora).medium)
+
+    assert {name.split(".")[0] for name in lora.factors} == set(parts)
+    np.testing.assert_allclose(worn, values(other.decode(condition, wish).medium), atol=1.01)
+    assert np.abs(worn - before).max() > 5
+    np.testing.assert_array_equal(values(decoder.decode(condition, wish).medium), before)
 
 
 def test_what_does_not_fit_a_pipeline_is_refused_by_name(folders: dict[str, Path], tmp_path: Path) -> None:

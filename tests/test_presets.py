@@ -98,6 +98,9 @@ def test_a_preset_name_is_not_a_path(name: str) -> None:
     [
         ({"encodr": {}}, "encodr: Extra inputs"),
         ({"weights": None}, "weights: Input should be"),
+        ({"weights": ""}, r"weights: .* '' is no folder; expected its path"),
+        ({"weights": "a\0b"}, r"weights: .* is no folder; expected its path"),
+        ({"decoders": {"image": {"folder": " "}}}, r"decoders.image.folder: .* ' ' is no folder"),
         ({"decoders": {"text": {"folder": "x"}}}, "text needs no decoder"),
         ({"decoders": {"image": {"folder": "x", "link": "magic"}}}, "decoders.image.link"),
         ({"generation": {"temperature": 9}}, "generation.temperature"),

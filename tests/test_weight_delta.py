@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -115,4 +116,65 @@ def test_what_a_folder_lacks_is_named(folder: Path, gone: str, complaint: str) -
 def test_nothing_is_written_over(folder: Path) -> None:
     convert(folder)
     with pytest.raises(ValueError, match=r"vicuna is there already. Remove it"):
+        convert(folder)
+
+
+def test_whole_weights_are_not_taken_for_a_delta(folder: Path) -> None:
+    tensors = load_file(folder / "llama" / LLAMA)
+    for path in (folder / "delta").glob("pytorch_model*"):
+        path.unlink()
+    save_file({name: 1.01 * value for name, value in tensors.items()}, folder / "delta" / "model.safetensors")
+
+    with pytest.raises(ValueError, match=r"mean cosine of 1.00 with .*; expected at most 0.5, as a delta is"):
+        convert(folder)
+    assert not (folder / "vicuna").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        (
+            lambda value: value.long(),
+            r"lm_head.weight of .*llama is int64; expected numbers in floating",
+        ),
+        (lambda value: value[0, 0].clone(), r"lm_head.weight has shape \(\) in .*llama and \(\d+, \d+\) in"),
+    ],
+)
+def test_tensors_that_cannot_be_added_are_refused(
+    folder: Path, changed: Callable[[Tensor], Tensor], complaint: str
+) -> None:
+    tensors = load_file(folder / "llama" / LLAMA)
+    tensors["lm_head.weight"] = changed(tensors["lm_head.weight"])
+    save_file(tensors, folder / "llama" / LLAMA)
+
+    with pytest.raises(ValueError, match=complaint):
+        convert(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("delta/config.json", "{", r"delta/config.json is no JSON: .* Copy or download it again"),
+        ("delta/config.json", "[]", r"delta/config.json holds a list; expected an object"),
+        (
+            "llama/model.safetensors.index.json",
+            '{"weight_map": {"a": "model-2.safetensors"}}',
+            r"llama/model-2.safetensors is missing, and an index beside it names it .* the whole folder",
+        ),
+    ],
+)
+def test_a_file_that_is_no_configuration_or_index_is_named(
+    folder: Path, name: str, content: str, complaint: str
+) -> None:
+    (folder / name).write_text(content)
+
+    with pytest.raises(ValueError, match=complaint):
+        convert(folder)
+    assert not (folder / "vicuna").exists()
+
+
+def test_a_base_that_is_not_there_is_named(folder: Path) -> None:
+    shutil.rmtree(folder / "llama")
+
+    with pytest.raises(ValueError, match=r"llama is not a folder; expected that of the base. Use LLaMA-1 7B"):
         convert(folder)

@@ -18,10 +18,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from services.errors import PresetProblem
 from services.presets import Preset
 
 GPUS = ("h200", "h100", "a100", "l40s", "l4")
-"""Whose limits ``--full-size`` can name without having one; see :mod:`services.bench.full_size`."""
+"""Whose limits ``--full-size`` can name without having one; see :mod:`services.bench.forward_work`."""
 
 BENCHES: Mapping[str, str] = {
     name: f"services.bench.{name}" for name in ("compile", "decode", "llm", "service", "turn")
@@ -75,16 +76,30 @@ def run_service(url: str, quick: bool) -> dict[str, Any]:
     return result_of("service", service.measure(url, quick))
 
 
-def run_full_size(quick: bool, dry: bool, gpu: str) -> dict[str, Any]:
-    """Measure models of the paper's sizes on this machine's GPU; without one, or if ``dry``, count only."""
+def run_full_size(quick: bool, dry: bool, gpu: str, folder: Path | None = None) -> dict[str, Any]:
+    """Measure models of the paper's sizes on this machine's GPU; without one, or if ``dry``, count only.
+
+    With ``folder``, random weights are written there and read back.
+
+    Raises:
+        PresetProblem: there is a folder and nothing to write there.
+
+    """
     import torch
 
-    from services.bench import full_size
+    from services.bench import forward_work, full_size
 
     device = "cuda" if torch.cuda.is_available() and not dry else None
-    result = result_of("full-size", full_size.run(device, quick, gpu))
+    if device is None and folder is not None:
+        why = "--dry was given" if dry else "there is no CUDA device here"
+        raise PresetProblem(
+            f"--weights is {folder}, and {why}: models without numbers have no weights to write there. Leave "
+            f"--weights out, or run this on a machine with a GPU.",
+            code="nothing_to_write",
+        )
+    result = result_of("full-size", full_size.run(device, quick, gpu, folder=folder))
     if device is None:
-        result["machine"]["counted_for"] = full_size.GPUS[gpu].name
+        result["machine"]["counted_for"] = forward_work.GPUS[gpu].name
     return result
 
 
