@@ -49,16 +49,19 @@ class DeepFeatures:
         }
         self.shallow = shallow
         """Called like the U-Net, after :meth:`recall`."""
-        unet.up_blocks[-1].register_forward_pre_hook(self._on_last_level, with_kwargs=True)
+        self._last_level: nn.Module = unet.up_blocks[-1]
 
     @contextmanager
     def recording(self) -> Iterator[list[Tensor]]:
         """Collect the features of each call of the whole U-Net, ``(R, F, C, h, w)``."""
         recorded: list[Tensor] = []
         self._recorded = recorded
+        # Only for the time being: a network that was compiled without a hook would be compiled anew for one.
+        hook = self._last_level.register_forward_pre_hook(self._on_last_level, with_kwargs=True)
         try:
             yield recorded
         finally:
+            hook.remove()
             self._recorded = None
 
     @property

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from decoders.condition import Condition
-from decoders.cost import CostModel
+from decoders.cost import CostModel, StepKind
 from decoders.denoising import Cancelled, Denoising
 from decoders.failures import DecoderOutOfMemory, QueueFull
-from decoders.fair_queue import FairQueue, Work
+from decoders.fair_queue import FairQueue, Work, rows_by_kind
 from decoders.latent_decoder import LatentDecoder
 from decoders.lora import DecoderLora
 from decoders.plan import Decoded, Plan
@@ -173,7 +173,7 @@ class DenoisingEngine:
         if preview_every < 0:
             raise ValueError(f"preview_every is {preview_every}; it must be 0 (no previews) or more.")
         plan = self.decoder.plan(condition, settings, source=source, lora=lora)
-        work = Work(user, plan.shape, plan.rows, plan.steps, plan.settings.lora)
+        work = Work(user, plan.shape, plan.rows, plan.steps, plan.settings.lora, plan.deep_every)
         request = _Request(plan, work, preview_every, RequestStream())
         self._admit(request)
         async with aclosing(request.stream.listen(partial(self._leave, request))) as heard:
@@ -205,16 +205,28 @@ class DenoisingEngine:
             release(self.decoder.folder.device)
 
     def _calibrate(self) -> None:
-        plan = self.decoder.plan(self._empty(), DecodeSettings(seed=0, steps=3, guidance_scale=1.0))
-        measured = []
+        usual = DecodeSettings(seed=0, steps=3, guidance_scale=1.0)
+        plan = self.decoder.plan(self._empty(), usual)
+        step_s: dict[StepKind, list[tuple[int, float]]] = {"plain": []}
+        deep = None
+        if self.decoder.has_deep_features:
+            deep = self.decoder.plan(self._empty(), replace(usual, steps=4, deep_every=2))
+            step_s |= {"keeping": [], "reusing": []}
         for rows in CALIBRATION_ROWS:
             run = self.decoder.begin([plan] * rows)
-            seconds = [self._seconds(partial(self.decoder.step, [run])) for _ in range(plan.steps)]
-            measured.append((rows, min(seconds)))  # the first of a shape pays for plans and caches
+            step_s["plain"].append((rows, min(self._seconds_of_steps(run, plan))))
+            if deep is not None:
+                seconds = self._seconds_of_steps(self.decoder.begin([deep] * rows), deep)
+                step_s["keeping"].append((rows, min(seconds[::2])))
+                step_s["reusing"].append((rows, min(seconds[1::2])))
         complete = partial(self.decoder.complete, run.latents[:1], [plan])
         finish_s = min(self._seconds(complete) for _ in range(2))
-        self.cost.calibrate(plan.shape, measured, finish_s)
+        self.cost.calibrate(plan.shape, step_s, finish_s)
         self.decoder.preview(run.latents[0])
+
+    def _seconds_of_steps(self, run: Denoising, plan: Plan) -> list[float]:
+        """Return what each step of a run takes. The first of a shape and kind pays for plans and caches."""
+        return [self._seconds(partial(self.decoder.step, [run], [plan])) for _ in range(plan.steps)]
 
     def stats(self) -> EngineStats:
         """Return what the engine is doing now."""
@@ -246,7 +258,7 @@ class DenoisingEngine:
         with self._lock:
             self._queue.add(work)
             done_in_s = self._foresee(anew=True).get(work, 0.0)
-            wait_s = done_in_s - self.cost.request_s(plan.shape, plan.rows, plan.steps)
+            wait_s = done_in_s - self.cost.request_s(plan.shape, plan.rows, plan.steps, plan.deep_every)
             if self._requests and wait_s > self.config.max_wait_s:
                 self._queue.remove(work)
                 raise QueueFull(wait_s, self.config.max_wait_s)
@@ -275,19 +287,19 @@ class DenoisingEngine:
         """Do one turn and ask for the next, so that :meth:`call` and new requests get in between."""
         with self._lock:
             works = self._queue.pick(self._batch_limit)
-            if works and not works[0].steps_left:
-                works = works[: self._media_at_once(works[0])]
+            prices = self._queue.prices(works, self._batch_limit)
             self._in_hand = [self._requests[work] for work in works]
             self._most_stepping = max(self._most_stepping, len(works))
         batch, began = self._in_hand, time.perf_counter()
+        foreseen = False
         if batch:
             try:
-                self._serve(batch)
+                foreseen = self._serve(batch) and any(prices.values())
             except BaseException as error:  # noqa: BLE001  (no stream may hang)
                 for request in batch:
                     request.error = request.error or error
         with self._lock:
-            self._queue.charge(works, time.perf_counter() - began)
+            self._queue.charge(prices, None if foreseen else time.perf_counter() - began)
             self._in_hand = []
             for request in batch:
                 if request.stream.stop.is_set() or request.error is not None:
@@ -300,8 +312,8 @@ class DenoisingEngine:
             if self._turning:
                 self._pool.submit(self._turn)
 
-    def _serve(self, batch: list[_Request]) -> None:
-        """Give a batch its turn, and learn what it cost."""
+    def _serve(self, batch: list[_Request]) -> bool:
+        """Give a batch its turn, and learn what it cost. Return whether that worked at once."""
         shape = batch[0].work.shape
         is_last = not batch[0].work.steps_left
         for request in batch:
@@ -309,25 +321,27 @@ class DenoisingEngine:
                 self._begin(request)
         batch = [request for request in batch if request.error is None]
         if not batch:
-            return
+            return False
+        rows = rows_by_kind(request.work for request in batch)
         began = time.perf_counter()
         whole = self._attempt(self._make if is_last else self._step, batch)
         seconds = time.perf_counter() - began
         for request in batch:
             run = request.state()
-            request.work.steps_left = run.total - run.done
+            request.work.advance(run.done - request.work.steps_done)
             if request.preview_every and run.done % request.preview_every == 0 and not run.finished:
                 self._show(request, run)
-        if not whole or any(request.plan.deep_every > 1 for request in batch):
-            return
+        if not whole:
+            return False
         if is_last:
             self.cost.observe_finish(shape, len(batch), seconds)
         else:
-            self.cost.observe_step(shape, sum(request.work.rows for request in batch), seconds)
+            self.cost.observe_step(shape, rows, seconds)
         self._good_turns += 1
         if self._good_turns >= TURNS_TO_REGROW and self._batch_limit < self.config.max_batch:
             self._batch_limit += 1
             self._good_turns = 0
+        return True
 
     def _show(self, request: _Request, run: Denoising) -> None:
         try:
@@ -391,11 +405,6 @@ class DenoisingEngine:
         work()
         self._settle()
         return time.perf_counter() - began
-
-    def _media_at_once(self, work: Work) -> int:
-        """Return how many media may be made in one turn, so that it takes no longer than a full step."""
-        step_s = self.cost.step_s(work.shape, work.rows * self._batch_limit)
-        return max(1, int(step_s / max(self.cost.finish_s(work.shape), 1e-6)))
 
     def _foresee(self, *, anew: bool = False) -> dict[Work, float]:
         """Return when each request will be done, in seconds from :attr:`_forecast_at`. The lock is held."""

@@ -365,6 +365,11 @@ class LatentDecoder(ABC):
             shallow = partial(self._run, deep.shallow)
             step_reusing(deep, self._predict, shallow, runs, every, self._null, halves_apart=halves_apart)
 
+    @property
+    def has_deep_features(self) -> bool:
+        """Whether requests may ask for ``deep_every``: the network has two levels or more."""
+        return len(self._network.up_blocks) > 1
+
     def _deep_features(self) -> DeepFeatures:
         if self._deep is None:
             self._deep = DeepFeatures(self._network)

@@ -173,7 +173,7 @@ class PipelineEngine:
         with self._lock:
             self._running = None
             if job is not None:
-                self._queue.charge([job.work], time.perf_counter() - began)
+                self._queue.charge({job.work: time.perf_counter() - began})
                 self._drop(job)
             self._turning = bool(self._jobs)
             if self._turning:
@@ -210,8 +210,8 @@ class PipelineEngine:
             stepping_s += seconds
             with self._lock:
                 if done > 1 and not frugal:  # encoding the words is part of the first
-                    self.cost.observe_step(work.shape, work.rows, seconds)
-                work.steps_left = total - done
+                    self.cost.observe_step(work.shape, {"plain": work.rows}, seconds)
+                work.advance(done - work.steps_done)
                 left_s = self._left_s(work)
             say(StepDone(done, total, left_s))
 

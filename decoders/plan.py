@@ -11,9 +11,6 @@ from decoders.lora import DecoderLora
 from decoders.settings import DecodeSettings
 from encoders.media import Medium
 
-SHALLOW_SHARE = 0.5
-"""What a step with kept features costs of a whole one, about."""
-
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Decoded:
@@ -60,10 +57,9 @@ class Plan:
         return self.settings.deep_every or 1
 
     @property
-    def rows(self) -> float:
-        """Rows that a step takes in the network: 2 with guidance, else 1; fewer if features are reused."""
-        halves = 2 if (self.settings.guidance_scale or 0) > 1 else 1
-        return halves * (1 + SHALLOW_SHARE * (self.deep_every - 1)) / self.deep_every
+    def rows(self) -> int:
+        """Rows that a step takes in the network: 2 with guidance, else 1."""
+        return 2 if (self.settings.guidance_scale or 0) > 1 else 1
 
     def manifest(self) -> dict[str, Any]:
         """Return what of a manifest the request decides."""

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -141,13 +140,27 @@ async def test_the_engine_reuses_and_says_so(decoder: LatentDecoder, condition: 
         assert result.manifest == decoder.decode(condition, wish).manifest
 
 
-def test_a_request_that_reuses_is_cheaper(decoder: LatentDecoder, condition: Condition) -> None:
-    rows = [
-        decoder.plan(condition, DecodeSettings(guidance_scale=3.0, deep_every=every)).rows
-        for every in (None, 2, 4)
-    ]
+def test_only_what_records_sees_a_hook_as_code_made_without_one_would_be_made_anew(
+    decoder: LatentDecoder, condition: Condition
+) -> None:
+    deep = decoder._deep_features()
+    last = decoder._network.up_blocks[-1]
 
-    np.testing.assert_allclose(rows, [2.0, 1.5, 1.25])
+    with deep.recording():
+        while_recording = len(last._forward_pre_hooks)
+    decoder.decode(condition, DecodeSettings(steps=3, deep_every=2))
+
+    assert (while_recording, len(last._forward_pre_hooks)) == (1, 0)
+
+
+def test_an_engine_measures_what_reuse_saves(decoder: LatentDecoder, condition: Condition) -> None:
+    engine = DenoisingEngine(decoder)
+    engine.calibrate()
+    shape = decoder.plan(condition).shape
+    engine.close()
+
+    kept, reused = (engine.cost.steps_s(shape, 2, 1, 2, done=done) for done in range(2))
+    assert 0 < reused < kept
 
 
 def test_a_network_of_one_level_refuses(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@ import asyncio
 import gc
 import random
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import aclosing
 from dataclasses import replace
@@ -28,7 +27,17 @@ from decoders.latent_decoder import LatentDecoder
 from decoders.plan import Decoded
 from decoders.settings import SCHEDULER_NAMES, DecodeSettings
 from tests import tiny_pipelines
-from tests.tiny_decoders import CAPTIONS, KINDS, condition, kept_latents, made, network_batches, slow_network
+from tests.tiny_decoders import (
+    CAPTIONS,
+    KINDS,
+    ScriptedClock,
+    condition,
+    kept_latents,
+    made,
+    network_batches,
+    slow_network,
+    together,
+)
 
 
 @pytest.fixture(scope="module")
@@ -152,44 +161,111 @@ async def test_a_start_from_a_source_equals_the_decoder_alone(
         assert result.manifest["strength"] == 0.5
 
 
-async def test_progress_counts_every_step_and_the_time_left_shrinks_to_the_truth(
-    engine: DenoisingEngine, monkeypatch: pytest.MonkeyPatch
+LEFT = {
+    "alone": [("ann", {"steps": 10})],
+    "alone, every third step whole": [("ann", {"steps": 10, "deep_every": 3})],
+    "alone, every fifth step whole": [("ann", {"steps": 12, "deep_every": 5, "guidance_scale": 3.0})],
+    "one queue": [("ann", {"steps": 4 + number}) for number in range(9)],
+    "two people": [("ann", {"steps": 30}), ("ann", {"steps": 30}), ("ben", {"steps": 12})],
+    "many and few": [*[("ann", {"steps": 10})] * 8, ("ben", {"steps": 10}), ("cat", {"steps": 20})],
+    "two sizes": [("ann", {"steps": 10}), ("ann", {"steps": 10}), ("ben", {"steps": 10, "width_px": 32})],
+    "fast and exact": [
+        ("ann", {"steps": 15, "deep_every": 5}),
+        ("ben", {"steps": 10, "guidance_scale": 3.0}),
+    ],
+}
+
+
+@pytest.mark.parametrize("max_batch", [1, 4])
+@pytest.mark.parametrize("case", LEFT)
+async def test_the_time_left_is_true_at_every_step(
+    decoder: ImageDecoder, monkeypatch: pytest.MonkeyPatch, case: str, max_batch: int
 ) -> None:
-    slow_network(engine.decoder, monkeypatch, 0.05)
+    clock = ScriptedClock(decoder, monkeypatch)
+    engine = DenoisingEngine(decoder, EngineConfig(max_batch=max_batch, max_wait_s=1e6))
     engine.calibrate()
-    began = time.monotonic()
-    heard: list[tuple[float, StepDone]] = []
+    began = clock.now_s
+    wishes = [
+        (user, DecodeSettings(seed=seed + 1, **{"guidance_scale": 1.0, **wish}))
+        for seed, (user, wish) in enumerate(LEFT[case])
+    ]
 
-    async for value in engine.decode(condition(engine.decoder), DecodeSettings(steps=10, seed=1)):
-        if isinstance(value, StepDone):
-            heard.append((time.monotonic() - began, value))
-    total_s = time.monotonic() - began
+    heard = await together(engine, *wishes)
+    engine.close()
 
-    assert [(value.step, value.total) for _, value in heard] == [(step, 10) for step in range(11)]
-    assert total_s / 3 < heard[0][1].left_s < total_s * 3
-    for at_s, value in heard[4:]:
-        assert value.left_s == pytest.approx(total_s - at_s, abs=0.35 * total_s)
-    assert heard[0][1].left_s > 4 * heard[-1][1].left_s
+    for (_, wish), values in zip(wishes, heard, strict=True):
+        told = [value for value in values if isinstance(value, StepDone)]
+        steps = wish.steps or 0
+        assert [(value.step, value.total) for value in told] == [(step, steps) for step in range(steps + 1)]
+        times = [began, *clock.steps_at[wish.seed or 0]]
+        for at_s, value in list(zip(times, told, strict=True))[1:]:  # before the first, others are to come
+            assert value.left_s == pytest.approx(clock.done_at[wish.seed or 0] - at_s, rel=0.1)
 
 
-async def test_the_time_left_of_a_request_that_waits_holds_the_wait(
+async def test_the_time_left_of_a_request_that_waits_holds_the_wait_until_it_is_over(
     decoder: ImageDecoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow_network(decoder, monkeypatch, 0.02)
+    clock = ScriptedClock(decoder, monkeypatch)
     engine = DenoisingEngine(decoder, EngineConfig(max_batch=1, max_wait_s=1e6))
     engine.calibrate()
-    first = engine.decode(condition(decoder), DecodeSettings(steps=40))
-    second = engine.decode(condition(decoder), DecodeSettings(steps=10))
+    gate = threading.Event()
+    held = asyncio.create_task(engine.call(gate.wait))
+    await asyncio.sleep(0)
+    first = engine.decode(condition(decoder), DecodeSettings(steps=40, guidance_scale=1.0))
+    second = engine.decode(condition(decoder), DecodeSettings(steps=10, guidance_scale=1.0))
 
     one, other = await anext(first), await anext(second)
     await first.aclose()
-    rest = [value async for value in second]
-    after = next(value for value in rest if isinstance(value, StepDone))
+    gate.set()
+    after = [value async for value in second]
+    await held
     engine.close()
 
-    assert other.left_s > one.left_s > 0.6
-    assert other.left_s == pytest.approx(one.left_s * 5 / 4, rel=0.3)
-    assert after.left_s < one.left_s / 2
+    assert one.left_s == pytest.approx(40 * 0.03 + 0.05)
+    assert other.left_s == pytest.approx(one.left_s + 10 * 0.03 + 0.05)
+    assert after[0].left_s == pytest.approx(9 * 0.03 + 0.05)
+    assert clock.steps_at
+
+
+async def test_two_users_get_equal_service_also_from_a_machine_that_hesitates(
+    decoder: ImageDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = ScriptedClock(decoder, monkeypatch)
+    engine = DenoisingEngine(decoder, EngineConfig(max_batch=1, max_wait_s=1e6))
+    engine.calibrate()
+    step = decoder.step
+
+    def hesitating(runs: Any, plans: Any, **options: Any) -> None:
+        step(runs, plans, **options)
+        if (plans[0].settings.seed, runs[0].done) == (1, 3):
+            clock.now_s += 20 * 0.03
+
+    monkeypatch.setattr(decoder, "step", hesitating)
+    wish = DecodeSettings(seed=1, steps=40, guidance_scale=1.0)
+
+    await together(engine, ("ann", wish), ("ben", replace(wish, seed=2)))
+    engine.close()
+
+    for number, at_s in enumerate(clock.steps_at[1], 1):
+        assert abs(number - sum(other <= at_s for other in clock.steps_at[2])) <= 1
+
+
+async def test_one_picture_is_not_held_up_by_many_of_another_person(
+    decoder: ImageDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = ScriptedClock(decoder, monkeypatch, step_s=0.0)
+    engine = DenoisingEngine(decoder, EngineConfig(max_batch=8, max_wait_s=1e6))
+    engine.calibrate()
+    wish = DecodeSettings(steps=30, guidance_scale=1.0)
+    began = clock.now_s
+    many = [("ann", replace(wish, seed=seed)) for seed in range(1, 13)]
+
+    await together(engine, *many, ("ben", replace(wish, seed=0)))
+    engine.close()
+
+    alone_s = 30 * 0.01 + 0.05
+    assert clock.done_at[0] - began < 1.2 * 2 * alone_s
+    assert clock.now_s - began == pytest.approx(13 * alone_s)
 
 
 async def test_a_hundred_random_cancels_leave_nothing_behind(

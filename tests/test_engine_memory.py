@@ -88,6 +88,42 @@ async def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(
     assert engine.stats().batch_limit == max(1, most_rows // 2)
 
 
+async def test_steps_that_reuse_deep_features_are_halved_too_and_nobody_takes_one_twice(
+    engine: DenoisingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = engine.decoder
+    wishes = [
+        DecodeSettings(seed=i, steps=5, guidance_scale=1.0, deep_every=every)
+        for i, every in enumerate((2, 3, None, 2))
+    ]
+    expected = [decoder.decode(condition(decoder, i), wish) for i, wish in enumerate(wishes)]
+    run, failed = decoder._run, []
+
+    def limited(network: Any, latents: Tensor, *rest: Tensor) -> Tensor:
+        if len(latents) > 1:
+            failed.append(network is decoder._network)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return run(network, latents, *rest)
+
+    monkeypatch.setattr(decoder, "_run", limited)
+    monkeypatch.setattr(decoder._quick, "run", limited)
+
+    async def regrown(number: int, wish: DecodeSettings) -> Decoded:
+        """Let the whole batch be tried at every step."""
+        heard: list[object] = []
+        async for value in engine.decode(condition(decoder, number), wish):
+            engine._batch_limit = engine.config.max_batch
+            heard.append(value)
+        assert isinstance(heard[-1], Decoded)
+        return heard[-1]
+
+    results = await asyncio.gather(*(regrown(i, wish) for i, wish in enumerate(wishes)))
+
+    assert set(failed) == {True, False}  # the whole network and its shallow twin
+    for result, want in zip(results, expected, strict=True):
+        assert np.abs(result.medium.pixels.astype(int) - want.medium.pixels).max() <= 1
+
+
 @pytest.mark.parametrize("tiled", [False, True])
 async def test_media_that_do_not_fit_together_are_made_alone_in_slices_and_then_in_tiles(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tiled: bool
