@@ -80,6 +80,8 @@ def write_lora(state: Mapping[str, Tensor], options: LoraOptions, folder: Path) 
 def _write(state: Mapping[str, Tensor], config: LoraConfig, folder: Path, dtype: torch.dtype | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config.base_model_name_or_path = _BASE_FROM_HERE
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)  # a set has another order in every process
     config.save_pretrained(str(folder))
     save_tensors(state, folder / _WEIGHTS, dtype)
 

@@ -75,6 +75,13 @@ def test_the_folder_holds_no_path_of_the_machine_that_wrote_it(saved: Path, tmp_
         assert str(tmp_path) not in path.read_text(), path
 
 
+def test_the_same_model_is_written_the_same_in_every_process(saved: Path) -> None:
+    targets = json.loads((saved / "adapter" / "adapter_config.json").read_text())["target_modules"]
+
+    assert targets == sorted(targets)
+    assert len(targets) > 1
+
+
 @pytest.mark.parametrize(
     "name",
     [
