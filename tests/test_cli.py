@@ -12,7 +12,7 @@ import pytest
 from decoders.settings import DecodeSettings
 from encoders.media import Modality, read_media
 from services import chat as chat_module
-from services import cli
+from services import cli, weight_commands
 from services.session import Reply, ReplyPart
 from tests.scripted_agent import PNG
 
@@ -247,7 +247,7 @@ def test_a_file_of_the_system_that_fails_is_one_line(
     def full(name: str) -> None:
         raise OSError(28, "No space left on device", "/somewhere/a")
 
-    monkeypatch.setattr(cli, "load_preset", full)
+    monkeypatch.setattr(weight_commands, "load_preset", full)
 
     assert run("doctor") == 1
 
