@@ -1,8 +1,8 @@
 """Videos that are made while nobody waits: jobs, kept in the artefact store where every process finds them.
 
 The process that took a job makes its video and writes down how far it is. A job of which nothing was heard
-for a while has lost that process and has failed. Whoever removes the record of a job stops it, from any
-process.
+for a while has lost that process and has failed. Whoever deletes a job stops it, from any process: first it
+is written down that it is deleted, and whoever writes how far it is looks for that: no record comes back.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from services.events import Event, PartDone, PartProgress, TurnFailed
 logger = logging.getLogger(__name__)
 
 JOB_PURPOSE = "video_job"
+DELETED_PURPOSE = "deleted_video_job"
 ID_PATTERN = re.compile(r"video_[0-9a-f]{32}")
 WRITE_EVERY_S = 0.5
 HEARTBEAT_S = 2.0
@@ -83,7 +84,7 @@ class VideoJobs:
 
         """
         try:
-            if not ID_PATTERN.fullmatch(job_id):
+            if not ID_PATTERN.fullmatch(job_id) or self._is_deleted(job_id):
                 raise NotFound("", code="")
             job = VideoJob(**json.loads(self.store.read(_record_id(job_id))))
         except NotFound as error:
@@ -114,12 +115,28 @@ class VideoJobs:
 
     def _remove(self, job_id: str) -> None:
         job = self.get(job_id)
-        self.store.delete(_record_id(job.id))
-        if job.file_id is not None:
-            try:
-                self.store.delete(job.file_id)
-            except NotFound:  # it was removed alone
-                return
+        self.store.put(
+            b"deleted",
+            media_type="text/plain",
+            filename=job.id,
+            purpose=DELETED_PURPOSE,
+            artefact_id=_deletion_id(job.id),
+        )
+        self._discard(job)
+
+    def _discard(self, job: VideoJob) -> None:
+        """Remove what there is of a deleted job."""
+        for artefact_id in (_record_id(job.id), job.file_id):
+            if artefact_id is not None:
+                with suppress(NotFound):
+                    self.store.delete(artefact_id)
+
+    def _is_deleted(self, job_id: str) -> bool:
+        try:
+            self.store.get(_deletion_id(job_id))
+        except NotFound:
+            return False
+        return True
 
     async def close(self) -> None:
         """Stop what this process makes."""
@@ -142,12 +159,11 @@ class VideoJobs:
             await asyncio.to_thread(self._rewrite, _failed(job, translate(error)))
 
     def _rewrite(self, job: VideoJob) -> bool:
-        """Write a job anew, and return whether it was still there."""
-        try:
-            self.store.get(_record_id(job.id))
-        except NotFound:
-            return False
+        """Write a job anew, and return whether it is still wanted."""
         self._write(replace(job, updated_at=time.time()))
+        if self._is_deleted(job.id):
+            self._discard(job)
+            return False
         return True
 
     def _write(self, job: VideoJob) -> None:
@@ -196,4 +212,13 @@ def _failed(job: VideoJob, error: ServiceError) -> VideoJob:
 
 def _record_id(job_id: str) -> str:
     """Return the id of the artefact that holds a job; as hard to guess as the job's."""
-    return f"file-{hashlib.sha256(job_id.encode()).hexdigest()[:32]}"
+    return _hidden_id(job_id)
+
+
+def _deletion_id(job_id: str) -> str:
+    """Return the id of the artefact that says that a job is deleted."""
+    return _hidden_id(f"{job_id} deleted")
+
+
+def _hidden_id(of: str) -> str:
+    return f"file-{hashlib.sha256(of.encode()).hexdigest()[:32]}"

@@ -107,7 +107,7 @@ async def _body(request: Request) -> object:
 
 def _shown(job: VideoJob, expires_after_s: int) -> dict[str, Any]:
     made = job.manifest or {}
-    seconds = f"{made['num_frames'] / made['fps']:g}" if made else None
+    timed, sized = {"num_frames", "fps"} <= made.keys(), {"width_px", "height_px"} <= made.keys()
     return {
         "id": job.id,
         "object": "video",
@@ -118,8 +118,8 @@ def _shown(job: VideoJob, expires_after_s: int) -> dict[str, Any]:
         "completed_at": job.completed_at,
         "expires_at": None if job.completed_at is None else job.completed_at + expires_after_s,
         "prompt": job.prompt,
-        "size": f"{made['width_px']}x{made['height_px']}" if made else None,
-        "seconds": seconds,
+        "size": f"{made['width_px']}x{made['height_px']}" if sized else None,
+        "seconds": f"{made['num_frames'] / made['fps']:g}" if timed else None,
         "remixed_from_video_id": None,
         "error": job.error,
         "file_id": job.file_id,

@@ -312,6 +312,7 @@ class Replicas:
 
 
 async def test_a_command_reaches_every_replica_of_the_box(preset: Preset, tmp_path: Path) -> None:
+    from services.cluster import ClusterStatus, Line
     from services.deployments import AgentReplica, DecoderReplica, ReplicaArgs
     from services.remote_boxes import RemoteAgent
 
@@ -327,7 +328,7 @@ async def test_a_command_reaches_every_replica_of_the_box(preset: Preset, tmp_pa
     speaker = SimpleNamespace(adapters=LocalLanguageModel(preset).adapters.states)
     handles: Any = {IMAGE: Replicas(*decoders)}
     agent: Any = Replicas(AgentReplica(args, Replicas(), Replicas(speaker), handles))  # type: ignore[arg-type]
-    remote = RemoteAgent(agent)
+    remote = RemoteAgent(Line(agent, "agent", "Agent", ClusterStatus()), {})
 
     with decoders[1].boxes[IMAGE].adapters.holding("ink"), pytest.raises(Conflict, match="'ink' is used"):
         await remote.unload_adapter("ink")

@@ -13,7 +13,7 @@ from decoders.settings import DecodeSettings
 from encoders.media import Modality
 from services.agent import Agent
 from services.artefacts import ArtefactStore
-from services.boxes import GenerateBox, PromptMessage, Speech, SpeechOptions, SpokenSignal
+from services.boxes import BoxState, GenerateBox, PromptMessage, Speech, SpeechOptions, SpokenSignal
 from services.events import Event, PartDone, PartProgress, TextDelta, TurnDone
 from services.local import local_agent
 from services.local_decoder import LocalDecoder
@@ -45,6 +45,9 @@ class Pausing:
     def __init__(self, box: GenerateBox) -> None:
         self.box = box
         self.may_go_on = asyncio.Event()
+
+    async def state(self) -> BoxState:
+        return await self.box.state()
 
     async def generate(
         self, prompt: Sequence[PromptMessage], options: SpeechOptions
