@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import signal
 import socket
 import statistics
@@ -38,6 +39,9 @@ MEMORY_GB = 8.0
 ROUNDS, QUICK_ROUNDS = 5, 2
 WITHIN_S = 600.0
 END_WITHIN_S = 60.0
+PORTS = range(
+    20_000, 30_000
+)  # below those that the system hands out, to Ray's processes too
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
 HELLOS = ("hello", "hi there", "good morning", "good evening", "hey", "hello again")
 
@@ -300,7 +304,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-    return port
+    for port in random.sample(PORTS, len(PORTS)):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise ValueError(
+        f"No port of 127.0.0.1 from {PORTS[0]} to {PORTS[-1]} is free. Free one, then try again."
+    )
