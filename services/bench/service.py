@@ -39,9 +39,7 @@ MEMORY_GB = 8.0
 ROUNDS, QUICK_ROUNDS = 5, 2
 WITHIN_S = 600.0
 END_WITHIN_S = 60.0
-PORTS = range(
-    20_000, 30_000
-)  # below those that the system hands out, to Ray's processes too
+PORTS = range(20_000, 30_000)  # below those that the system hands out, to Ray's processes too
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
 HELLOS = ("hello", "hi there", "good morning", "good evening", "hey", "hello again")
 
