@@ -35,7 +35,7 @@ def test_some_pictures_and_clips_lose_their_colours_and_the_others_stay():
 
 def disguised(batch: Tensor, partners: Tensor) -> Disguised:
     scenes = [sample_sound(random.Random(i)) for i in range(len(batch))]
-    return disguised_sounds(batch, scenes, lambda: partners, noise())
+    return disguised_sounds(batch, scenes, partners, noise())
 
 
 def test_sounds_stay_or_are_duets_or_lie_between_pitches_and_tempos():

@@ -130,7 +130,7 @@ def train_imagebind(
             batch, scenes = torch.cat([simple, batch[easy:]]), named + scenes[easy:]
         if kind == "sound":
             partners = [rng.choice(alike[_rest(scene)]) for scene in scenes]
-            less = disguised_sounds(batch, scenes, lambda: take["sound"](partners), noise)
+            less = disguised_sounds(batch, scenes, take[kind](partners), noise)
         else:
             less = without_colour(batch, noise)
         batch, plain = less.media.to(training_device()), less.plain.tolist()

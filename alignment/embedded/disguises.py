@@ -9,7 +9,7 @@ Shape letters in this file:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -48,14 +48,14 @@ def without_colour(batch: Tensor, noise: torch.Generator) -> Disguised:
 
 
 def disguised_sounds(
-    batch: Tensor, scenes: Sequence[Scene], partners: Callable[[], Tensor], noise: torch.Generator
+    batch: Tensor, scenes: Sequence[Scene], partners: Tensor, noise: torch.Generator
 ) -> Disguised:
     """Turn some sounds into duets, and put some between two pitches and two tempos.
 
     Args:
         batch: filter banks ``(B, S, 1, M, T)``.
         scenes: what they are.
-        partners: gives for each row one like it, which may have another thing and pitch.
+        partners: for each row one like it, which may have another thing and pitch, like ``batch``.
         noise: decides which rows, and how far.
 
     """
@@ -66,8 +66,8 @@ def disguised_sounds(
     pace = FURTHEST_PACE ** torch.rand(len(batch), generator=noise)
     slow = torch.tensor([isinstance(scene, Sound) and scene.tempo == "slow" for scene in scenes])
     moved = transposed(batch.flatten(1, 2), semitones, torch.where(slow, pace, 1 / pace))
-    media = torch.maximum(batch, partners())  # of log energies, the louder one is nearly their sum
-    media = _where(between, moved.view_as(batch), _where(duet, media, batch))
+    both = torch.maximum(batch, partners)  # of log energies, the louder one is nearly their sum
+    media = _where(between, moved.view_as(batch), _where(duet, both, batch))
     shown = {name: torch.ones_like(duet) for name in {*OF_DUETS, *OF_BETWEEN}}
     for names, rows in ((OF_DUETS, duet), (OF_BETWEEN, between)):
         for name in names:
