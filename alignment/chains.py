@@ -108,7 +108,8 @@ def run_chains(
                 chain.broken = True
         conditions = [system.condition(signal) for _, signal in asked]
         sources = [chains[index].now for index, _ in asked]
-        made = system.make(modality, conditions, seed + 1000 * turn, sources=sources)
+        captions = [signal.caption for _, signal in asked]
+        made = system.make(modality, conditions, seed + 1000 * turn, sources=sources, captions=captions)
         for (index, _), medium in zip(asked, made, strict=True):
             _take(chains[index], to_bytes(medium), turn)
         for chain in chains:

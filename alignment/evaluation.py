@@ -147,7 +147,7 @@ def _mean_of(values: Sequence[Any], key: str = "") -> Any:
         return there[0]
     if isinstance(there[0], Mapping):
         keys = dict.fromkeys(k for value in there for k in value)
-        inner = "count" if key in ("found", "count", "asking") else ""
+        inner = "count" if key in ("found", "count", "asking", "second_look") else ""
         return {k: _mean_of([v[k] for v in there if k in v], inner or k) for k in keys}
     if key in ("n", "malformed", "count"):
         return sum(there)
@@ -172,6 +172,9 @@ def table(result: Mapping[str, Any]) -> str:
         lines += ["", asking_table(asking)]
     if chains := {name: row for name, row in result["directions"].items() if "drift" in row}:
         lines += ["", drift_table(chains)]
+    if looked := [row["second_look"] for row in rows if "second_look" in row]:
+        seen, again = (sum(one[key] for one in looked) for key in ("looked", "retries"))
+        lines += ["", f"The system looked at {seen} media once more, and had {again} made again."]
     seeds = ", ".join(map(str, result["seeds"]))
     plural = "s" if len(result["seeds"]) > 1 else ""
     return "\n".join([*lines, f"\n{result['seconds']:.0f} s, seed{plural} {seeds}"])
@@ -255,6 +258,7 @@ def _measurer(folders: Folders) -> Callable[[Wish], dict[str, Any]]:
 def measure(system: System, wish: Wish) -> dict[str, Any]:
     """Measure one direction: its two splits, and what is asked of it besides."""
     result: dict[str, Any] = {"ceiling": None}
+    looks_before, retries_before = system.num_looks, system.num_retries
     for split, number in (("seen", wish.samples), ("held_out", max(1, wish.samples // HELD_OUT_SHARE))):
         rng = random.Random(f"evaluation-{wish.seed}-{wish.name}-{split}")
         scenes = FreshScenes(rng, held_out=split == "held_out")
@@ -282,6 +286,11 @@ def measure(system: System, wish: Wish) -> dict[str, Any]:
                     [sample.confidence for sample in done], [not right_media(sample) for sample in done]
                 )
         result[split] = tally.summary()
+    if system.second_look is not None:
+        result["second_look"] = {
+            "looked": system.num_looks - looks_before,
+            "retries": system.num_retries - retries_before,
+        }
     return result
 
 

@@ -123,17 +123,19 @@ def decode(
 ) -> None:
     """Make every medium that the last replies ask for, in batches of one modality.
 
-    Where media start from the newest ones of their kind, those of earlier replies are made first.
+    Where media start from the newest ones of their kind, or keep something of them, those of earlier replies
+    are made first.
 
     Args:
         system: what makes them.
         samples: finished conversations; they get their media.
         seed: of the decoders.
-        links: over which link each modality goes, in place of the system's own.
-        from_noise: start from nothing else, whatever the preset says.
+        links: over which link each modality goes, in place of the system's own; then media are taken as they
+            come, for links are compared and not what is made up for.
+        from_noise: edit nothing, whatever the preset says.
 
     """
-    starts = frozenset() if from_noise else frozenset(system.edit_strengths)
+    starts = frozenset() if from_noise else system.edits
     newest: list[dict[Modality, Medium]] = [{} for _ in samples]
     for turn in range(max((len(sample.replies) for sample in samples), default=0)):
         for sample, known in zip(samples, newest, strict=True):
@@ -151,7 +153,8 @@ def decode(
             link = links[modality] if links else None
             conditions = [system.condition(signal, link) for _, _, signal in placed]
             sources = [newest[i].get(modality) for i, _, _ in placed] if modality in starts else None
-            media = system.make(modality, conditions, seed + 1000 * turn, sources=sources)
+            captions = None if links else [signal.caption for _, _, signal in placed]
+            media = system.make(modality, conditions, seed + 1000 * turn, sources=sources, captions=captions)
             for (i, place, _), medium in zip(placed, media, strict=True):
                 data = to_bytes(medium)
                 samples[i].keep(turn, place, data)

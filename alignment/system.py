@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from alignment.second_look import SecondLook, likeness, next_seed
+from alignment.toybox.media import to_bytes
 from decoders.audio import AudioDecoder
 from decoders.condition import Condition
 from decoders.image import ImageDecoder
@@ -18,12 +20,13 @@ from decoders.projection import OutputProjection
 from decoders.settings import DecodeSettings
 from decoders.video import VideoDecoder
 from encoders.encoder import load_encoder
-from encoders.media import Medium, Modality
+from encoders.media import Medium, Modality, read_media
 from encoders.tiler import Tiling
 from llm.generate import ALL_MEDIA, Finished, GenerationOptions, SignalReady, TextDelta, generate
 from llm.model import LanguageModel
+from llm.scoring import score
 from llm.signals import Signal
-from llm.template import Dialogue, MediaTokens
+from llm.template import Dialogue, MediaTokens, Message
 
 LinkName = Literal["signal", "caption"]
 Spoken = str | Signal
@@ -42,7 +45,8 @@ class Folders:
 
     ``base`` and ``bridge`` take the place of those in ``language_model``; ``tiling`` is how pictures are
     cut. A medium whose modality is in ``edit_strengths`` starts from the newest one of its kind, so far away
-    from it.
+    from it; one whose modality is in ``keep_untouched`` gets the pixels of that one where they agree.
+    ``second_look`` says which media are made again.
     """
 
     encoder: Path
@@ -55,6 +59,8 @@ class Folders:
     tiling: Tiling | None = None
     settings: Mapping[Modality, DecodeSettings] = field(default_factory=dict)
     edit_strengths: Mapping[Modality, float] = field(default_factory=dict)
+    keep_untouched: frozenset[Modality] = frozenset()
+    second_look: SecondLook | None = None
 
     @property
     def all(self) -> tuple[Path, ...]:
@@ -66,10 +72,18 @@ class Folders:
     @property
     def how(self) -> str:
         """How the weights are used, in words that are the same whenever it is the same."""
-        ways = {"links": self.links, "settings": self.settings, "edit strengths": self.edit_strengths}
-        return "; ".join(
-            f"{name} {sorted((str(m), str(v)) for m, v in way.items())}" for name, way in ways.items()
-        )
+        ways: dict[str, Mapping[Modality, object]] = {
+            "links": self.links,
+            "settings": self.settings,
+            "edit strengths": self.edit_strengths,
+            "kept": dict.fromkeys(self.keep_untouched, "untouched"),
+        }
+        told = [f"{name} {sorted((str(m), str(v)) for m, v in way.items())}" for name, way in ways.items()]
+        if (look := self.second_look) is not None:
+            told.append(
+                f"second look {sorted(look.modalities)} {look.question!r} {look.below:g} {look.retries}"
+            )
+        return "; ".join(told)
 
     @classmethod
     def of_weights(cls, weights: Path, link: LinkName = "signal") -> Folders:
@@ -102,6 +116,9 @@ class System:
         self.links = folders.links
         self.settings = folders.settings
         self.edit_strengths = folders.edit_strengths
+        self.keep_untouched = folders.keep_untouched
+        self.second_look = folders.second_look
+        self.num_looks = self.num_retries = 0
         self.encoder = load_encoder(folders.encoder, tiling=folders.tiling)
         self.llm = LanguageModel.from_pretrained(
             folders.language_model, base=folders.base, bridge=folders.bridge
@@ -142,6 +159,11 @@ class System:
                 ids = event.ids
         return Answer([*parts, text.strip()] if text.strip() else parts, ids, confidence)
 
+    @property
+    def edits(self) -> frozenset[Modality]:
+        """The modalities whose media depend on the newest one of their kind."""
+        return self.keep_untouched | frozenset(self.edit_strengths)
+
     def condition(self, signal: Signal, link: LinkName | None = None) -> Condition:
         """Turn a signal into its decoder's condition over a link; None stands for the preset's."""
         if (link or self.links[signal.modality]) == "caption":
@@ -157,16 +179,21 @@ class System:
         seed: int | Sequence[int],
         settings: DecodeSettings | None = None,
         sources: Sequence[Medium | None] | None = None,
+        captions: Sequence[str] | None = None,
     ) -> list[Medium]:
         """Decode conditions of one modality in batches, by default as the preset asks.
 
-        Medium i has the seed ``seed + i``, or ``seed[i]`` where there is one for each. It starts from
-        ``sources[i]`` where there is one and the preset has an edit strength for the modality.
+        Medium i has the seed ``seed + i``, or ``seed[i]`` where there is one for each. Where there is one, it
+        starts from ``sources[i]`` if the preset has an edit strength for the modality, and keeps what is
+        untouched of it if the preset says so. With ``captions``, what each was to be, the system looks at
+        it again if the preset asks for that.
         """
         wish = settings or self.settings.get(modality, DecodeSettings())
         seeds = [seed + i for i in range(len(conditions))] if isinstance(seed, int) else list(seed)
         strength = self.edit_strengths.get(modality)
-        starts = list(sources) if sources and strength is not None else [None] * len(conditions)
+        nothing: list[Medium | None] = [None] * len(conditions)
+        starts = list(sources) if sources and strength is not None else nothing
+        originals = list(sources) if sources and modality in self.keep_untouched else nothing
         decoder = self.decoders[modality]
         media: dict[int, Medium] = {}
         for begins in (False, True):  # a batch has sources or none
@@ -175,6 +202,62 @@ class System:
                 part = mine[first : first + DECODE_BATCH]
                 wishes = [replace(wish, seed=seeds[i], strength=strength if begins else None) for i in part]
                 latents = [decoder.encode_source(medium, wish) for i in part if (medium := starts[i])]
-                made = decoder.decode_batch([conditions[i] for i in part], wishes, sources=latents or None)
+                made = decoder.decode_batch(
+                    [conditions[i] for i in part],
+                    wishes,
+                    sources=latents or None,
+                    originals=[originals[i] for i in part],
+                )
                 media |= {i: one.medium for i, one in zip(part, made, strict=True)}
-        return [media[i] for i in range(len(conditions))]
+        bare = [media[i] for i in range(len(conditions))]
+        if captions is None or self.second_look is None:
+            return bare
+        places = [i for i, words in enumerate(captions) if self.second_look.looks_at(modality, words)]
+
+        def again(which: Sequence[int], attempt: int) -> list[Medium]:
+            return self.make(
+                modality,
+                [conditions[i] for i in which],
+                [next_seed(seeds[i], attempt) for i in which],
+                settings,
+                None if sources is None else [sources[i] for i in which],
+            )
+
+        return self._best(bare, captions, places, self.second_look, again)
+
+    def _best(
+        self,
+        media: list[Medium],
+        captions: Sequence[str],
+        places: Sequence[int],
+        look: SecondLook,
+        again: Callable[[Sequence[int], int], list[Medium]],
+    ) -> list[Medium]:
+        """Look at the media at some places, and let those be made again that are not what they were to be."""
+        best = dict.fromkeys(places, -1.0)
+        others = [media[i] for i in places]
+        for attempt in range(1, look.retries + 2):
+            found = self._likeness(others, [captions[i] for i in places], look)
+            for i, other, like in zip(places, others, found, strict=True):
+                if like > best[i]:
+                    media[i], best[i] = other, like
+            places = [i for i in places if look.asks_again(best[i], attempt)]
+            if not places:
+                break
+            self.num_retries += len(places)
+            others = again(places, attempt)
+        return media
+
+    def _likeness(self, media: Sequence[Medium], captions: Sequence[str], look: SecondLook) -> list[float]:
+        self.num_looks += len(media)
+        found: list[float] = []
+        for first in range(0, len(media), DECODE_BATCH):
+            dialogues = [
+                [
+                    Message("user", [self.read(read_media(to_bytes(medium))), look.question]),
+                    Message("assistant", [words]),
+                ]
+                for medium, words in zip(media[first : first + DECODE_BATCH], captions[first:], strict=False)
+            ]
+            found += [likeness(scored.log_probabilities) for scored in score(self.llm, dialogues)]
+        return found

@@ -31,7 +31,7 @@ from decoders.plan import Decoded, Plan
 from decoders.request_stream import RequestStream
 from decoders.settings import DecodeSettings
 from decoders.thrift import Thrift, release
-from encoders.media import Image
+from encoders.media import Image, Medium
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +151,7 @@ class DenoisingEngine:
         *,
         source: Tensor | None = None,
         lora: DecoderLora | None = None,
+        original: Medium | None = None,
         user: str = "",
         preview_every: int = 0,
     ) -> AsyncGenerator[Heard, None]:
@@ -160,7 +161,7 @@ class DenoisingEngine:
         the close returns when the thread is rid of it.
 
         Args:
-            condition, settings, source, lora: as in :meth:`LatentDecoder.decode`.
+            condition, settings, source, lora, original: as in :meth:`LatentDecoder.decode`.
             user: whose request it is; users share the engine fairly.
             preview_every: steps from one preview to the next, 0 for none.
 
@@ -172,7 +173,7 @@ class DenoisingEngine:
         """
         if preview_every < 0:
             raise ValueError(f"preview_every is {preview_every}; it must be 0 (no previews) or more.")
-        plan = self.decoder.plan(condition, settings, source=source, lora=lora)
+        plan = self.decoder.plan(condition, settings, source=source, lora=lora, original=original)
         work = Work(user, plan.shape, plan.rows, plan.steps, plan.settings.lora, plan.deep_every)
         request = _Request(plan, work, preview_every, RequestStream())
         self._admit(request)

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from decoders.latent_decoder import LatentDecoder, clip_states
-from decoders.pixels import check_multiple, decode_pictures, from_pixels, to_arrays
+from decoders.pixels import check_multiple, decode_pictures, from_pixels, resized, to_arrays
 from decoders.settings import DecoderDefaults, DecodeSettings
 from encoders.media import Image, Medium, Modality
 
@@ -78,3 +78,8 @@ class ImageDecoder(LatentDecoder):
         assert isinstance(medium, Image)
         width, height = self._size(settings or DecodeSettings())
         return from_pixels(self.vae, [medium.pixels], width, height)[0].cpu()
+
+    def _fitted(self, original: Medium, settings: DecodeSettings) -> Image:
+        self._expect(original)
+        assert isinstance(original, Image)
+        return Image(resized([original.pixels], *self._size(settings))[0])

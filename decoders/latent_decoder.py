@@ -40,9 +40,10 @@ from decoders.pipeline_folder import DEFAULTS_FILE, PipelineFolder
 from decoders.plan import Decoded, Plan
 from decoders.preview import LinearPreview
 from decoders.quick_network import Capture, QuickNetwork
-from decoders.settings import USUAL_STRENGTH, DecoderDefaults, DecodeSettings
+from decoders.settings import USUAL_STRENGTH, DecoderDefaults, DecodeSettings, WrongSetting
 from decoders.thrift import Thrift, aside
-from encoders.media import Image, Medium, Modality
+from decoders.untouched import with_kept
+from encoders.media import Image, Medium, Modality, Video
 
 VaeUse = Literal["whole", "sliced", "tiled"]
 
@@ -217,6 +218,7 @@ class LatentDecoder(ABC):
         *,
         source: Tensor | None = None,
         lora: DecoderLora | None = None,
+        original: Medium | None = None,
     ) -> Decoded:
         """Make one medium.
 
@@ -228,6 +230,7 @@ class LatentDecoder(ABC):
             stop: checked before each step and before the medium is put together.
             source: latents of :meth:`encode_source` to start from instead of noise.
             lora: of :meth:`read_lora`, on the decoder's device; what ``settings`` name.
+            original: a picture or video that is edited; it gives its pixels wherever what is made agrees.
 
         Returns:
             The medium and its manifest. Seed, settings and condition decide the medium, bit for bit on
@@ -235,12 +238,14 @@ class LatentDecoder(ABC):
 
         Raises:
             Cancelled: ``stop`` was set.
-            ValueError: a condition, source or setting that does not fit this decoder.
+            ValueError: a condition, source, original or setting that does not fit this decoder.
 
         """
         sources = None if source is None else [source]
-        wishes = [settings or DecodeSettings()]
-        return self.decode_batch([condition], wishes, on_step, stop, sources=sources, lora=lora)[0]
+        wishes, originals = [settings or DecodeSettings()], [original]
+        return self.decode_batch(
+            [condition], wishes, on_step, stop, sources=sources, lora=lora, originals=originals
+        )[0]
 
     def decode_batch(
         self,
@@ -251,20 +256,24 @@ class LatentDecoder(ABC):
         *,
         sources: Sequence[Tensor] | None = None,
         lora: DecoderLora | None = None,
+        originals: Sequence[Medium | None] | None = None,
     ) -> list[Decoded]:
         """Make several media in one run; each has its own seed and guidance.
 
-        As :meth:`decode`, but steps, scheduler, sizes, strength and LoRA must be the same for all. Results
-        equal those of single runs up to floating-point rounding.
+        As :meth:`decode`, but steps, scheduler, sizes, strength and LoRA must be the same for all; an
+        original may be there for some. Results equal those of single runs up to floating-point rounding.
         """
         if len(settings) != len(conditions) or not conditions:
             raise ValueError(f"There are {len(conditions)} conditions and {len(settings)} settings.")
         if sources is not None and len(sources) != len(conditions):
             raise ValueError(f"There are {len(conditions)} conditions and {len(sources)} sources.")
-        starts: Sequence[Tensor | None] = [None] * len(conditions) if sources is None else sources
+        nothing = [None] * len(conditions)
+        starts: Sequence[Tensor | None] = nothing if sources is None else sources
         plans = [
-            self.plan(condition, wish, source=source, lora=lora)
-            for condition, wish, source in zip(conditions, settings, starts, strict=True)
+            self.plan(condition, wish, source=source, lora=lora, original=original)
+            for condition, wish, source, original in zip(
+                conditions, settings, starts, originals or nothing, strict=True
+            )
         ]
         run = self.begin(plans)
         while not run.finished:
@@ -282,6 +291,7 @@ class LatentDecoder(ABC):
         *,
         source: Tensor | None = None,
         lora: DecoderLora | None = None,
+        original: Medium | None = None,
     ) -> Plan:
         """Make all choices of one request; arguments and errors as in :meth:`decode`."""
         self.condition_spec.check(condition)
@@ -297,6 +307,11 @@ class LatentDecoder(ABC):
                 f"strength is {wishes.strength:g}, and there is no source to keep anything of. "
                 f"Give a source, or leave strength out."
             )
+        if original is None and wishes.keep_untouched:
+            raise ValueError(
+                "keep_untouched is true, and there is no original to keep anything of. Give an original, or "
+                "leave keep_untouched out."
+            )
         chosen = replace(
             wishes,
             seed=secrets.randbelow(2**32) if wishes.seed is None else wishes.seed,
@@ -305,7 +320,8 @@ class LatentDecoder(ABC):
             scheduler=wishes.scheduler or usual.scheduler,
             strength=None if source is None else wishes.strength or USUAL_STRENGTH,
         )
-        return Plan(condition, chosen, shape, source, lora)
+        kept = None if original is None or wishes.keep_untouched is False else self._fitted(original, wishes)
+        return Plan(condition, chosen, shape, source, lora, kept)
 
     def begin(self, plans: Sequence[Plan]) -> Denoising:
         """Return the state before the first step of plans that take every step together.
@@ -394,6 +410,7 @@ class LatentDecoder(ABC):
                 media = self._media(latents.to(self.folder.dtype), settings, sliced=sliced)
             finally:
                 self.use_vae(self._vae_use)
+        media = [with_kept(medium, plan.original) for medium, plan in zip(media, plans, strict=True)]
         return [
             Decoded(medium, self._manifest(medium, plan)) for medium, plan in zip(media, plans, strict=True)
         ]
@@ -435,6 +452,14 @@ class LatentDecoder(ABC):
         The medium is fitted to the size that ``settings`` ask for. Raises ValueError for a medium of
         another modality.
         """
+
+    def _fitted(self, original: Medium, settings: DecodeSettings) -> Image | Video:
+        """Return an original in the size that ``settings`` ask for."""
+        raise WrongSetting(
+            "keep_untouched",
+            f"keep_untouched compares pixels, and {original.modality.value} has none. Leave it out; a "
+            f"strength below 1 keeps more of what there was.",
+        )
 
     @abstractmethod
     def _load_networks(self) -> None:

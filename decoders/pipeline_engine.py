@@ -31,6 +31,7 @@ from decoders.request_stream import RequestStream
 from decoders.settings import DecodeSettings
 from decoders.thrift import release
 from decoders.whole_pipeline import PipelinePlan, WholePipeline
+from encoders.media import Medium
 
 logger = logging.getLogger(__name__)
 
@@ -73,19 +74,23 @@ class PipelineEngine:
         *,
         source: Tensor | None = None,
         lora: DecoderLora | None = None,
+        original: Medium | None = None,
         user: str = "",
         preview_every: int = 0,
     ) -> AsyncGenerator[Heard, None]:
         """Stream progress and, last, the medium; closing the stream stops the request after its step.
 
         Raises:
-            ValueError: as in :meth:`WholePipeline.decode`, or a ``source``, which whole pipelines lack.
+            ValueError: as in :meth:`WholePipeline.decode`, or a ``source`` or ``original``, which whole
+                pipelines lack.
             QueueFull: too many seconds of work are waiting.
             DecoderOutOfMemory: the request does not fit into memory.
 
         """
         if source is not None:
             raise ValueError("A source was given; this decoder always starts from noise. Leave it out.")
+        if original is not None:
+            raise ValueError("An original was given; this decoder keeps nothing of any. Leave it out.")
         plan = self.decoder.plan(condition, settings, lora=lora)
         job = _Job(plan, Work(user, plan.shape, plan.rows, plan.steps), RequestStream())
         self._admit(job)

@@ -42,17 +42,21 @@ def to_arrays(pictures: Tensor) -> NDArray[np.uint8]:
 
 def from_pixels(vae: Any, frames: Sequence[NDArray[np.uint8]], width_px: int, height_px: int) -> Tensor:
     """Encode pictures ``(H, W, 3)`` uint8, resized to one size, into latents ``(N, C, h, w)``."""
-    resized = [
-        np.asarray(PIL.Image.fromarray(frame).resize((width_px, height_px), PIL.Image.Resampling.LANCZOS))
-        for frame in frames
-    ]
-    pixels = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)  # (N, 3, H, W)
+    pixels = torch.from_numpy(resized(frames, width_px, height_px)).permute(0, 3, 1, 2)  # (N, 3, H, W)
     images = pixels.to(vae.device, vae.dtype) / 127.5 - 1
     at_once = max(1, VAE_BATCH_PIXELS // (width_px * height_px))
     with torch.inference_mode():
         latents = torch.cat([vae.encode(part).latent_dist.mode() for part in images.split(at_once)])
     scaled: Tensor = latents * vae.config.scaling_factor
     return scaled.clone()
+
+
+def resized(frames: Sequence[NDArray[np.uint8]], width_px: int, height_px: int) -> NDArray[np.uint8]:
+    """Return pictures ``(H, W, 3)`` in one size, ``(N, height_px, width_px, 3)``."""
+    size = (width_px, height_px)
+    return np.stack(
+        [np.asarray(PIL.Image.fromarray(f).resize(size, PIL.Image.Resampling.LANCZOS)) for f in frames]
+    )
 
 
 def check_multiple(name: str, value: int, factor: int) -> int:

@@ -3,13 +3,15 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from decoders.condition import Condition, digest
 from decoders.denoising import steps_run
 from decoders.lora import DecoderLora
 from decoders.settings import DecodeSettings
-from encoders.media import Medium
+from decoders.untouched import pixels_of
+from encoders.media import Image, Medium, Video
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -25,7 +27,8 @@ class Plan:
     """One request with every choice made; made by :meth:`LatentDecoder.plan`.
 
     ``settings`` have seed, steps, guidance and scheduler, and with a ``source`` a strength; ``shape`` is that
-    of the latents, ``source`` and ``lora`` are those of :meth:`LatentDecoder.decode`.
+    of the latents, ``source`` and ``lora`` are those of :meth:`LatentDecoder.decode`, and so is ``original``,
+    fitted to the size.
     """
 
     condition: Condition
@@ -33,6 +36,7 @@ class Plan:
     shape: tuple[int, ...]
     source: Tensor | None
     lora: DecoderLora | None = None
+    original: Image | Video | None = None
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -76,4 +80,6 @@ class Plan:
             manifest["lora"] = {"name": self.lora.name, "digest": self.lora.digest}
         if self.source is not None:
             manifest |= {"source": digest(self.source), "strength": self.strength}
+        if self.original is not None:
+            manifest["original"] = digest(torch.tensor(pixels_of(self.original)))
         return manifest

@@ -43,10 +43,10 @@ def _check(name: str, value: object) -> None:
     if name == "strength":
         check_strength(value)
         return
-    if name == "fast":
+    if name in ("fast", "keep_untouched"):
         if not isinstance(value, bool):
             raise ValueError(
-                f"fast is {value!r}; it must be true or false. Leave it out for the preset's way."
+                f"{name} is {value!r}; it must be true or false. Leave it out for the preset's way."
             )
         return
     if name == "scheduler":
@@ -88,7 +88,8 @@ class DecodeSettings:
     :mod:`decoders.deep_features`). ``fast`` leaves that n to the preset: a decoder alone knows no such thing.
     ``lora`` names LoRA that the network wears for this request (see :mod:`decoders.lora`). ``strength``, in
     (0, 1], is how far to go away from a source that the request starts from; only that part of the steps is
-    taken. Immutable; checked when made.
+    taken. ``keep_untouched`` gives the medium the pixels of an original wherever they agree (see
+    :mod:`decoders.untouched`). Immutable; checked when made.
     """
 
     seed: int | None = None
@@ -103,6 +104,7 @@ class DecodeSettings:
     fast: bool | None = None
     lora: str | None = None
     strength: float | None = None
+    keep_untouched: bool | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):

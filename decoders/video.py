@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 from diffusers import UNet3DConditionModel
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import CLIPTextModel
 
 from decoders.latent_decoder import LatentDecoder, clip_states
-from decoders.pixels import check_multiple, decode_pictures, from_pixels, to_arrays
+from decoders.pixels import check_multiple, decode_pictures, from_pixels, resized, to_arrays
 from decoders.settings import DecoderDefaults, DecodeSettings
 from encoders.media import Medium, Modality, Video
 
@@ -95,5 +96,15 @@ class VideoDecoder(LatentDecoder):
         self._expect(medium)
         assert isinstance(medium, Video)
         frames, height, width = self._size(settings or DecodeSettings())
-        picked = np.linspace(0, len(medium.frames) - 1, frames).round().astype(int)
-        return from_pixels(self.vae, list(medium.frames[picked]), width, height).transpose(0, 1).cpu()
+        return from_pixels(self.vae, _picked(medium, frames), width, height).transpose(0, 1).cpu()
+
+    def _fitted(self, original: Medium, settings: DecodeSettings) -> Video:
+        self._expect(original)
+        assert isinstance(original, Video)
+        frames, height, width = self._size(settings)
+        return Video(resized(_picked(original, frames), width, height), original.fps)
+
+
+def _picked(video: Video, frames: int) -> list[NDArray[np.uint8]]:
+    """Return so many frames, evenly spread."""
+    return list(video.frames[np.linspace(0, len(video.frames) - 1, frames).round().astype(int)])

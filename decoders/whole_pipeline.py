@@ -318,6 +318,11 @@ class WholePipeline:
             )
         if wishes.strength is not None:
             raise self._no_source()
+        if wishes.keep_untouched:
+            raise ValueError(
+                f"keep_untouched is true; a {self.folder.pipeline_class} runs as a whole, and keeps nothing "
+                f"of an earlier {self.modality.value}. Leave keep_untouched out."
+            )
         chosen = replace(
             wishes,
             seed=secrets.randbelow(2**32) if wishes.seed is None else wishes.seed,

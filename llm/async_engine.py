@@ -1,4 +1,7 @@
-"""The engine for asyncio: one thread steps the model, every request is a stream of events."""
+"""The engine for asyncio: one thread steps the model, every request is a stream of events.
+
+Words that come fast are told a few at a time; see :mod:`llm.telling`.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,20 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
-from llm.engine import Engine, EngineStats, Request, StepEvent
+from llm.engine import Engine, EngineStats
+from llm.engine_request import Request, StepEvent
 from llm.reply import Finished, GenerationEvent, GenerationOptions
 from llm.request_lora import RequestLora
+from llm.scoring import Scored
+from llm.telling import Listener, Stream
 from llm.template import Dialogue, MediaTokens
 
 LAID_OUT_AT_ONCE = 1000
 """Characters of a dialogue, about a quarter of a millisecond, for which no thread is asked."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class _Stream:
-    """Where the events of one request go."""
-
-    loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[StepEvent]
 
 
 class AsyncEngine:
@@ -36,8 +34,9 @@ class AsyncEngine:
     def __init__(self, engine: Engine, name: str = "engine") -> None:
         self._engine = engine
         self._name = name
-        self._streams: dict[Request, _Stream] = {}  # the thread's own
-        self._arrived: list[tuple[Request, _Stream]] = []
+        self._streams: dict[Request, Stream] = {}  # the thread's own
+        self._arrived: list[tuple[Request, Stream]] = []
+        self._listeners: WeakValueDictionary[asyncio.AbstractEventLoop, Listener] = WeakValueDictionary()
         self._news = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = self._forgets = False
@@ -71,8 +70,7 @@ class AsyncEngine:
             request = self._engine.prepare(dialogue, options, lora, user)
         else:
             request = await asyncio.to_thread(self._engine.prepare, dialogue, options, lora, user)
-        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
-        self._send(request, stream)
+        stream = self._send(request)
         ended = False
         try:
             while not ended:
@@ -80,10 +78,34 @@ class AsyncEngine:
                 ended = isinstance(event, (Finished, Exception))
                 if isinstance(event, Exception):
                     raise event
+                assert not isinstance(event, Scored)  # no reply was given
                 yield event
         finally:
             if not ended:
                 self._engine.cancel(request)
+
+    async def score(self, dialogue: Dialogue, user: str = "") -> Scored:
+        """Return how probable the last reply of a dialogue is, word by word.
+
+        It takes its turn with the replies, and cancelling the task ends it with the step that runs now.
+
+        Raises:
+            ContextTooLong: the dialogue does not fit.
+            ValueError: a medium that the model cannot read, or there is no such reply.
+            RuntimeError: the engine is closed.
+
+        """
+        request = await asyncio.to_thread(self._engine.prepare_given, dialogue, user)
+        stream = self._send(request)
+        try:
+            event = await stream.events.get()
+        except asyncio.CancelledError:
+            self._engine.cancel(request)
+            raise
+        if isinstance(event, Exception):
+            raise event
+        assert isinstance(event, Scored)
+        return event
 
     def forget(self) -> None:
         """Let idle slots forget what they have read, before anything that is asked for from now on."""
@@ -98,7 +120,12 @@ class AsyncEngine:
         if self._thread is not None:
             self._thread.join()
 
-    def _send(self, request: Request, stream: _Stream) -> None:
+    def _listener(self, loop: asyncio.AbstractEventLoop) -> Listener:
+        with self._news:
+            return self._listeners.setdefault(loop, Listener(loop))
+
+    def _send(self, request: Request) -> Stream:
+        stream = Stream(self._listener(asyncio.get_running_loop()))
         with self._news:
             if self._closed:
                 raise RuntimeError("The engine is closed; make a new one.")
@@ -107,6 +134,7 @@ class AsyncEngine:
                 self._thread.start()
             self._arrived.append((request, stream))
             self._news.notify()
+        return stream
 
     def _run(self) -> None:
         while True:
@@ -136,18 +164,16 @@ class AsyncEngine:
         self._deliver([(request, error) for request in self._streams])
 
     def _deliver(self, events: list[tuple[Request, StepEvent]]) -> None:
-        """Put the events of a step into their streams, waking each event loop once."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, StepEvent]]] = {}
+        """Hand the events of a step to the event loops that read them, to each at once."""
+        told: dict[Listener, list[tuple[Stream, StepEvent]]] = {}
         for request, event in events:
             stream = self._streams[request]
-            by_loop.setdefault(stream.loop, []).append((stream, event))
+            told.setdefault(stream.listener, []).append((stream, event))
             if isinstance(event, (Finished, Exception)):
                 del self._streams[request]
-        for loop, batch in by_loop.items():
-            try:
-                loop.call_soon_threadsafe(_put, batch)
-            except RuntimeError:  # the loop is closed, and nobody reads there any more
-                for request in [r for r, stream in self._streams.items() if stream.loop is loop]:
+        for listener, batch in told.items():
+            if not listener.tell(batch):
+                for request in [r for r, stream in self._streams.items() if stream.listener is listener]:
                     self._engine.cancel(request)
 
 
@@ -160,8 +186,3 @@ def _is_short(dialogue: Dialogue) -> bool:
                 return False  # their content has to be digested
             length += len(part) if isinstance(part, str) else 0
     return length <= LAID_OUT_AT_ONCE
-
-
-def _put(batch: list[tuple[_Stream, StepEvent]]) -> None:
-    for stream, event in batch:
-        stream.events.put_nowait(event)

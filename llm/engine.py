@@ -12,9 +12,8 @@ Shape letters in this file:
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -24,36 +23,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm.engine_request import Request, StepEvent
 from llm.fair_line import FairLine
 from llm.model import LanguageModel
-from llm.reply import GenerationEvent, GenerationOptions, Reply
+from llm.reply import GenerationOptions
 from llm.request_lora import LoraRows, RequestLora
 from llm.sampling import Sampler
+from llm.scoring import GivenReply, Scored
 from llm.slots import Capture, SlotModel
-from llm.template import Dialogue, MediaSlot, Row
+from llm.template import Dialogue
 
 LEAST_REUSED = 8  # a shorter common beginning is not worth copying
 PADDING_WORTH_A_PASS = 32  # positions of padding that cost about as much as one more pass
-
-StepEvent = GenerationEvent | Exception
-
-
-@dataclass(eq=False)
-class Request:
-    """One reply on its way. Made by :meth:`Engine.prepare`.
-
-    ``keys`` name what is at each position, for comparing beginnings: the id, or for media a negative
-    number from their content. The first key names the LoRA too, as what one computes is of no use to
-    another.
-    """
-
-    row: Row
-    reply: Reply
-    keys: list[int]
-    ids: list[int]
-    lora: RequestLora | None = None
-    user: str = ""
-    cancelled: bool = False
 
 
 @dataclass(eq=False)
@@ -136,6 +117,7 @@ class Engine:
                 f"for ever."
             )
         self.model, self.step_tokens = model, step_tokens
+        self._tables = model.tables()
         self._slot_model = SlotModel(model, slots, self.context)
         self._lora_rows = LoraRows(model.causal_lm)
         self._sampler = Sampler(model.tokenizer, model.device)
@@ -189,15 +171,20 @@ class Engine:
             ValueError: a medium that the model cannot read or make.
 
         """
-        row = self.model.encode(dialogue, open_reply=True)
-        options = options or GenerationOptions()
-        reply = Reply(self.model.tokenizer, options, row.ids, self.context)
-        keys = list(row.ids)
-        for slot in row.media:
-            keys[slot.start : slot.start + slot.length] = self._media_keys(slot)
-        if lora is not None:
-            keys[0] = -int(lora.digest, 16) - 1
-        return Request(row, reply, keys, list(row.ids), lora, user)
+        return Request.to_reply(self.model, self.context, dialogue, options, lora, user)
+
+    def prepare_given(self, dialogue: Dialogue, user: str = "") -> Request:
+        """Lay out a request that scores the last reply of ``dialogue``. Any thread may call this.
+
+        It takes a slot for as long as a prompt of its length, and its events are :class:`Scored` and
+        ``Finished``.
+
+        Raises:
+            ContextTooLong: the dialogue does not fit.
+            ValueError: a medium that the model cannot read, or there is no such reply.
+
+        """
+        return Request.to_score(self.model, self.context, dialogue, user)
 
     def submit(self, request: Request) -> None:
         """Let a request run as soon as a slot is its user's; its first event comes with a later step."""
@@ -294,7 +281,7 @@ class Engine:
     def _admit(self, events: list[tuple[Request, StepEvent]]) -> None:
         while len(self._waiting) and self._num_running < len(self._slots):
             request = self._waiting.next()
-            self._prompt_tokens += len(request.row.ids)
+            self._prompt_tokens += len(request.ids)
             slot, reused = self._place(request)
             slot.request, slot.keys, slot.fed = request, [], reused
             slot.last_used = next(self._clock)
@@ -311,8 +298,7 @@ class Engine:
 
     def _place(self, request: Request) -> tuple[Slot, int]:
         """Return an idle slot whose cache begins like ``request``, and how many positions it shares."""
-        most = len(request.row.ids) - 1  # the last is fed in any case: its logits are wanted
-        shared = [min(most, _common(_known(slot), request.keys)) for slot in self._slots]
+        shared = [min(request.most_reused, _common(_known(slot), request.keys)) for slot in self._slots]
         best = max(range(len(shared)), key=lambda i: (shared[i], self._slots[i].request is None))
         length = shared[best]
         for medium in request.row.media:  # a medium is there as a whole, or it is projected again
@@ -341,17 +327,6 @@ class Engine:
                 return
             self._slot_model.cache.swap(low, high, max(slots[low].fed, slots[high].fed))
             slots[low], slots[high] = slots[high], slots[low]
-
-    def _media_keys(self, slot: MediaSlot) -> Iterator[int]:
-        digest = hashlib.blake2b(str(slot.media.modality).encode(), digest_size=16)
-        for tensor in (slot.media.tokens, slot.media.pooled):
-            if tensor is not None:
-                digest.update(str((tuple(tensor.shape), tensor.dtype)).encode())
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        if self.model.reads_prompt(slot.media.modality):
-            digest.update(str(slot.prompt_ids).encode())
-        name = int.from_bytes(digest.digest(), "big") << 32
-        return (-(name + i) - 1 for i in range(slot.length))
 
     # --- passes -----------------------------------------------------------------------------------
 
@@ -402,6 +377,9 @@ class Engine:
             slot.fed += count
             self._waiting.charge(slot.running.user, count)
             slot.media = [(start, values) for start, values in slot.media if start + len(values) > slot.fed]
+            if slot.running.given is not None:
+                events += self._looked_up(slot, slot.running.given, hidden[i, :count])
+                continue
             if slot.pending:
                 continue
             speaking.append(slot)
@@ -417,6 +395,17 @@ class Engine:
         at, last = zip(*where, strict=True)
         return [(speaking, hidden[list(at), list(last)])]
 
+    def _looked_up(self, slot: Slot, given: GivenReply, hidden: Tensor) -> list[tuple[Request, StepEvent]]:
+        """Look up what follows the states that were just made, ``(T, D)``; return the score at the end."""
+        request = slot.running
+        given.look_up(hidden, slot.fed - len(hidden), self.model.logits)
+        if slot.pending:
+            return []
+        events: list[StepEvent] = [Scored(tuple(given.found)), *request.reply.finish("stop")]
+        self._retire(slot)
+        slot.last_used = 0  # no conversation goes on from here
+        return [(request, event) for event in events]
+
     def _embed(self, shares: list[tuple[Slot, int]], length: int) -> Tensor:
         """Return the next input embeddings ``(B, T, D)`` of some slots, padded at the right."""
         pad = self.model.tokenizer.pad_id
@@ -424,7 +413,7 @@ class Engine:
             (slot.running.ids[slot.fed : slot.fed + count] if count else []) + [pad] * (length - count)
             for slot, count in shares
         ]
-        embeddings = self.model.embed_ids(ids)
+        embeddings = self._tables.embed_ids(ids)
         for row, (slot, count) in zip(embeddings, shares, strict=True) if _any_media(shares) else ():
             for start, values in slot.media if count else ():
                 low, high = max(slot.fed, start), min(slot.fed + count, start + len(values))
@@ -443,7 +432,7 @@ class Engine:
     @torch.inference_mode()
     def _speak(self, slots: list[Slot], hidden: Tensor, events: list[tuple[Request, StepEvent]]) -> None:
         """Choose the next token of each slot from its last state, ``(B, D)``."""
-        logits = self.model.logits(hidden)  # (B, V)
+        logits = self._tables.logits(hidden)  # (B, V)
         choices = self._sampler.choose(logits, [slot.running.reply for slot in slots])
         for slot, (token, confidence) in zip(slots, choices, strict=True):
             request = slot.running

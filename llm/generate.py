@@ -8,7 +8,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 
-from llm.engine import Engine, Request
+from llm.engine import Engine
+from llm.engine_request import Request
 from llm.model import LanguageModel
 from llm.reply import (
     ALL_MEDIA,
@@ -21,6 +22,7 @@ from llm.reply import (
     TextDelta,
     Usage,
 )
+from llm.scoring import Scored
 from llm.template import Dialogue
 
 __all__ = [
@@ -65,4 +67,5 @@ def _events(engine: Engine, request: Request, stop: threading.Event) -> Iterator
         for _, event in engine.step():
             if isinstance(event, Exception):
                 raise event
+            assert not isinstance(event, Scored)  # no reply was given
             yield event

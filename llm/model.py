@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from peft import PeftModel
@@ -29,6 +29,7 @@ from llm.adapters import LMAdapter, Step, adapter_parameters, bound, install_ada
 from llm.batch import IGNORED, Batch, collate_rows
 from llm.lora import LoraOptions, load_lora, put_lora, save_lora
 from llm.projectors import Projector, ProjectorConfig, Prompt, build_projector
+from llm.tables import Scaling, Tables
 from llm.template import Dialogue, LossOn, MediaSlot, MediaTokens, Row, encode_dialogue
 from llm.tokenizer import ConversationTokenizer
 
@@ -130,7 +131,7 @@ class LanguageModel(nn.Module):
         self.adapters = tuple(adapters)
         install_adapters(base, adapters)
         self.requires_grad_(False)
-        self._scaling = _Scaling.of(base.config.get_text_config())
+        self._scaling = Scaling.of(base.config.get_text_config())
 
         n = tokenizer.base_vocabulary
         self.signal_rows = SignalRows(len(tokenizer.added_tokens), embedding_table[:n], head_table[:n])
@@ -168,20 +169,21 @@ class LanguageModel(nn.Module):
 
     # --- embeddings in, logits out ----------------------------------------------------------------
 
+    def tables(self) -> Tables:
+        """Return the tables as they are now; who changes the base, with LoRA for instance, asks again."""
+        lm = self.causal_lm
+        return Tables(
+            embedding=lm.get_input_embeddings(),
+            head=cast(nn.Module, lm.get_output_embeddings()),
+            num_old=self.tokenizer.base_vocabulary,
+            new_embedding=self.signal_rows.embedding,
+            new_head=self.signal_rows.head,
+            scaling=self._scaling,
+        )
+
     def embed(self, ids: Tensor) -> Tensor:
         """Return input embeddings ``(..., D)`` float32 of ``ids`` ``(...)``, base rows and new rows alike."""
-        n = self.tokenizer.base_vocabulary
-        old = self.causal_lm.get_input_embeddings()(ids.clamp(max=n - 1))
-        new = F.embedding((ids - n).clamp(min=0), self.signal_rows.embedding)
-        return torch.where((ids >= n)[..., None], new, old.to(new.dtype))
-
-    def embed_ids(self, ids: Sequence[Sequence[int]]) -> Tensor:
-        """Return what :meth:`embed` does, for rows of one length; the base's words alone take one look-up."""
-        tokens = torch.tensor(ids, device=self.device)  # (B, T)
-        if max(map(max, ids)) < self.tokenizer.base_vocabulary:
-            words: Tensor = self.causal_lm.get_input_embeddings()(tokens)
-            return words.to(self.signal_rows.embedding.dtype)
-        return self.embed(tokens)
+        return self.tables().embed(ids)
 
     def run(self, embeddings: Tensor, present: Tensor | None = None, media: Tensor | None = None) -> Tensor:
         """Return the last hidden states ``(B, T, D)``, after the final norm, of ``embeddings`` ``(B, T, D)``.
@@ -208,10 +210,7 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits ``(..., V)`` float32 over base and added tokens for ``hidden`` ``(..., D)``."""
-        lm = self.causal_lm
-        old = lm.get_output_embeddings()(hidden)[..., : self.tokenizer.base_vocabulary].float()
-        new = F.linear(hidden.to(self.signal_rows.head.dtype), self.signal_rows.head).float()
-        return self._scaling(torch.cat([old, new], dim=-1))
+        return self.tables().logits(hidden)
 
     def forward_embeddings(self, embeddings: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return logits ``(B, T, V)`` and last hidden states ``(B, T, D)``."""
@@ -495,25 +494,3 @@ def _source(media: MediaTokens, projector: Projector) -> Tensor:
 def _present(lengths: list[int], device: torch.device) -> Tensor:
     """Return ``(len(lengths), max)`` bool, True for the first ``length`` of each row."""
     return torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Scaling:
-    """What Cohere, Granite and Gemma 2 do between the head and the logits."""
-
-    factor: float
-    divisor: float
-    cap: float
-
-    @classmethod
-    def of(cls, config: Any) -> _Scaling:
-        """Read a text configuration; nothing is done by those that do not ask for it."""
-        names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
-        return cls(*(getattr(config, name, None) or 0.0 for name in names))
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        if self.factor:
-            logits = logits * self.factor
-        if self.divisor:
-            logits = logits / self.divisor
-        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits

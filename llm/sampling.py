@@ -36,6 +36,7 @@ class Sampler:
             closed = [i for i in range(len(masks)) if not i & self._bits[modality]]
             masks[closed, start] = float("-inf")
         self._masks = masks.to(device)
+        self._each_mask = list(self._masks)
 
     def choose(self, logits: Tensor, replies: Sequence[Reply]) -> list[tuple[int | None, float]]:
         """Return what each reply says next, and for a block's first token how sure its medium is.
@@ -52,7 +53,7 @@ class Sampler:
         """
         codes = [sum(self._bits[modality] for modality in reply.open_media()) for reply in replies]
         same = len(set(codes)) == 1
-        masked = logits + self._masks[codes[0] if same else codes]  # (R, V)
+        masked = logits + (self._each_mask[codes[0]] if same else self._masks[codes])  # (R, V)
         scored = _discouraged(_penalised(masked, replies), replies)
         highest, best = scored.max(dim=-1)  # (R,)
         tokens: list[int] = best.tolist()

@@ -9,16 +9,17 @@ import asyncio
 import itertools
 import logging
 import secrets
-import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
+from alignment.second_look import SecondLook
 from decoders.settings import MAX_SEED, DecodeSettings
 from encoders.media import Modality
-from services.adapters import chosen_adapters, no_adapter
+from services.adapters import chosen_adapters
+from services.admission import Admission
 from services.artefacts import ArtefactStore
 from services.boxes import (
     LOCAL,
@@ -37,9 +38,8 @@ from services.boxes import (
     SpeechOptions,
     SpokenSignal,
     Words,
-    not_ready,
 )
-from services.errors import BadRequest, ServiceError, Unavailable, translate
+from services.errors import BadRequest, ServiceError, translate
 from services.events import (
     Event,
     PartAsked,
@@ -51,9 +51,11 @@ from services.events import (
     TurnStarted,
     new_turn_id,
 )
+from services.looking import Looking
 from services.making import Making, Order, PartFailure, Told, changed, kept
 from services.messages import MEDIA, MediaPart, Message, TextPart, TurnOptions
 from services.presets import AdapterPreset, CostLimits, GenerationDefaults, Limits
+from services.prompting import Prompting
 from services.reading import Reader
 from services.turn_state import MediumState, SpeechEnded, TurnState
 
@@ -64,11 +66,6 @@ QUESTIONS = {
     Modality.VIDEO: "Shall I make this video?",
     Modality.AUDIO: "Shall I make this sound?",
 }
-
-PATIENCE_S = 3.0
-"""How long a request waits for a box that is not ready: for one that is nearly there, not a whole start."""
-
-LOOK_EVERY_S = 0.2
 
 Number = TypeVar("Number", int, float)
 
@@ -88,6 +85,7 @@ class Agent:
         limits: Limits | None = None,
         cost_limits: Mapping[Modality, CostLimits] | None = None,
         adapters: Mapping[str, AdapterPreset] | None = None,
+        second_look: SecondLook | None = None,
     ) -> None:
         self.encode = encode
         self.reader = Reader(encode, inputs, limits or Limits())
@@ -96,9 +94,18 @@ class Agent:
         self.store = store
         self.generation = generation or GenerationDefaults()
         self.limits = limits or Limits()
-        self.cost_limits = cost_limits or {}
-        self.making = Making(decode, store)
         self.adapters = adapters or {}
+        self.admission = Admission(
+            encode=encode,
+            generate=generate,
+            decode=decode,
+            store=store,
+            cost_limits=cost_limits or {},
+            adapters=self.adapters,
+        )
+        self.looking = None if second_look is None else Looking(encode, generate, store, second_look)
+        self.making = Making(decode, store, self.looking)
+        self.prompting = Prompting(generate, self.generation)
         self.num_spoken = self.num_asked = 0
 
     @property
@@ -119,7 +126,10 @@ class Agent:
 
     def own_counts(self) -> Mapping[str, Counts]:
         """Return what this agent counts itself."""
-        return {LOCAL: {"media_total": self.num_spoken, "asked_total": self.num_asked}}
+        counts = {"media_total": self.num_spoken, "asked_total": self.num_asked}
+        if self.looking is not None:
+            counts |= {"looked_total": self.looking.num_looks, "remade_total": self.looking.num_retries}
+        return {LOCAL: counts}
 
     def turn(self, conversation: Sequence[Message], options: TurnOptions) -> AsyncGenerator[Event, None]:
         """Stream the reply to a conversation. Closing the stream stops all models.
@@ -141,7 +151,7 @@ class Agent:
                     self.reader.expect_readable(item)
                 except BadRequest as error:
                     raise error.at(f"input[{place}]") from error
-        await self._ready({"encoder": self.encode}, [])
+        await self.admission.ready({"encoder": self.encode}, [])
         return await self.encode.embed(items)
 
     async def cancel_part(self, turn: str, index: int) -> bool:
@@ -167,13 +177,16 @@ class Agent:
         order = await asyncio.to_thread(kept, self.store, turn, index)
         signal, modality = order.signal, order.signal.modality
         settings = changed(order.settings, wishes)
-        await self._check_source(settings, modality, order.source, "")
-        if modality in self.cost_limits:
-            self.cost_limits[modality].check(wishes, modality, place="")
-        if wishes.lora is not None:
-            self._check_adapter(wishes.lora, modality, "lora")
-        self._check_up([modality], await self._ready({}, [modality]), param=None)
-        order = replace(order, settings=settings, user=_user(user, turn), previews=previews)
+        await self.admission.check_source(settings, modality, order.source, "")
+        self.admission.check_decode(wishes, modality)
+        self.admission.check_up([modality], await self.admission.ready({}, [modality]), param=None)
+        order = replace(
+            order,
+            settings=settings,
+            user=_user(user, turn),
+            previews=previews,
+            verified=order.verified and wishes.seed is None,
+        )
         medium = MediumState(modality, signal.caption, 0.0)
         yield PartStarted(index=index, modality=modality, caption=signal.caption)
         async with aclosing(self._told_of(order)) as told:
@@ -202,21 +215,22 @@ class Agent:
     def make(
         self,
         modality: Modality,
-        caption: str,
+        prompt: str,
         settings: DecodeSettings,
         *,
         user: str | None = None,
         previews: int = 0,
     ) -> AsyncGenerator[Event, None]:
-        """Make one medium of words, read by its decoder's own text encoder and not by the language model.
+        """Make one medium of words, which are put to the language model where the preset says how.
 
-        The last event is :class:`PartDone`, or :class:`TurnFailed` where it could not be made; no other error
-        leaves here. Closing the stream stops the decoder.
+        Otherwise the decoder's own text encoder reads them. The last event is :class:`PartDone`, or
+        :class:`TurnFailed` where it could not be made; no other error leaves here. Closing the stream stops
+        the decoder.
         """
-        return _told(self._made(modality, caption, settings, user, previews))
+        return _told(self._made(modality, prompt, settings, user, previews))
 
     async def _made(
-        self, modality: Modality, caption: str, settings: DecodeSettings, user: str | None, previews: int
+        self, modality: Modality, prompt: str, settings: DecodeSettings, user: str | None, previews: int
     ) -> AsyncGenerator[Event, None]:
         if modality not in self.decode:
             made = ", ".join(known.value for known in self.decode) or "nothing but text"
@@ -224,23 +238,18 @@ class Agent:
                 f"This model cannot make {modality.value}; it makes {made}. Ask for that.",
                 code="unsupported_modality",
             )
-        if modality in self.cost_limits:
-            self.cost_limits[modality].check(settings, modality, place="")
-        if settings.lora is not None:
-            self._check_adapter(settings.lora, modality, "lora")
-        self._check_up([modality], await self._ready({}, [modality]), param=None)
-        if settings.seed is None:
-            settings = replace(settings, seed=secrets.randbelow(2**31))
+        self.admission.check_decode(settings, modality)
+        needed = {"language model": self.generate} if self.prompting.asks_for(modality) else {}
+        self.admission.check_up([modality], await self.admission.ready(needed, [modality]), param=None)
+        seed = secrets.randbelow(2**31) if settings.seed is None else settings.seed
         turn = new_turn_id()
+        user = _user(user, turn)
+        signal = await self.prompting.signal(modality, prompt, seed=seed, user=user)
         order = Order(
-            turn=turn,
-            index=0,
-            signal=SpokenSignal.of_words(modality, caption),
-            settings=settings,
-            user=_user(user, turn),
+            turn=turn, index=0, signal=signal, settings=replace(settings, seed=seed), user=user,
             previews=previews,
-        )
-        medium = MediumState(modality, caption, 0.0)
+        )  # fmt: skip
+        medium = MediumState(modality, signal.caption, 0.0)
         started = False
         async with aclosing(self._told_of(order)) as told:
             async for item in told:
@@ -248,7 +257,7 @@ class Agent:
                     raise item.error
                 if not started:  # a decoder that takes no more says so before it begins
                     started = True
-                    yield PartStarted(index=0, modality=modality, caption=caption)
+                    yield PartStarted(index=0, modality=modality, caption=signal.caption)
                 match item:
                     case Progress() | Preview():
                         yield _step_event(0, item)
@@ -263,12 +272,12 @@ class Agent:
         reply = TurnState()
         self.reader.check(conversation)
         options, adapter = self._adapted(options)
-        self._check_wishes(options)
-        allowed = await self._allowed(conversation, options)
+        self.admission.check_wishes(options)
+        allowed = await self.admission.allowed(conversation, options)
         seed = secrets.randbelow(2**31) if options.seed is None else options.seed
         read = await self.reader.read(conversation)
         for modality, wishes in options.decoders.items():
-            await self._check_source(
+            await self.admission.check_source(
                 wishes, modality, read.newest.get(modality), f"decoders.{modality.value}."
             )
         timings: dict[str, Any] = {"encode_s": reply.now()}
@@ -362,6 +371,7 @@ class Agent:
         nth = sum(medium.modality is signal.modality for medium in reply.media.values())
         index = reply.next_medium(signal)
         settings = options.decoders.get(signal.modality, DecodeSettings())
+        verified = options.verify is not False and settings.seed is None  # a seed that is named is the seed
         if settings.seed is None:
             settings = replace(settings, seed=(seed + nth) % (MAX_SEED + 1))
         return Order(
@@ -372,6 +382,7 @@ class Agent:
             user=_user(options.user, reply.turn),
             previews=options.previews,
             source=newest.get(signal.modality),
+            verified=verified,
         )
 
     async def _begun(self, reply: TurnState, order: Order, options: TurnOptions) -> list[Event]:
@@ -401,7 +412,7 @@ class Agent:
         """Return options whose decoders have their adapters, and the adapter of the language model."""
         own = {modality: settings.lora for modality, settings in options.decoders.items() if settings.lora}
         for modality, name in own.items():
-            self._check_adapter(name, modality, f"decoders.{modality.value}.lora")
+            self.admission.check_adapter(name, modality, f"decoders.{modality.value}.lora")
         chosen = chosen_adapters([*options.adapters, *own.values()], self.adapters)
         decoders = dict(options.decoders)
         for modality in self.decode:
@@ -409,98 +420,6 @@ class Agent:
                 settings = decoders.get(modality, DecodeSettings())
                 decoders[modality] = replace(settings, lora=chosen[modality.value])
         return replace(options, decoders=decoders), chosen.get("language_model")
-
-    async def _check_source(
-        self, settings: DecodeSettings, modality: Modality, source: str | None, place: str
-    ) -> None:
-        """Raise a ServiceError for a strength where there is nothing to start from."""
-        if settings.strength is None:
-            return
-        param = f"{place}strength"
-        if source is None:
-            raise BadRequest(
-                f"strength is {settings.strength:g}, and the conversation holds no {modality.value} to start "
-                f"from. Show or make one first, or leave strength out.",
-                code="no_source",
-                param=param,
-            )
-        try:
-            await asyncio.to_thread(self.store.get, source)
-        except ServiceError as error:
-            raise error.at(param) from error
-
-    def _check_adapter(self, name: str, modality: Modality, place: str) -> None:
-        if name not in self.adapters or self.adapters[name].box != modality.value:
-            raise no_adapter(name, modality.value, self.adapters).at(place)
-
-    def _check_wishes(self, options: TurnOptions) -> None:
-        """Raise BadRequest for media that nobody makes here, and for more than decoders may be asked."""
-        named = [(modality, "modalities") for modality in options.modalities or ()]
-        named += [(modality, f"decoders.{modality.value}") for modality in options.decoders]
-        for modality, param in named:
-            if modality is not Modality.TEXT and modality not in self.decode:
-                made = ", ".join(("text", *(known.value for known in self.decode)))
-                raise BadRequest(
-                    f"This model cannot make {modality.value}; it makes {made}. Leave {modality.value} out.",
-                    code="unsupported_modality",
-                    param=param,
-                )
-        for modality, settings in options.decoders.items():
-            if modality in self.cost_limits:
-                self.cost_limits[modality].check(settings, modality, place=f"decoders.{modality.value}.")
-
-    async def _allowed(self, conversation: Sequence[Message], options: TurnOptions) -> frozenset[Modality]:
-        """Return the media that the reply may hold, once all that it needs is ready."""
-        needed: dict[str, Box] = {"language model": self.generate}
-        if any(isinstance(part, MediaPart) for message in conversation for part in message.parts):
-            needed["encoder"] = self.encode
-        wanted = set(self.decode) if options.modalities is None else set(options.modalities)
-        up = await self._ready(needed, [modality for modality in self.decode if modality in wanted])
-        self._check_up(options.modalities or (), up, param="modalities")
-        return frozenset(wanted & set(up))
-
-    async def _ready(self, needed: Mapping[str, Box], wanted: Sequence[Modality]) -> tuple[Modality, ...]:
-        """Return the media of ``wanted`` that can be made, once ``needed`` boxes are ready.
-
-        Waits a little where they are not, and for decoders that are being loaded. Those that are gone are
-        left out of what the agent may promise.
-
-        Raises:
-            Unavailable: it took too long.
-
-        """
-        until = time.monotonic() + PATIENCE_S
-        while True:
-            states = {name: await box.state() for name, box in needed.items()}
-            made = {modality: await self.decode[modality].state() for modality in wanted}
-            missing = {name: state for name, state in states.items() if state is not BoxState.READY}
-            loading = [modality for modality, state in made.items() if state is BoxState.LOADING]
-            if not missing and not loading:
-                return tuple(m for m in MEDIA if made.get(m) is BoxState.READY)
-            if time.monotonic() >= until:
-                for name, state in missing.items():
-                    raise not_ready(name, state)
-                way_out = (
-                    self._way_out(loading) if needed else ""
-                )  # a medium that is made again has no choice
-                raise not_ready(f"{loading[0].value} decoder", BoxState.LOADING, way_out)
-            await asyncio.sleep(LOOK_EVERY_S)
-
-    def _way_out(self, loading: Sequence[Modality]) -> str:
-        others = ["text", *(modality.value for modality in self.decode if modality not in loading)]
-        return f", or ask for what is ready: modalities {others}"
-
-    @staticmethod
-    def _check_up(wanted: Sequence[Modality], up: Sequence[Modality], param: str | None) -> None:
-        for modality in wanted:
-            if modality is not Modality.TEXT and modality not in up:
-                way_out = "" if param is None else f", or leave {modality.value} out of {param}"
-                raise Unavailable(
-                    f"The {modality.value} decoder is not available at the moment. Try again soon{way_out}.",
-                    code="decoder_unavailable",
-                    param=param,
-                    retry_after_s=5,
-                )
 
 
 async def _told(events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:

@@ -171,10 +171,11 @@ class Preview:
 
 @dataclass(frozen=True)
 class Made:
-    """A finished medium and how it was made."""
+    """A finished medium and how it was made; it is the best of ``attempts``."""
 
     artefact: Artefact
     manifest: Mapping[str, Any]
+    attempts: int = 1
 
 
 Step = Progress | Preview | Made
@@ -216,6 +217,13 @@ class GenerateBox(Box, Protocol):
         """Stream the reply; closing the stream stops the model."""
         ...
 
+    async def score(self, prompt: Sequence[PromptMessage], reply: str, user: str = "") -> Sequence[float]:
+        """Return how probable ``reply`` is in a conversation: the logarithm for each token, and for its end.
+
+        ``user`` is who shares the model with others.
+        """
+        ...
+
 
 class DecodeBox(Box, Protocol):
     """Makes one kind of media."""
@@ -233,7 +241,7 @@ class DecodeBox(Box, Protocol):
 
         Users share the box fairly: those who ask for equally much get equally much of it. At most
         ``previews`` previews come, evenly spread. ``source`` is the artefact of a medium of the same kind to
-        start from, as far from it as the strength of ``settings`` says, or that of the preset; without
-        either it is left alone.
+        start from, as far from it as the strength of ``settings`` says, or that of the preset, and to keep
+        untouched pixels of, where either of them wants that; else it is left alone.
         """
         ...

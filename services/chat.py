@@ -42,6 +42,7 @@ def say_once(args: argparse.Namespace) -> int:
             adapters=args.lora,
             decoders=wishes,
             ask_below=args.ask_below,
+            verify=False if args.no_verify else None,
         )
     parts = [_written(part, out) for part in reply.parts]
     if args.json:
@@ -90,6 +91,7 @@ def converse(args: argparse.Namespace) -> int:
                     adapters=args.lora,
                     decoders=wishes,
                     ask_below=args.ask_below,
+                    verify=False if args.no_verify else None,
                 )
             except (ServiceError, ValueError) as error:
                 print(f"patchbay: {translate(error).message}", file=sys.stderr)

@@ -148,6 +148,7 @@ class Completion:
             "url": self.url(event.artefact),
             "media_type": event.artefact.media_type,
             "caption": event.caption,
+            "attempts": event.attempts,
             "manifest": dict(event.manifest),
         }
 

@@ -92,6 +92,11 @@ def _parser() -> argparse.ArgumentParser:
         help="ask about media of which the model is less sure than this instead of making them: from 0 "
         "(never) to below 1 (default: as the preset says)",
     )
+    chat.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="take media as they come, also where the preset lets the agent look at them again",
+    )
     chat.add_argument("--json", action="store_true", help="print one JSON object instead of the reply")
     chat.add_argument("text", nargs="?", help="what the person says; without it, a conversation")
     chat.set_defaults(run=chat_command, refuse=chat.error)

@@ -115,6 +115,15 @@ class LanguageModelReplica:
         except Exception as error:  # noqa: BLE001  (the edge of a process: it must answer)
             yield _failure(error)
 
+    async def score(
+        self, prompt: Sequence[PromptMessage], reply: str, user: str
+    ) -> Sequence[float] | Failure:
+        """Return how probable each token of a reply is, and its end."""
+        try:
+            return await self.box.score(prompt, reply, user)
+        except Exception as error:  # noqa: BLE001  (the edge of a process: it must answer)
+            return _failure(error)
+
     async def counts(self) -> Mapping[str, Counts]:
         """Return what this replica counts."""
         return _named(await self.box.counts())
@@ -208,6 +217,7 @@ class AgentReplica:
             store=ArtefactStore(args.store),
             inputs=preset.encoder.modalities,
             generation=preset.generation,
+            second_look=preset.second_look,
             limits=preset.limits,
             cost_limits={modality: decoder.limits for modality, decoder in preset.decoders.items()},
             adapters=preset.adapters,

@@ -30,7 +30,7 @@ class MediumMaker(Protocol):
     def make(
         self,
         modality: Modality,
-        caption: str,
+        prompt: str,
         settings: DecodeSettings,
         *,
         user: str | None = None,
@@ -74,6 +74,8 @@ class DirectRequest(DecoderRequest):
         expect_whole_characters(request.prompt, "prompt")
         if request.strength is not None:
             raise unsupported("strength", "There is no medium to start from. Leave it out.")
+        if request.keep_untouched:
+            raise unsupported("keep_untouched", "There is no medium to keep anything of. Leave it out.")
         if request.negative_prompt:
             raise unsupported("negative_prompt", "Say in the prompt what is wanted, and leave it out.")
         return request
@@ -125,8 +127,9 @@ def seeds_apart(settings: DecodeSettings, count: int) -> Sequence[DecodeSettings
 
 
 def described(done: PartDone) -> dict[str, Any]:
-    """Return what every answer says of a medium beyond its bytes."""
+    """Return what every answer says of a medium beyond its bytes: also the words that it was made of."""
     return {
+        "revised_prompt": done.caption,
         "file_id": done.artefact.id,
         "media_type": done.artefact.media_type,
         "manifest": dict(done.manifest),

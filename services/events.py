@@ -95,7 +95,7 @@ class PartPreview:
 
 @dataclass(frozen=True, kw_only=True)
 class PartDone:
-    """A medium is ready."""
+    """A medium is ready; it is the best of ``attempts``."""
 
     type: ClassVar[str] = "part.done"
     sequence: int = 0
@@ -104,6 +104,7 @@ class PartDone:
     caption: str
     artefact: Artefact
     manifest: Mapping[str, Any]
+    attempts: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

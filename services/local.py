@@ -26,6 +26,7 @@ def local_agent(preset: Preset, store: ArtefactStore, pool: DecoderPool | None =
         store=store,
         inputs=preset.encoder.modalities,
         generation=preset.generation,
+        second_look=preset.second_look,
         limits=preset.limits,
         cost_limits={modality: decoder.limits for modality, decoder in preset.decoders.items()},
         adapters=preset.adapters,

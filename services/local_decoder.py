@@ -107,6 +107,11 @@ class LocalDecoder:
                         f"edit_strength is {self.chosen.edit_strength:g}; a {decoder.folder.pipeline_class} "
                         f"runs as a whole, and always starts from noise. Leave edit_strength out."
                     )
+                if self.chosen.keep_untouched:
+                    raise ValueError(
+                        f"keep_untouched is true; a {decoder.folder.pipeline_class} runs as a whole, and "
+                        f"keeps nothing of an earlier {self.modality.value}. Leave keep_untouched out."
+                    )
                 return PipelineEngine(decoder, config)
             decoder.forget_text_encoder()
         return DenoisingEngine(decoder, config)
@@ -170,14 +175,20 @@ class LocalDecoder:
             else:
                 link = self.link(engine) if self._is_linked else await asyncio.to_thread(self.link, engine)
             condition = await engine.call(lambda: link.condition(signal))
-            start, settings = await self._start(engine, settings, source)
+            start, original, settings = await self._start(engine, settings, source)
             steps = steps_run(settings.steps or engine.decoder.defaults.steps, settings.strength or 1.0)
             every = math.ceil(steps / (previews + 1)) if previews else 0
             with self.adapters.holding(name) if name else nullcontext():
                 read = engine.decoder.read_lora
                 lora = await asyncio.to_thread(self.adapters.get, name, read) if name else None
                 work = engine.decode(
-                    condition, settings, source=start, user=user, preview_every=every, lora=lora
+                    condition,
+                    settings,
+                    source=start,
+                    lora=lora,
+                    original=original,
+                    user=user,
+                    preview_every=every,
                 )
                 async with aclosing(self._steps(signal, work)) as steps_taken:
                     async for step in steps_taken:
@@ -185,25 +196,29 @@ class LocalDecoder:
 
     async def _start(
         self, engine: DenoisingEngine | PipelineEngine, settings: DecodeSettings, source: str | None
-    ) -> tuple[Tensor | None, DecodeSettings]:
-        """Return the latents to start from, of the size that is wanted, and the strength among the settings.
+    ) -> tuple[Tensor | None, Medium | None, DecodeSettings]:
+        """Return the latents to start from, the original to keep pixels of, and the settings for both.
 
-        What only the preset wants to start from may be gone or unfit: then the medium starts from noise.
+        The latents are of the size that is wanted. What only the preset wants to edit may be gone or unfit:
+        then the medium starts from noise, and keeps nothing.
         """
         strength = settings.strength or self.chosen.edit_strength
-        if source is None or strength is None:
-            return None, settings
+        keeps = self.chosen.keep_untouched if settings.keep_untouched is None else settings.keep_untouched
+        if source is None or (strength is None and not keeps):
+            return None, None, settings
         budget = self.preset.limits.media.budget()
         try:
             data = await asyncio.to_thread(self.store.read, source)
             medium = await asyncio.to_thread(read_media, data, budget, self.modality)
-            latents = await engine.call(lambda: engine.decoder.encode_source(medium, settings))
+            latents = None
+            if strength is not None:
+                latents = await engine.call(lambda: engine.decoder.encode_source(medium, settings))
         except (ServiceError, ValueError) as error:
-            if settings.strength is not None:
+            if settings.strength is not None or settings.keep_untouched:
                 raise
             logger.info("A %s starts from noise: %s", self.modality.value, error)
-            return None, settings
-        return latents, replace(settings, strength=strength)
+            return None, None, settings
+        return latents, medium if keeps else None, replace(settings, strength=strength)
 
     async def _steps(
         self, signal: SpokenSignal, work: AsyncGenerator[Heard, None]

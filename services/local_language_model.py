@@ -154,6 +154,15 @@ class LocalLanguageModel:
             except ContextTooLong as error:
                 raise BadRequest(str(error), code="context_length_exceeded", param="messages") from error
 
+    async def score(self, prompt: Sequence[PromptMessage], reply: str, user: str = "") -> Sequence[float]:
+        """Return how probable each token of a reply is, and its end."""
+        engine = await asyncio.to_thread(self._loaded) if self.engine is None else self.engine
+        dialogue = [*_dialogue(prompt), TemplateMessage("assistant", [reply])]
+        try:
+            return (await engine.score(dialogue, user)).log_probabilities
+        except ContextTooLong as error:
+            raise BadRequest(str(error), code="context_length_exceeded", param="messages") from error
+
     def _read(self, name: str, folder: Path) -> RequestLora:
         assert self._lm is not None
         return read_request_lora(name, folder, self._lm, self._lm.dtype)

@@ -22,6 +22,7 @@ from encoders.media import Modality
 from services.artefacts import ArtefactStore
 from services.boxes import DecodeBox, Made, Preview, Progress, SpokenSignal
 from services.errors import Conflict, NotFound, ServiceError, Unavailable, translate
+from services.looking import Looking
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ Told = Progress | Preview | Made | PartFailure
 class Order:
     """One medium that is to be made: part ``index`` of the reply of ``turn``.
 
-    ``source`` is the artefact of the newest medium of the same kind in the conversation.
+    ``source`` is the artefact of the newest medium of the same kind in the conversation. What is ``verified``
+    is looked at again where the agent does so at all.
     """
 
     turn: str
@@ -52,14 +54,18 @@ class Order:
     user: str = ""
     previews: int = 0
     source: str | None = None
+    verified: bool = True
 
 
 class Making:
-    """Makes the media of many replies at the same time."""
+    """Makes the media of many replies at the same time, and looks at them again if it is given eyes."""
 
-    def __init__(self, decode: Mapping[Modality, DecodeBox], store: ArtefactStore) -> None:
+    def __init__(
+        self, decode: Mapping[Modality, DecodeBox], store: ArtefactStore, looking: Looking | None = None
+    ) -> None:
         self.decode = decode
         self.store = store
+        self.looking = looking
         self._under_way: dict[tuple[str, int], asyncio.Task[None]] = {}
 
     def start(self, order: Order, tell: Callable[[Told], None], *, again: bool = False) -> asyncio.Task[None]:
@@ -110,7 +116,7 @@ class Making:
         keeping = None if again else asyncio.create_task(asyncio.to_thread(keep, self.store, order))
         try:
             try:
-                made = await self._decoded(order, tell)
+                made = await self._best(order, tell)
             finally:
                 if keeping is not None:
                     await keeping  # who hears of the end, whatever it is, may ask for the medium again
@@ -122,11 +128,19 @@ class Making:
                 logger.error("The %s decoder failed: %s", kind, error.message, exc_info=traced)
             tell(PartFailure(error))
 
-    async def _decoded(self, order: Order, tell: Callable[[Told], None]) -> Made:
+    async def _best(self, order: Order, tell: Callable[[Told], None]) -> Made:
+        async def decode(settings: DecodeSettings) -> Made:
+            return await self._decoded(order, settings, tell)
+
+        if self.looking is None or not order.verified:
+            return await decode(order.settings)
+        return await self.looking.best(order.signal, order.settings, order.user, decode)
+
+    async def _decoded(self, order: Order, settings: DecodeSettings, tell: Callable[[Told], None]) -> Made:
         modality = order.signal.modality
         work = self.decode[modality].decode(
             order.signal,
-            order.settings,
+            settings,
             user=order.user,
             previews=order.previews,
             source=order.source,
@@ -157,7 +171,11 @@ def keep(store: ArtefactStore, order: Order) -> None:
         purpose=SIGNAL_PURPOSE,
         modality=order.signal.modality,
         caption=order.signal.caption,
-        manifest={"settings": asdict(order.settings), "source": order.source},
+        manifest={
+            "settings": asdict(order.settings),
+            "source": order.source,
+            "verified": order.verified,
+        },
         artefact_id=_signal_id(order.turn, order.index),
     )
 
@@ -186,7 +204,12 @@ def kept(store: ArtefactStore, turn: str, index: int) -> Order:
         )
     settings = DecodeSettings(**artefact.manifest["settings"])
     return Order(
-        turn=turn, index=index, signal=signal, settings=settings, source=artefact.manifest.get("source")
+        turn=turn,
+        index=index,
+        signal=signal,
+        settings=settings,
+        source=artefact.manifest.get("source"),
+        verified=artefact.manifest.get("verified", True),
     )
 
 

@@ -76,6 +76,8 @@ def folders_of(preset: Preset, link: Any = None) -> Folders:
             for modality, decoder in preset.decoders.items()
             if decoder.edit_strength is not None
         },
+        keep_untouched=frozenset(m for m, decoder in preset.decoders.items() if decoder.keep_untouched),
+        second_look=preset.second_look,
     )
 
 

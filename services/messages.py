@@ -81,7 +81,8 @@ class TurnOptions:
     the model is less sure than ``ask_below`` is asked about instead of made; 0 never asks. ``previews``
     of each medium come while it is made. ``user`` is whose request it is: users share the models
     fairly, and a turn of nobody known is a user of its own. ``adapters`` are names of LoRA, at most one
-    for each box.
+    for each box. ``verify`` False takes media as they come where the preset lets the agent look at them
+    again.
     """
 
     modalities: Sequence[Modality] | None = None
@@ -95,6 +96,7 @@ class TurnOptions:
     stop: tuple[str, ...] = ()
     max_new_tokens: int | None = None
     ask_below: float | None = None
+    verify: bool | None = None
     decoders: Mapping[Modality, DecodeSettings] = field(default_factory=dict)
     previews: int = 0
     user: str | None = None

@@ -15,10 +15,12 @@ MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 HELP = {
     "patchbay_agent_media_total": "Media that were spoken in replies.",
     "patchbay_agent_asked_total": "Media of those that were asked about instead of made.",
+    "patchbay_agent_looked_total": "Media that the agent looked at once more.",
+    "patchbay_agent_remade_total": "Media that were made again after that.",
     "patchbay_language_model_slots": "Replies that the language model can make at the same time.",
     "patchbay_language_model_slots_in_use": "Replies that it is making now.",
     "patchbay_language_model_waiting": "Replies that wait for a slot.",
-    "patchbay_language_model_requests_total": "Replies that were asked for.",
+    "patchbay_language_model_requests_total": "Replies that were asked for, or given to be scored.",
     "patchbay_language_model_steps_total": "Steps that the engine took.",
     "patchbay_language_model_prompt_tokens_total": "Tokens of all prompts.",
     "patchbay_language_model_reused_prompt_tokens_total": "Tokens of prompts that were still in a slot.",

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
+from alignment.second_look import SecondLook
 from decoders.settings import DecodeSettings
 from encoders.media import MediaBudget, Modality
 from encoders.tiler import Tiling, TilingName
@@ -151,6 +152,8 @@ class DecoderPreset(BoxPreset):
     :mod:`decoders.deep_features`), ``fast_deep_every`` where it says ``fast``; `patchbay bench decode`
     measures both. ``edit_strength`` lets every medium start from the newest one of its kind in the
     conversation, so far away from it, where a request names no ``strength``; None starts from noise.
+    ``keep_untouched`` gives every picture or video the pixels of the newest one wherever they agree, unless a
+    request says otherwise (see :mod:`decoders.untouched`).
     ``compile`` is that of :class:`LanguageModelPreset`, for the denoising network.
     """
 
@@ -168,6 +171,7 @@ class DecoderPreset(BoxPreset):
     deep_every: int | None = Field(default=None, ge=1, le=16)
     fast_deep_every: int = Field(default=2, ge=2, le=16)
     edit_strength: float | None = Field(default=None, gt=0, le=1)
+    keep_untouched: bool = False
     compile: Compile = False
     limits: CostLimits = CostLimits()
 
@@ -181,10 +185,26 @@ class DecoderPreset(BoxPreset):
         return replace(settings, **{name: getattr(self, name) for name in silent})
 
 
+class VerifyPreset(Strict):
+    """How the agent looks again at what decoders made for it.
+
+    The encoder reads the medium, and the language model says how probable its caption is as the answer to
+    ``question``. Where some word of it is less probable than ``below``, the medium is made again with another
+    seed, at most ``retries`` times, and the best is kept. ``modalities`` None are all that are made and read.
+    """
+
+    retries: int = Field(default=1, ge=1, le=8)
+    below: float = Field(default=0.5, gt=0, lt=1)
+    question: str = Field(default="describe this", pattern=r"\S")
+    modalities: tuple[Modality, ...] | None = None
+
+
 class GenerationDefaults(Strict):
     """How the language model speaks when a request does not say.
 
     A medium of which it is less sure than ``ask_below`` is asked about instead of made; None never asks.
+    ``verify`` None takes media as they come. ``prompts`` says how a request for one medium, without a
+    conversation, is put to it: "draw {prompt}". Kinds that are left out are made of the words as they are.
     """
 
     temperature: float = Field(default=0.0, ge=0, le=2)
@@ -193,6 +213,10 @@ class GenerationDefaults(Strict):
     repetition_penalty: float = Field(default=1.0, gt=0, le=2)
     max_new_tokens: int = Field(default=256, ge=1)
     ask_below: float | None = Field(default=None, gt=0, lt=1)
+    verify: VerifyPreset | None = None
+    prompts: dict[Modality, Annotated[str, Field(pattern=r"^[^{}]*\{prompt\}[^{}]*$")]] = Field(
+        default_factory=dict
+    )
 
 
 class MediaLimits(Strict):
@@ -284,6 +308,24 @@ class Preset(Strict):
             if adapter.box not in ("language_model", *(modality.value for modality in self.decoders)):
                 raise ValueError(f"the adapter {name} is for {adapter.box}, and there is no such decoder")
         return self
+
+    @property
+    def second_look(self) -> SecondLook | None:
+        """How the agent looks again at what was made; None where it does not, or has nothing to look at."""
+        verify = self.generation.verify
+        if verify is None:
+            return None
+        looked_at = frozenset(self.decoders) & frozenset(self.encoder.modalities)
+        if verify.modalities is not None:
+            looked_at &= frozenset(verify.modalities)
+        if not looked_at:
+            return None
+        return SecondLook(
+            retries=verify.retries,
+            below=verify.below,
+            question=verify.question,
+            modalities=looked_at,
+        )
 
     @property
     def as_argument(self) -> str:

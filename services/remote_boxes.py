@@ -75,6 +75,11 @@ class RemoteLanguageModel:
             async for speech in stream:
                 yield speech
 
+    async def score(self, prompt: Sequence[PromptMessage], reply: str, user: str = "") -> Sequence[float]:
+        """Return how probable each token of a reply is, and its end."""
+        found: Sequence[float] = await self.line.call("score", prompt, reply, user)
+        return found
+
     async def counts(self) -> Mapping[str, Counts]:
         """Return what each replica counts."""
         return await self.line.counts()

@@ -69,6 +69,7 @@ class DecoderRequest(Body):
     seconds: float | None = None
     lora: Annotated[str | None, Field(min_length=1, description="name of an adapter for this decoder")] = None
     strength: Annotated[float | None, Field(description="start from the newest medium of this kind")] = None
+    keep_untouched: Annotated[bool | None, Field(description="of that medium, where both agree")] = None
     fast: Annotated[bool | None, Field(description="reuse deep features as the preset says")] = None
     deep_every: Annotated[int | None, Field(description="reuse deep features for so many steps")] = None
 
@@ -86,6 +87,7 @@ class DecoderRequest(Body):
             "duration_s": self.seconds,
             "lora": self.lora,
             "strength": self.strength,
+            "keep_untouched": self.keep_untouched,
             "fast": self.fast,
             "deep_every": self.deep_every,
         }
@@ -124,6 +126,7 @@ class ChatRequest(Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     ask_below: float | None = None
+    verify: bool | None = None
     user: str | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
@@ -171,6 +174,7 @@ class ChatRequest(Body):
             stop=tuple(self.stop),
             max_new_tokens=limit,
             ask_below=self.ask_below,
+            verify=self.verify,
             decoders=decoders,
             previews=self.stream_options.previews if self.stream and self.stream_options else 0,
             user=self.user or None,

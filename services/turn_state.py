@@ -41,6 +41,7 @@ class MediumState:
                 caption=self.caption,
                 artefact=item.artefact,
                 manifest=item.manifest,
+                attempts=item.attempts,
             )
         else:
             self.outcome = PartFailed(

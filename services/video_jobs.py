@@ -22,7 +22,7 @@ from typing import Any
 from services.artefacts import ArtefactStore
 from services.asgi import end, with_pings
 from services.errors import NotFound, ServiceError, Unavailable, translate
-from services.events import Event, PartDone, PartProgress, TurnFailed
+from services.events import Event, PartDone, PartProgress, PartStarted, TurnFailed
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ class VideoJob:
     updated_at: float
     status: str = "queued"
     progress: int = 0
+    revised_prompt: str | None = None
     completed_at: int | None = None
     error: dict[str, str] | None = None
     file_id: str | None = None
@@ -69,7 +70,10 @@ class VideoJobs:
         """Take a job whose first events are known, and return it; it goes on while nobody looks."""
         now = time.time()
         name = f"video_{secrets.token_hex(16)}"
-        job = VideoJob(id=name, model=model, prompt=prompt, created_at=int(now), updated_at=now)
+        revised = next((event.caption for event in opening if isinstance(event, PartStarted)), prompt)
+        job = VideoJob(
+            id=name, model=model, prompt=prompt, revised_prompt=revised, created_at=int(now), updated_at=now
+        )
         await asyncio.to_thread(self._write, job)
         task = asyncio.create_task(self._follow(job, _chained(opening, rest)))
         self._tasks[job.id] = task

@@ -118,6 +118,7 @@ def _shown(job: VideoJob, expires_after_s: int) -> dict[str, Any]:
         "completed_at": job.completed_at,
         "expires_at": None if job.completed_at is None else job.completed_at + expires_after_s,
         "prompt": job.prompt,
+        "revised_prompt": job.revised_prompt,
         "size": f"{made['width_px']}x{made['height_px']}" if sized else None,
         "seconds": f"{made['num_frames'] / made['fps']:g}" if timed else None,
         "remixed_from_video_id": None,

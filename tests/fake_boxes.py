@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
@@ -66,10 +67,15 @@ class FakeEncoder(FakeBox):
 
 
 class FakeSpeaker(FakeBox):
-    """Says what it is given; a callable in the list is called instead of said."""
+    """Says what it is given; a callable in the list is called instead of said.
+
+    Captions are as probable as ``likenesses`` says, look by look.
+    """
 
     def __init__(self, *script: Speech | Exception | Callable[[], Any]) -> None:
         self.script = script
+        self.likenesses: list[float | Exception] = []
+        self.looks: list[tuple[Sequence[PromptMessage], str, str]] = []
         self.prompt: list[PromptMessage] = []
         self.options: SpeechOptions | None = None
         self.closed = False
@@ -89,6 +95,13 @@ class FakeSpeaker(FakeBox):
                 await asyncio.sleep(0)
         finally:
             self.closed = True
+
+    async def score(self, prompt: Sequence[PromptMessage], reply: str, user: str = "") -> list[float]:
+        self.looks.append((prompt, reply, user))
+        likeness = self.likenesses[len(self.looks) - 1]
+        if isinstance(likeness, Exception):
+            raise likeness
+        return [0.0, math.log(likeness), math.log(0.999)]
 
 
 class FakeDecoder(FakeBox):

@@ -162,7 +162,7 @@ async def test_a_decoder_that_is_down_is_not_promised(store: ArtefactStore) -> N
 async def test_a_turn_is_refused_in_time_while_what_it_needs_is_not_ready(
     store: ArtefactStore, monkeypatch: pytest.MonkeyPatch, part: str, now: BoxState
 ) -> None:
-    monkeypatch.setattr("services.agent.PATIENCE_S", 0.05)
+    monkeypatch.setattr("services.admission.PATIENCE_S", 0.05)
     speaker, encoder = FakeSpeaker(Words("words"), Finished("stop")), FakeEncoder()
     the_agent = agent(store, speaker, FakeDecoder(store, IMAGE), encoder=encoder)
     (speaker if part == "language model" else encoder).now = now
@@ -190,7 +190,7 @@ async def test_a_turn_waits_for_a_decoder_that_is_nearly_there(store: ArtefactSt
 async def test_a_decoder_that_is_still_loaded_is_not_quietly_left_out(
     store: ArtefactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.agent.PATIENCE_S", 0.05)
+    monkeypatch.setattr("services.admission.PATIENCE_S", 0.05)
     speaker = FakeSpeaker(Finished("stop"))
     decoders = FakeDecoder(store, IMAGE), FakeDecoder(store, AUDIO, now=BoxState.LOADING)
     the_agent = agent(store, speaker, *decoders)

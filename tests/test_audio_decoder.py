@@ -11,7 +11,7 @@ from diffusers import AudioLDMPipeline
 from decoders.audio import AudioDecoder
 from decoders.condition import Condition, ConditionSpec
 from decoders.denoising import Cancelled, make_scheduler
-from decoders.settings import SCHEDULER_NAMES, DecodeSettings
+from decoders.settings import SCHEDULER_NAMES, DecodeSettings, WrongSetting
 from decoders.vocoder import GriffinLimVocoder
 from encoders.media import Audio, Image
 from tests import tiny_pipelines
@@ -200,3 +200,9 @@ def test_a_missing_vocoder_is_named(folder: Path, tmp_path: Path) -> None:
 
     with pytest.raises(FileNotFoundError, match=r"vocoder/config.json is missing"):
         AudioDecoder.load(copy)
+
+
+def test_a_sound_keeps_no_pixels_of_another(decoder: AudioDecoder) -> None:
+    sound = Audio(np.zeros(16000, np.float32), 16000)
+    with pytest.raises(WrongSetting, match="keep_untouched compares pixels, and audio has none"):
+        decoder.decode(decoder.encode_caption(CAPTION), original=sound)

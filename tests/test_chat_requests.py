@@ -97,7 +97,7 @@ async def test_options_reach_the_agent(preset: Preset, store: ArtefactStore) -> 
 
 async def test_fast_media_are_asked_for_by_word_or_by_number(preset: Preset, store: ArtefactStore) -> None:
     agent = FakeAgent(TurnStarted(seed=1), TurnDone(finish_reason="stop"))
-    wishes = {IMAGE: {"fast": True}, VIDEO: {"deep_every": 3}, AUDIO: {"fast": False}}
+    wishes = {IMAGE: {"fast": True}, VIDEO: {"deep_every": 3, "keep_untouched": True}, AUDIO: {"fast": False}}
     await ask(agent, preset, store, body(decoders=wishes))
     assert agent.options.decoders == {kind: DecodeSettings(**wish) for kind, wish in wishes.items()}
 

@@ -16,7 +16,8 @@ from decoders.lora import DecoderLora
 from decoders.settings import DecodeSettings
 from decoders.video import VideoDecoder
 from encoders.media import Image, Modality, Video
-from llm.engine import Engine, StepEvent
+from llm.engine import Engine
+from llm.engine_request import StepEvent
 from llm.generate import GenerationOptions
 from llm.request_lora import RequestLora, read_request_lora
 from services.artefacts import ArtefactStore

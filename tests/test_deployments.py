@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import pickle
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from types import SimpleNamespace
@@ -16,12 +17,12 @@ from decoders.settings import DecodeSettings
 from encoders.media import Modality
 from services.agent import Agent
 from services.artefacts import ArtefactStore
-from services.boxes import BoxState, Finished, Made, Preview, SpokenSignal
+from services.boxes import BoxState, Encoded, Finished, Made, Preview, PromptMessage, SpokenSignal
 from services.cluster import ClusterStatus, Line
 from services.deployments import AgentReplica, DecoderReplica, EncoderReplica, LanguageModelReplica
 from services.errors import BadRequest
 from services.events import PartDone, PartFailed, PartPreview, PartProgress, TurnStarted
-from services.messages import MediaPart, TextPart, TurnOptions
+from services.messages import MediaPart, Role, TextPart, TurnOptions
 from services.remote_boxes import RemoteAgent, RemoteDecoder, RemoteEncoder, RemoteLanguageModel
 from tests.fake_boxes import FakeDecoder, FakeEncoder, FakeSpeaker, said
 
@@ -131,6 +132,18 @@ async def test_the_user_the_source_and_the_wish_for_previews_reach_the_decoder(s
     assert decoder.sources == ["file-1"]  # by its id: no medium travels through a handle
     assert [step for step in steps if isinstance(step, Preview)] == [Preview(1, 3, b"look", "image/jpeg")]
     assert isinstance(steps[-1], Made)
+
+
+async def test_a_reply_is_scored_in_the_replica_and_its_error_comes_back(store: ArtefactStore) -> None:
+    speaker = FakeSpeaker()
+    speaker.likenesses = [0.25, BadRequest("Too long.", code="context_length_exceeded")]
+    box = RemoteLanguageModel(line(replica(LanguageModelReplica, speaker), "language model"))
+    zeros = np.zeros((2, 4), np.float32)
+    prompt = [PromptMessage(Role.USER, (Encoded(IMAGE, zeros, zeros[0], (2,)), "what is this?"))]
+    assert min(await box.score(prompt, "a bell", "ann")) == pytest.approx(math.log(0.25))
+    assert speaker.looks[0][1:] == ("a bell", "ann")
+    with pytest.raises(BadRequest, match="Too long"):
+        await box.score(prompt, "a bell")
 
 
 async def test_every_replica_counts_under_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:

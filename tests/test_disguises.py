@@ -38,20 +38,32 @@ def disguised(batch: Tensor, partners: Tensor) -> Disguised:
     return disguised_sounds(batch, scenes, partners, noise())
 
 
-def test_sounds_stay_or_are_duets_or_lie_between_pitches_and_tempos():
+def test_sounds_stay_or_are_duets_or_lie_between_or_are_mirrored():
     batch, partners = torch.randn(60, 1, 1, 8, 16), torch.randn(60, 1, 1, 8, 16)
 
     less = disguised(batch, partners)
 
-    duets = ~less.shown["thing"]
-    between = ~less.shown["tempo"]
-    assert less.plain.any()
-    assert duets.any()
-    assert between.any()
-    assert not (duets & between).any()
+    named, timed = less.shown["thing"], less.shown["tempo"]
+    duets, between, mirrored = ~named & timed, named & ~timed, ~named & ~timed
+    for rows in (less.plain, duets, between, mirrored):
+        assert rows.any()
+    assert torch.equal(less.plain, named & timed)
     assert torch.equal(less.media[less.plain], batch[less.plain])
     assert torch.equal(less.media[duets], torch.maximum(batch, partners)[duets])
-    assert ((less.media - batch).abs().flatten(1).amax(1)[between] > 0.1).all()
+    for rows in (between, mirrored):
+        assert ((less.media - batch).abs().flatten(1).amax(1)[rows] > 0.1).all()
+
+
+def test_mirrored_sounds_have_their_low_bands_on_top():
+    t = torch.arange(16) < 8
+    low = torch.zeros(60, 1, 1, 128, 16)
+    low[:, :, :, 24:32] = t.float()  # eight low bands for half of the time
+
+    less = disguised(low, low)
+
+    mirrored = ~less.shown["thing"] & ~less.shown["tempo"]
+    heights = less.media.amax(-1).flatten(1).argmax(1)  # (B,)
+    assert heights[mirrored].min() > 64 > heights[~mirrored].max()
 
 
 def test_how_often_is_asked_where_nothing_else_gives_it_away():

@@ -114,7 +114,7 @@ async def test_what_cannot_be_embedded_is_named(
 async def test_an_encoder_that_is_not_there_is_told(
     tiny_preset: Path, store: ArtefactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.agent.PATIENCE_S", 0.01)
+    monkeypatch.setattr("services.admission.PATIENCE_S", 0.01)
     encoder = FakeEncoder()
     encoder.now = BoxState.GONE
     app = build_gateway(load_preset(str(tiny_preset)), agent(store, FakeSpeaker(), encoder=encoder), store)

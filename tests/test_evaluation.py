@@ -98,18 +98,20 @@ def test_files_are_judged_not_tensors() -> None:
 
 
 class Painter:
-    """A system that paints a grey picture for each call, and remembers what it was to start from."""
+    """A system that paints a grey picture for each call, and remembers what it was to edit."""
 
     decoders = (Modality.IMAGE,)
 
-    def __init__(self, **edit_strengths: float) -> None:
-        self.edit_strengths = {Modality(name): strength for name, strength in edit_strengths.items()}
+    def __init__(self, *edits: Modality) -> None:
+        self.edits = frozenset(edits)
         self.sources: list[Sequence[Medium | None]] = []
 
     def condition(self, signal: Signal, link: None) -> None:
         return None
 
-    def make(self, modality: Modality, conditions: Any, seed: int, sources: Any) -> list[Medium]:
+    def make(
+        self, modality: Modality, conditions: Any, seed: int, sources: Any, captions: Any
+    ) -> list[Medium]:
         if not conditions:
             return []
         self.sources.append(sources)
@@ -124,7 +126,7 @@ def test_edits_start_from_what_was_shown_and_then_from_what_was_made() -> None:
     asked, from_noise = perfect(asks_again, rng), perfect(asks_again, rng)
     for sample in (asked, from_noise):
         sample.replies = [[signal(Modality.IMAGE)], [signal(Modality.IMAGE)]]
-    editing, anew = Painter(image=0.9), Painter()
+    editing, anew = Painter(Modality.IMAGE), Painter()
 
     decode(editing, [asked], 0)  # type: ignore[arg-type]
     decode(anew, [from_noise], 0)  # type: ignore[arg-type]

@@ -301,6 +301,48 @@ def test_sources_that_do_not_fit_are_refused(decoder: ImageDecoder) -> None:
             DecodeSettings(strength=strength)
 
 
+def test_an_edit_gets_the_pixels_of_its_original_where_they_agree(decoder: ImageDecoder) -> None:
+    """Alone and beside others; an original with nothing in common changes nothing."""
+    condition, settings = decoder.encode_caption(CAPTION), DecodeSettings(seed=4, steps=4)
+    anew = decoder.decode(condition, settings)
+    assert isinstance(anew.medium, Image)
+    alike, dark = anew.medium.pixels.copy(), np.zeros_like(anew.medium.pixels)
+    alike[:8] ^= 1  # one of 255, as far as nobody sees
+    originals = [Image(alike), None, Image(dark)]
+
+    alone = decoder.decode(condition, settings, original=originals[0])
+    together = decoder.decode_batch([condition] * 3, [settings] * 3, originals=originals)
+    unwanted = replace(settings, keep_untouched=False)
+
+    np.testing.assert_array_equal(alone.medium.pixels, alike)
+    for made, expected in zip(together, (alike, anew.medium.pixels, anew.medium.pixels), strict=True):
+        assert isinstance(made.medium, Image)
+        assert np.abs(made.medium.pixels.astype(int) - expected).max() <= 1  # batches round differently
+    assert alone.manifest == anew.manifest | {"original": together[0].manifest["original"]}
+    assert together[2].manifest["original"] != together[0].manifest["original"]
+    refused = decoder.decode(condition, unwanted, original=originals[0])
+    np.testing.assert_array_equal(refused.medium.pixels, anew.medium.pixels)
+    assert refused.manifest == anew.manifest
+
+
+def test_an_original_is_fitted_to_what_the_decoder_makes(decoder: ImageDecoder) -> None:
+    condition, original = decoder.encode_caption(CAPTION), Image(np.zeros((30, 50, 3), np.uint8))
+
+    plan = decoder.plan(condition, DecodeSettings(width_px=32), original=original)
+
+    assert plan.original is not None
+    assert decoder.decode(condition, DecodeSettings(width_px=32)).medium.pixels.shape == (16, 32, 3)
+    assert plan.original.pixels.shape == (16, 32, 3)
+
+
+def test_originals_that_are_not_there_or_do_not_fit_are_refused(decoder: ImageDecoder) -> None:
+    condition = decoder.encode_caption(CAPTION)
+    with pytest.raises(ValueError, match="keep_untouched is true, and there is no original"):
+        decoder.decode(condition, DecodeSettings(keep_untouched=True))
+    with pytest.raises(ValueError, match="The source is audio; this decoder starts from image only"):
+        decoder.decode(condition, original=Audio(np.zeros(100, np.float32), 16000))
+
+
 def test_defaults_come_from_the_folder(copy: Path) -> None:
     (copy / "patchbay.json").write_text('{"steps": 2, "guidance_scale": 2.5, "scheduler": "euler"}')
     decoder = ImageDecoder.load(copy)

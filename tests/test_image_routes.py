@@ -15,7 +15,7 @@ from decoders.failures import QueueFull
 from decoders.settings import DecodeSettings
 from decoders.writing import read_manifest
 from encoders.media import Image, Modality, read_media
-from services import agent as agent_module
+from services import admission
 from services.artefacts import ArtefactStore
 from services.boxes import BoxState
 from services.errors import TooManyRequests, translate
@@ -131,6 +131,7 @@ async def test_the_name_of_the_model_may_name_an_adapter(app: FastAPI) -> None:
         ({"steps": 1001}, 400, "invalid_value", "num_inference_steps"),
         ({"num_frames": 3}, 400, "invalid_value", "num_frames"),
         ({"strength": 0.5}, 400, "unsupported_parameter", "strength"),
+        ({"keep_untouched": True}, 400, "unsupported_parameter", "keep_untouched"),
         ({"negative_prompt": "drums"}, 400, "unsupported_parameter", "negative_prompt"),
         ({"output_format": "webp"}, 400, "unsupported_parameter", "output_format"),
         ({"background": "transparent"}, 400, "unsupported_parameter", "background"),
@@ -170,7 +171,7 @@ async def test_back_pressure_of_the_decoder_is_the_answer(store: ArtefactStore, 
 async def test_a_decoder_that_is_not_there_is_told(
     store: ArtefactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agent_module, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(admission, "PATIENCE_S", 0.01)
     for now, code in ((BoxState.LOADING, "model_loading"), (BoxState.GONE, "decoder_unavailable")):
         assert failure(await made_by(FakeDecoder(store, IMAGE, now=now), store))["code"] == code
     assert failure(await made_by(FakeDecoder(store, IMAGE), store, AUDIO))["code"] == "unsupported_modality"

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from encoders.media import Modality
-from llm.engine import Engine, Request, Slot, StepEvent
+from llm.engine import Engine, Slot
+from llm.engine_request import Request, StepEvent
 from llm.generate import (
     ContextTooLong,
     Finished,
@@ -127,6 +128,41 @@ def test_states_at_any_rows_and_positions_are_those_of_full_passes(
         slots.cache.copy(1, 5, 20)
         hidden = slots.run(rows[3:, lengths[3] : lengths[3] + 1], [5], [lengths[3]])
     torch.testing.assert_close(hidden[0], expected[3, lengths[3] : lengths[3] + 1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("base", [llama, mistral])
+def test_a_slot_fed_alone_goes_on_where_it_was_left_among_others(
+    base: Callable[..., PreTrainedModel],
+) -> None:
+    model = tiny_model(base)
+    rows = torch.randn(2, 300, WIDTH)
+    with torch.no_grad():
+        expected = model.run(rows)
+        slots = SlotModel(model, 3, 300)
+        fed = [0, 0]
+
+        def check(chosen: list[int], places: list[int], count: int) -> None:
+            starts = [fed[row] for row in chosen]
+            states = slots.run(
+                torch.stack([rows[row, fed[row] : fed[row] + count] for row in chosen]), places, starts
+            )
+            for row, found in zip(chosen, states, strict=True):
+                whole = expected[row, fed[row] : fed[row] + count]
+                torch.testing.assert_close(found, whole, atol=1e-4, rtol=1e-4)
+                fed[row] += count
+
+        check([0, 1], [0, 1], 5)
+        check([0], [0], 3)
+        check([1], [1], 1)
+        check([1], [1], 1)
+        slots.cache.swap(0, 2, 10)
+        check([0], [2], 1)
+        check([0], [2], 270)  # the cache grows
+        check([0], [2], 1)
+        check([1, 0], [1, 2], 1)
+        check([0], [2], 300 - fed[0])
+        slots.cache.clear(1)
+        assert all(not tensor[1].any() for tensor in slots.cache.tensors())
 
 
 def test_padding_beyond_the_context_changes_nothing() -> None:

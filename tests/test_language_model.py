@@ -380,4 +380,6 @@ def test_words_alone_are_embedded_as_they_are_among_signals() -> None:
     model = tiny_model()
     new = model.tokenizer.base_vocabulary
     for ids in ([[3, 5], [7, new - 1]], [[3, new], [new + 1, 5]], [[new]]):
-        torch.testing.assert_close(model.embed_ids(ids), model.embed(torch.tensor(ids)), atol=0, rtol=0)
+        torch.testing.assert_close(
+            model.tables().embed_ids(ids), model.embed(torch.tensor(ids)), atol=0, rtol=0
+        )

@@ -6,9 +6,11 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from alignment.second_look import next_seed
 from decoders.settings import DecodeSettings
 from encoders.media import Modality
 from services.agent import Agent
@@ -19,7 +21,7 @@ from services.local import local_agent
 from services.local_decoder import LocalDecoder
 from services.messages import Message, Role, TextPart, TurnOptions
 from services.metrics import exposition
-from services.presets import load_preset
+from services.presets import VerifyPreset, load_preset
 
 IMAGE, VIDEO, AUDIO = Modality.IMAGE, Modality.VIDEO, Modality.AUDIO
 WITHIN_S = 120.0
@@ -129,3 +131,25 @@ async def test_everything_that_boxes_count_is_a_metric_and_idle_boxes_have_nothi
     )
     assert counts["language_model"]["local"]["slots_in_use"] == 0
     assert all(counts[modality.value]["local"]["requests"] == 0 for modality in (IMAGE, VIDEO, AUDIO))
+
+
+async def test_an_agent_in_one_process_looks_at_what_it_made(tiny_preset: Path, tmp_path: Path) -> None:
+    preset = load_preset(str(tiny_preset))
+    verify = VerifyPreset(retries=2, below=0.999999, question="what is this?")
+    looking = preset.model_copy(
+        update={"generation": preset.generation.model_copy(update={"verify": verify})}
+    )
+    agent = local_agent(looking, ArtefactStore(f"file://{tmp_path}/store"))
+
+    async def drawn(**wishes: Any) -> PartDone:
+        options = TurnOptions(**wishes)
+        (part,) = [e async for e in agent.turn(said("draw a bell"), options) if isinstance(e, PartDone)]
+        return part
+
+    best = await drawn(seed=3)
+    assert best.attempts == 3  # nothing is as sure as that
+    assert best.manifest["seed"] in [next_seed(3, attempt) for attempt in range(3)]
+    assert (await drawn(seed=3)).artefact.sha256 == best.artefact.sha256
+    bare = await drawn(seed=best.manifest["seed"], verify=False)
+    assert bare.artefact.sha256 == best.artefact.sha256
+    assert 0 < best.manifest["likeness"] < verify.below

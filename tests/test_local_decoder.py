@@ -1,12 +1,14 @@
 import asyncio
 import io
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
+from numpy.typing import NDArray
 
 from decoders.engine import DenoisingEngine, EngineConfig
 from decoders.settings import DecodeSettings
@@ -14,7 +16,7 @@ from decoders.writing import read_manifest, to_png, to_wav
 from encoders.media import Audio, Image, Modality, read_media
 from services.artefacts import ArtefactStore
 from services.boxes import Made, Preview, Progress, SpokenSignal, Step
-from services.errors import PresetProblem, translate
+from services.errors import NotFound, PresetProblem, translate
 from services.local_decoder import LocalDecoder
 from services.presets import load_preset
 from tests import tiny_pipelines
@@ -50,6 +52,12 @@ def signal(number: int) -> SpokenSignal:
 async def heard(box: LocalDecoder, number: int, settings: DecodeSettings, **wishes: Any) -> list[Step]:
     async with aclosing(box.decode(signal(number), settings, **wishes)) as stream:
         return [value async for value in stream]
+
+
+def read_image(box: LocalDecoder, made: Made) -> NDArray[np.uint8]:
+    image = read_media(box.store.read(made.artefact.id))
+    assert isinstance(image, Image)
+    return image.pixels
 
 
 def one_at_a_time(box: LocalDecoder) -> None:
@@ -127,6 +135,33 @@ async def test_what_nobody_asked_to_start_from_may_be_gone_or_unfit(box: LocalDe
         with pytest.raises(Exception, match=r"audio|file-0000") as refused:
             await heard(box, 0, DecodeSettings(strength=0.5), source=source)
         assert translate(refused.value).status in (400, 404)
+
+
+async def test_a_preset_may_keep_what_an_edit_does_not_touch(box: LocalDecoder) -> None:
+    settings = DecodeSettings(seed=1, steps=2)
+    anew = (await heard(box, 0, settings))[-1]
+    assert isinstance(anew, Made)
+    pixels = read_image(box, anew) ^ 1
+    source = box.store.put(to_png(Image(pixels), {}), media_type="image/png", filename="a.png").id
+
+    async def made(settings: DecodeSettings, source: str = source) -> Made:
+        last = (await heard(box, 0, settings, source=source))[-1]
+        assert isinstance(last, Made)
+        return last
+
+    assert "original" not in (await made(settings)).manifest
+    np.testing.assert_array_equal(read_image(box, await made(replace(settings, keep_untouched=True))), pixels)
+    box.chosen = box.chosen.model_copy(update={"keep_untouched": True})
+    kept = await made(settings)
+    np.testing.assert_array_equal(read_image(box, kept), pixels)
+    assert "strength" not in kept.manifest
+    assert "original" not in (await made(replace(settings, keep_untouched=False))).manifest
+    gone = "file-00000000000000000000000000000000"
+    assert "original" not in (await made(settings, gone)).manifest
+    with pytest.raises(NotFound):
+        await made(replace(settings, keep_untouched=True), gone)
+    both = (await made(replace(settings, strength=0.5))).manifest
+    assert (both["strength"], len(both["original"])) == (0.5, 16)
 
 
 async def test_the_previews_of_an_edit_are_spread_over_the_steps_that_it_takes(box: LocalDecoder) -> None:
@@ -225,12 +260,19 @@ async def test_a_preset_may_name_a_pipeline_that_no_decoder_takes_apart(
         assert (made.manifest["caption"], made.manifest["seed"]) == (f"bell {i}", i)
 
 
-def test_a_pipeline_that_runs_as_a_whole_cannot_start_from_the_newest_medium(
-    preset_file: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ("edit_strength: 0.9", r"edit_strength is 0\.9; a StableDiffusionXLPipeline"),
+        ("keep_untouched: true", r"keep_untouched is true; a StableDiffusionXLPipeline"),
+    ],
+)
+def test_a_pipeline_that_runs_as_a_whole_edits_nothing(
+    preset_file: Path, tmp_path: Path, wish: str, message: str
 ) -> None:
     tiny_pipelines.saved(tiny_pipelines.xl_pipeline(), preset_file.parent / "weights" / "xl-edits")
-    box = box_of(preset_file, tmp_path, "xl-edits", "folder: xl-edits\n    edit_strength: 0.9")
-    with pytest.raises(PresetProblem, match=r"edit_strength is 0\.9; a StableDiffusionXLPipeline"):
+    box = box_of(preset_file, tmp_path, "xl-edits", f"folder: xl-edits\n    {wish}")
+    with pytest.raises(PresetProblem, match=message):
         box.load()
 
 

@@ -8,13 +8,14 @@ from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from encoders.media import Modality
-from services.boxes import Finished, PromptMessage, Speech, SpeechOptions, SpokenSignal, Words
+from services.boxes import Encoded, Finished, PromptMessage, Speech, SpeechOptions, SpokenSignal, Words
 from services.errors import BadRequest, PresetProblem
 from services.local_language_model import LocalLanguageModel
 from services.messages import Role
@@ -50,8 +51,15 @@ async def test_turns_share_the_model_and_answer_as_they_do_alone(box: LocalLangu
     def told(speeches: list[Speech]) -> list[object]:
         kept: list[object] = []
         for speech in speeches:
-            signal = isinstance(speech, SpokenSignal)
-            kept.append((speech.modality, speech.caption) if signal else speech)
+            match speech:
+                case SpokenSignal():
+                    kept.append((speech.modality, speech.caption))
+                case Words(text=text) if kept and isinstance(kept[-1], str):
+                    kept[-1] += text  # how many words are told together varies
+                case Words(text=text):
+                    kept.append(text)
+                case Finished():
+                    kept.append(speech)
         return kept
 
     assert box.stats is not None
@@ -125,3 +133,13 @@ async def test_lora_of_requests_stays_beside_the_weights_that_all_share(tiny_pre
         assert isinstance([speech async for speech in spoken][-1], Finished)
     assert [state.name for state in box.adapters.states() if state.loaded] == ["pirate", "poet"]
     torch.testing.assert_close(dict(box._lm.state_dict()), before, rtol=0, atol=0)
+
+
+async def test_a_caption_that_is_right_is_more_probable_than_another(box: LocalLanguageModel) -> None:
+    zeros = np.zeros((4, 16), np.float32)
+    asked = [PromptMessage(Role.USER, (Encoded(Modality.IMAGE, zeros, zeros[0], (4,)), "what is this?"))]
+    right, wrong = [await box.score(asked, words, "ann") for words in ("It is a bell.", "Hello!")]
+    assert min(right) > -0.5 > min(wrong)
+    with pytest.raises(BadRequest) as caught:
+        await box.score(asked, "bell " * 600)
+    assert caught.value.code == "context_length_exceeded"

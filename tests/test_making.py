@@ -152,7 +152,7 @@ async def test_a_failed_part_is_made_again_from_the_same_signal_without_the_lang
 async def test_a_part_that_cannot_be_made_again_says_why(
     store: ArtefactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.agent.PATIENCE_S", 0.05)
+    monkeypatch.setattr("services.admission.PATIENCE_S", 0.05)
     decoder = FakeDecoder(store, IMAGE, steps=1000, step_s=0.01)
     limits = {IMAGE: CostLimits(steps=10)}
     speaker = FakeSpeaker(Words("Here."), signal(IMAGE), Finished("stop"))
@@ -214,6 +214,11 @@ async def test_an_edit_without_anything_to_start_from_is_refused(store: Artefact
     assert (failed["code"], failed["param"]) == ("no_source", "decoders.image.strength")
     assert "the conversation holds no image to start from" in failed["message"]
     assert not speaker.prompt
+
+    keeping = {IMAGE: DecodeSettings(keep_untouched=True)}
+    failed = failure(await events_of(the_agent, decoders=keeping))
+    assert (failed["code"], failed["param"]) == ("no_source", "decoders.image.keep_untouched")
+    assert "leave keep_untouched out" in failed["message"]
 
     gone = [Message(Role.ASSISTANT, (SpokenPart(IMAGE, "Here.", "file-" + "0" * 32),)), *said()]
     failed = failure(await events_of(the_agent, gone, decoders=wishes))

@@ -18,7 +18,7 @@ def test_counts_become_samples_with_box_and_replica() -> None:
         "# HELP patchbay_language_model_slots Replies that the language model can make at the same time.",
         "# TYPE patchbay_language_model_slots gauge",
         'patchbay_language_model_slots{replica="r1"} 8',
-        "# HELP patchbay_language_model_requests_total Replies that were asked for.",
+        "# HELP patchbay_language_model_requests_total Replies that were asked for, or given to be scored.",
         "# TYPE patchbay_language_model_requests_total counter",
         'patchbay_language_model_requests_total{replica="r1"} 123456789',
         "# HELP patchbay_decoder_queue_seconds Seconds until all that is asked for will be done.",

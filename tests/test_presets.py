@@ -9,6 +9,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from alignment.second_look import SecondLook
 from decoders.settings import DecodeSettings
 from encoders.media import Modality
 from services.doctor import examine, expect_files, expect_free_port
@@ -106,6 +107,9 @@ def test_a_preset_name_is_not_a_path(name: str) -> None:
         ({"generation": {"temperature": 9}}, "generation.temperature"),
         ({"generation": {"ask_below": 0}}, "generation.ask_below"),
         ({"generation": {"ask_below": 1}}, "generation.ask_below"),
+        ({"generation": {"verify": {"below": 1}}}, "generation.verify.below"),
+        ({"generation": {"verify": {"retries": 0}}}, "generation.verify.retries"),
+        ({"generation": {"verify": {"question": " "}}}, "generation.verify.question"),
         ({"decoders": {"audio": {"folder": "x", "width_px": 64}}}, "audio has no width_px"),
         ({"encoder": {"dtype": "int4"}}, "encoder.dtype"),
     ],
@@ -251,3 +255,19 @@ def test_a_port_in_use_is_noticed() -> None:
         with pytest.raises(PresetProblem, match=rf"listen on 127.0.0.1:{port}: Address already in use"):
             expect_free_port("127.0.0.1", port)
     expect_free_port("127.0.0.1", port)
+
+
+def test_a_second_look_is_at_what_is_made_and_read(tmp_path: Path) -> None:
+    def looked_at(*named: str, **changes: Any) -> SecondLook | None:
+        verify = {"modalities": list(named)} if named else {}
+        return load_preset(written(tmp_path, generation={"verify": verify}, **changes)).second_look
+
+    picture = {"image": {"folder": "x"}}
+    look = looked_at(decoders=picture)
+    assert look is not None
+    assert look.modalities == {Modality.IMAGE}
+    look = looked_at("video", "image", decoders=picture)
+    assert look is not None
+    assert look.modalities == {Modality.IMAGE}
+    assert looked_at("video", decoders=picture) is None
+    assert looked_at("image", decoders=picture, encoder={"modalities": ["audio"]}) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import cache
 
 import pytest
@@ -21,6 +22,7 @@ from llm.generate import (
 )
 from llm.model import LanguageModel
 from llm.role_words import VICUNA_V0, EndOfReply, RoleWords
+from llm.tables import Tables
 from llm.template import Dialogue, Message, Row, SignalPart, encode_dialogue
 from llm.tokenizer import ConversationTokenizer
 from tests.nextgpt_files import VOCABULARY, llama_tokenizer
@@ -171,8 +173,8 @@ def test_text_comes_out_up_to_its_end_in_any_pieces(deltas: list[str], out: str)
         assert text + end.flush() == out
 
 
-class Speaker(LanguageModel):
-    """A model whose next ids are given."""
+class ScriptedTables(Tables):
+    """Tables that say the ids of a script, one after another."""
 
     script: list[int]
 
@@ -181,6 +183,18 @@ class Speaker(LanguageModel):
         if self.script:
             logits[0, self.script.pop(0)] = 9.0
         return logits
+
+
+class Speaker(LanguageModel):
+    """A model whose next ids are given."""
+
+    script: list[int]
+
+    def tables(self) -> Tables:
+        tables = super().tables()
+        scripted = ScriptedTables(**{field.name: getattr(tables, field.name) for field in fields(tables)})
+        object.__setattr__(scripted, "script", self.script)  # tables are frozen
+        return scripted
 
 
 def speak(script: list[int], **options: object) -> list[GenerationEvent]:

@@ -45,6 +45,7 @@ def test_sensible_wishes_are_accepted(values: dict[str, Any]) -> None:
         ({"guidance_scale": 51}, "guidance_scale is 51"),
         ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
         ({"guidance_scale": "7"}, "guidance_scale is '7'"),
+        ({"keep_untouched": 1}, "keep_untouched is 1; it must be true or false"),
         ({"scheduler": "pndm"}, "scheduler is 'pndm'; choose one of dpmsolver"),
         ({"width_px": 0}, "width_px is 0"),
         ({"height_px": 100_000}, "height_px is 100000"),

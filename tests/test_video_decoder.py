@@ -209,6 +209,22 @@ def test_a_source_keeps_its_frames_in_order(decoder: VideoDecoder) -> None:
     assert decoded.manifest["strength"] == 0.5
 
 
+def test_an_edit_gets_the_frames_of_its_original_where_they_agree(decoder: VideoDecoder) -> None:
+    condition, settings = decoder.encode_caption(CAPTION), DecodeSettings(seed=4, steps=3, num_frames=3)
+    anew = decoder.decode(condition, settings).medium
+    assert isinstance(anew, Video)
+    original = anew.frames.copy()
+    original[1] ^= 1
+    twice_as_many = Video(original.repeat(2, 0), 16.0)  # frames 0, 2 or 3, and 5 are picked
+
+    edited = decoder.decode(condition, settings, original=twice_as_many)
+
+    assert isinstance(edited.medium, Video)
+    np.testing.assert_array_equal(edited.medium.frames, original)
+    assert edited.medium.fps == anew.fps
+    assert len(edited.manifest["original"]) == 16
+
+
 def test_a_longer_source_is_sampled_evenly(decoder: VideoDecoder) -> None:
     frames = np.repeat(np.arange(5, dtype=np.uint8)[:, None, None, None] * 51, 16, 1).repeat(16, 2)
     frames = frames.repeat(3, 3)

@@ -178,6 +178,8 @@ def test_settings_that_the_pipeline_does_not_know_are_refused(xl: WholePipeline)
         xl.plan(condition, DecodeSettings(num_frames=3))
     with pytest.raises(ValueError, match="keeps its own scheduler"):
         xl.plan(condition, DecodeSettings(scheduler="ddim"))
+    with pytest.raises(ValueError, match="keep_untouched is true; a StableDiffusionXLPipeline"):
+        xl.plan(condition, DecodeSettings(keep_untouched=True))
 
 
 def test_a_folder_of_an_unknown_class_or_with_a_missing_part_is_refused(

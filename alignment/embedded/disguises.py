@@ -1,7 +1,8 @@
 """Media that keep some of their attributes and lose others, so that none can be guessed from the rest.
 
 Pictures and clips lose their colours. Sounds are played together with another one that differs in thing and
-pitch alone, or are put between two pitches and two tempos.
+pitch alone, are put between two pitches and two tempos, or have their spectrum turned upside down: no thing
+sounds like that, but it still sounds as often.
 
 Shape letters in this file:
     B batch   S clips   M mel bins   T mel frames
@@ -20,9 +21,10 @@ from encoders.filter_banks import bands_at, centres_hz
 
 HIDDEN_SHARE = 0.25
 """Of each batch: what is shown without colours, and what sounds together with something else."""
-BETWEEN_SHARE = 0.4
+BETWEEN_SHARE, MIRRORED_SHARE = 0.3, 0.25
 """Of sounds, beside these."""
 WITHOUT_COLOUR, OF_DUETS, OF_BETWEEN = ("colour", "ground"), ("thing", "pitch"), ("pitch", "tempo")
+OF_MIRRORED = ("thing", "pitch", "tempo")
 FURTHEST_SEMITONES = 5.5  # pitches are twelve apart: nearer to its own than to the next one
 FURTHEST_PACE = 1.35  # tempos are nearly 2 apart
 ASKED_OF_DISGUISED = frozenset({"count"})
@@ -50,7 +52,7 @@ def without_colour(batch: Tensor, noise: torch.Generator) -> Disguised:
 def disguised_sounds(
     batch: Tensor, scenes: Sequence[Scene], partners: Tensor, noise: torch.Generator
 ) -> Disguised:
-    """Turn some sounds into duets, and put some between two pitches and two tempos.
+    """Turn some sounds into duets, put some between two pitches and tempos, and mirror some.
 
     Args:
         batch: filter banks ``(B, S, 1, M, T)``.
@@ -59,21 +61,25 @@ def disguised_sounds(
         noise: decides which rows, and how far.
 
     """
-    drawn = torch.rand(len(batch), generator=noise)  # (B,)
+    B = len(batch)
+    drawn = torch.rand(B, generator=noise)
     duet = drawn < HIDDEN_SHARE
     between = ~duet & (drawn < HIDDEN_SHARE + BETWEEN_SHARE)
-    semitones = FURTHEST_SEMITONES * (2 * torch.rand(len(batch), generator=noise) - 1)
-    pace = FURTHEST_PACE ** torch.rand(len(batch), generator=noise)
+    mirrored = ~duet & ~between & (drawn < HIDDEN_SHARE + BETWEEN_SHARE + MIRRORED_SHARE)
+    semitones = FURTHEST_SEMITONES * (2 * torch.rand(B, generator=noise) - 1)
+    pace = FURTHEST_PACE ** torch.rand(B, generator=noise)
     slow = torch.tensor([isinstance(scene, Sound) and scene.tempo == "slow" for scene in scenes])
-    moved = transposed(batch.flatten(1, 2), semitones, torch.where(slow, pace, 1 / pace))
+    turned = _where(mirrored, batch.flip(-2), batch).flatten(1, 2)  # (B, S, M, T)
+    moved = transposed(turned, semitones, torch.where(slow, pace, 1 / pace)).view_as(batch)
     both = torch.maximum(batch, partners)  # of log energies, the louder one is nearly their sum
-    media = _where(between, moved.view_as(batch), _where(duet, both, batch))
-    shown = {name: torch.ones_like(duet) for name in {*OF_DUETS, *OF_BETWEEN}}
-    for names, rows in ((OF_DUETS, duet), (OF_BETWEEN, between)):
+    media = _where(between | mirrored, moved, _where(duet, both, batch))
+    shown = {name: torch.ones_like(duet) for name in {*OF_DUETS, *OF_BETWEEN, *OF_MIRRORED}}
+    for names, rows in ((OF_DUETS, duet), (OF_BETWEEN, between), (OF_MIRRORED, mirrored)):
         for name in names:
             shown[name] = shown[name] & ~rows
-    shown |= dict.fromkeys(ASKED_OF_DISGUISED, duet | between)
-    return Disguised(media, ~(duet | between), shown)
+    disguised = duet | between | mirrored
+    shown |= dict.fromkeys(ASKED_OF_DISGUISED, disguised)
+    return Disguised(media, ~disguised, shown)
 
 
 def transposed(banks: Tensor, semitones: Tensor, pace: Tensor) -> Tensor:

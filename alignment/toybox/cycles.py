@@ -62,6 +62,6 @@ def _ask(
     said = " ".join(part for part in spoken if isinstance(part, str))
     for part in spoken:
         if isinstance(part, Signal) and part.modality == wanted:
-            medium = system.make(wanted, [system.condition(part)], seed)[0]
+            medium = system.make(wanted, [system.condition(part)], seed, captions=[part.caption])[0]
             return said, read_media(to_bytes(medium))
     return said, None

@@ -168,7 +168,7 @@ def _single(
 
 
 def _said(request: str, rng: Speaker) -> str:
-    if rng.random() < (0.04 if rng.reserved else 0.08):
+    if rng.random() < (0.04 if rng.reserved else 0.15):
         request = with_typos(request, rng)
     if request.endswith("?"):
         return request if rng.random() < 0.7 else request[:-1]

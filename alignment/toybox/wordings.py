@@ -188,6 +188,8 @@ WHAT_IS_HEARD = ways(
     "(tell me|say something) about " + _HEARD,
     "what (do|can) you (hear|hear here|make out)?",
     "what (sound|noise) (is it|is that|do you hear|was that)?",
+    "which (noise|thing|of the things) (is it|is that|is this|was that|do you hear|sounds here)?",
+    "which sound (was that|can be heard|do you hear)?",
     "what can be heard here?",
     "put (this sound|it|what you hear) (in|into) words",
     "(give me|write|make) (a caption|a description|the words) (for|of) " + _HEARD,

@@ -25,7 +25,8 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from alignment.toybox.exercises import FreshScenes, make
-from llm.engine import Engine, Request
+from llm.engine import Engine
+from llm.engine_request import Request
 from llm.model import LanguageModel
 from llm.plain import WholeBlocks, plain_model
 from llm.reply import Finished, GenerationOptions
