@@ -233,7 +233,8 @@ def plot_losses(folder: Path) -> Path:
         points = [(row["step"], row[key]) for row in rows if key in row]
         axis.plot(*zip(*points, strict=True), label=key, linewidth=0.8)
     axis.set(xlabel="step", yscale="log", title=folder.name)
-    axis.legend(ncols=3, fontsize=6, loc="upper right")
+    if axis.lines:  # a run of a few steps may have logged none
+        axis.legend(ncols=3, fontsize=6, loc="upper right")
     figure.tight_layout()
     path = folder / "losses.png"
     figure.savefig(path, dpi=90)
@@ -253,6 +254,16 @@ def _forget_losses(path: Path, first_step: int) -> None:
     path.write_text("".join(f"{line}\n" for line in whole))
 
 
+def begin_from(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write a checkpoint from which :func:`fit` goes on as if it had reached ``weights`` after one step.
+
+    The optimiser starts afresh; parameters of the module that are not among ``weights`` stay as they are.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {name: value.detach().float().clone() for name, value in weights.items()}
+    _write(folder, {"weights": kept, "average": kept, "optimizer": None, "step": 1, "elapsed_s": 0.0})
+
+
 def _save(
     folder: Path,
     module: nn.Module,
@@ -268,6 +279,10 @@ def _save(
         "step": step,
         "elapsed_s": elapsed_s,
     }
+    _write(folder, state)
+
+
+def _write(folder: Path, state: Mapping[str, object]) -> None:
     partial = folder / "checkpoint.pt.partial"
     torch.save(state, partial)
     partial.replace(folder / "checkpoint.pt")
@@ -289,7 +304,8 @@ def _resume(
                     f"It is of another configuration: remove the folder or choose another run name."
                 )
             own[name].copy_(value)
-    optimizer.restore(state["optimizer"])
+    if state["optimizer"] is not None:
+        optimizer.restore(state["optimizer"])
     if average is not None:
         average.values = state["average"]
     return int(state["step"]), float(state["elapsed_s"])

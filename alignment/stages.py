@@ -68,10 +68,11 @@ STAGES: Mapping[str, Stage] = {
         parts=frozenset({"lora", "projectors", "signal_rows"}),
         trains_projections=True,
         directions={
-            **_READS, **_MAKES, "image-to-audio": 2.5, "audio-to-image": 2, "image-to-video": 2,
-            "video-to-image": 2, "video-to-audio": 3, "audio-to-video": 2, "text+image-to-image": 3,
-            "text+audio-to-audio": 3, "text+video-to-video": 3, "image+audio-to-video": 2,
-            "text-to-many": 5, "conversation": 4, "new-subject": 3, "decision": 6, "beyond-words": 1.5,
+            **_READS, **_MAKES, "audio-to-text": 4.0, "image-to-audio": 2.5, "audio-to-image": 2,
+            "image-to-video": 2, "video-to-image": 2, "video-to-audio": 3, "audio-to-video": 2,
+            "text+image-to-image": 3, "text+audio-to-audio": 3, "text+video-to-video": 3,
+            "image+audio-to-video": 2, "text-to-many": 5, "conversation": 4, "new-subject": 3, "decision": 6,
+            "beyond-words": 1.5,
         },
     ),
 }  # fmt: skip

@@ -20,6 +20,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from numpy.typing import NDArray
 
 from alignment.embedded import pools
+from alignment.embedded.adopting import adopt
 from alignment.embedded.autoencoders import (
     encoder_of,
     train_picture_autoencoder,
@@ -51,6 +52,7 @@ GRIDS: Mapping[Modality, tuple[int, ...]] = {
     Modality.AUDIO: (8, 16),
 }
 QUERIES = 8
+LORA = LoraOptions(rank=16, alpha=16)
 DIALOGUES_PER_STEP = 32
 STAGE_BATCHES = {"encoder-side": 48, "decoder-side": 48, "instruction": DIALOGUES_PER_STEP}
 
@@ -166,10 +168,10 @@ class Run:
 
 
 def run(stage: str, weights: Path, options: TrainOptions) -> None:
-    """Run one step, ``export``, or ``all``.
+    """Run one step, ``adopt``, ``export``, or ``all``.
 
     Args:
-        stage: a key of ``RECIPES``, ``export`` or ``all``.
+        stage: a key of ``RECIPES``, ``adopt``, ``export`` or ``all``.
         weights: the preset's folder of weights; only ``export`` and ``all`` write there.
         options: where to work, and how long.
 
@@ -177,7 +179,7 @@ def run(stage: str, weights: Path, options: TrainOptions) -> None:
         ValueError: for an unknown stage; the message lists the known ones.
 
     """
-    known = (*RECIPES, "export", "all")
+    known = (*RECIPES, "adopt", "export", "all")
     if stage not in known:
         raise ValueError(f"There is no stage {stage!r}; expected one of {', '.join(known)}, bridge.")
     torch.set_num_threads(options.threads)
@@ -191,6 +193,10 @@ def run(stage: str, weights: Path, options: TrainOptions) -> None:
         options.seed,
     )
     began = time.monotonic()
+    if stage == "adopt":
+        adopt(weights, work.folder, untrained_bridges, LORA)
+        print(f"adopt: {work.folder} goes on from {weights}")
+        return
     if stage == "all":
         pools.render(work.cache, work.sizes)
         print(f"pools: {time.monotonic() - began:.0f} s")
@@ -333,7 +339,7 @@ def _stage(work: Run, name: str) -> Aligned:
     for earlier in order[: order.index(name)]:
         _restore(model, work.folder / earlier)
     if name == "instruction":
-        model.llm.add_lora(LoraOptions(rank=16, alpha=16))
+        model.llm.add_lora(LORA)
     encoder = work.folder / "imagebind" / "encoder"
     if not encoder.is_dir():
         raise ValueError(f"{encoder} is missing. First run `patchbay train imagebind`.")

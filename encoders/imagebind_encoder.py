@@ -204,8 +204,11 @@ class ImageBindEncoder:
         self._check_batch(media)
         if images := [medium for medium in media if isinstance(medium, Image)]:
             return self._encode_images(images)
-        prepared = self.prepare(media)
-        modality = media[0].modality
+        return self.encode_prepared(self.prepare(media), media[0].modality)
+
+    @torch.inference_mode()
+    def encode_prepared(self, prepared: Tensor, modality: Modality) -> list[Features]:
+        """Encode what :meth:`prepare` returned, as :meth:`encode_batch` does; images are not cut."""
         tower = TOWER_OF[modality]
         tokens = self.model.embed_tokens({tower: self._on_device(prepared)})[tower].float().cpu()
         clips = tokens if tokens.ndim == 4 else tokens.unsqueeze(1)  # (N, S, 1 + L, E)

@@ -75,12 +75,19 @@ class SignalPart:
     modality: Modality
 
 
-Part = str | MediaTokens | SignalPart
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Words of a reply that are there in training and not to be learnt: nothing before them tells them."""
+
+    text: str
+
+
+Part = str | MediaTokens | SignalPart | Given
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Message:
-    """One turn: who speaks, and the parts in order. Only the assistant has signal parts."""
+    """One turn: who speaks, and the parts in order. Only the assistant has signal parts and given words."""
 
     role: str
     parts: list[Part]
@@ -88,8 +95,12 @@ class Message:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise ValueError(f"role is {self.role!r}; expected one of {', '.join(ROLES)}.")
-        if self.role != "assistant" and any(isinstance(part, SignalPart) for part in self.parts):
-            raise ValueError(f"A {self.role} message holds a SignalPart; only the assistant makes media.")
+        if self.role != "assistant":
+            for part in self.parts:
+                if isinstance(part, SignalPart | Given):
+                    raise ValueError(
+                        f"A {self.role} message holds a {type(part).__name__}; only the assistant's may."
+                    )
 
 
 Dialogue = list[Message]
@@ -201,7 +212,7 @@ def _turns(dialogue: Dialogue, words: RoleWords) -> list[tuple[list[Part], list[
     """Pair what is said to the assistant with its reply; what the system says goes to the next user turn."""
     turns: list[tuple[list[Part], list[Part] | None]] = []
     for message in dialogue:
-        parts: list[Part] = [words.quoted(p) if isinstance(p, str) else p for p in _joined(message.parts)]
+        parts = [_quoted(part, words) for part in _joined(message.parts)]
         if message.role == "assistant":
             said = turns.pop()[0] if turns and turns[-1][1] is None else []
             turns.append((said, parts))
@@ -210,6 +221,12 @@ def _turns(dialogue: Dialogue, words: RoleWords) -> list[tuple[list[Part], list[
         else:
             turns.append((parts, None))
     return turns
+
+
+def _quoted(part: Part, words: RoleWords) -> Part:
+    if isinstance(part, Given):
+        return Given(words.quoted(part.text))
+    return words.quoted(part) if isinstance(part, str) else part
 
 
 def _stripped(parts: list[Part]) -> list[Part]:
@@ -236,7 +253,7 @@ def _add_parts(
     trained: bool,
 ) -> None:
     """Add ``parts``; ``spoken`` are those of them that somebody said, less the words of a role."""
-    texts = [tokenizer.encode_text(part) if isinstance(part, str) else [] for part in parts]
+    texts = [tokenizer.encode_text(words) if (words := _words(part)) else [] for part in parts]
     prompt_ids = [i for text in _joined(spoken) if isinstance(text, str) for i in tokenizer.encode_text(text)]
     caption: list[int] = []
     for part, ids in zip(parts, texts, strict=True):
@@ -260,8 +277,12 @@ def _add_parts(
             row.add([tokenizer.media_close_id], False)
             caption = []
         else:
-            row.add(ids, trained)
+            row.add(ids, trained and isinstance(part, str))
             caption += ids
+
+
+def _words(part: Part) -> str:
+    return part.text if isinstance(part, Given) else part if isinstance(part, str) else ""
 
 
 def _joined(parts: list[Part]) -> list[Part]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from alignment.embedded import contrastive, pools
+from alignment.embedded import contrastive, own_media, pools
 from alignment.embedded.captions import Kind
 from alignment.embedded.contrastive import JUDGED
 from alignment.toybox.world import Scene, sample_clip, sample_look, sample_sound
@@ -44,7 +44,7 @@ def test_nothing_is_asked_about_what_is_hidden(monkeypatch):
 
 
 def test_what_is_hard_to_tell_or_to_draw_is_met_more_often():
-    listed = [*pools.scenes("clip", 1500), *pools.scenes("sound", 40), *pools.scenes("look", 40)]
+    listed = [*pools.scenes("clip", 1500), *pools.scenes("sound", 200), *pools.scenes("look", 40)]
     own = [after - before for before, after in pairwise([0.0, *pools.shares(listed)])]
 
     def shares_of(**wanted: object) -> set[float]:
@@ -54,8 +54,8 @@ def test_what_is_hard_to_tell_or_to_draw_is_met_more_often():
             if all(getattr(scene, name, None) == value for name, value in wanted.items())
         }
 
-    assert shares_of(loudness="quiet") == {pools.QUIET_SHARE}
-    assert shares_of(loudness="loud") == {1}
+    assert shares_of(loudness="quiet", count=2, pitch="low") == {2 * pools.QUIET_SHARE}
+    assert shares_of(loudness="loud") == {1, 2, 3}
     assert shares_of(colour="red", motion="left") == {1}
     assert shares_of(colour="white", motion="left") == {pools.WHITE_SHARE}
     assert shares_of(colour="white", count=1) == {pools.WHITE_SHARE}  # of pictures
@@ -73,7 +73,7 @@ def test_own_media_are_met_as_often_as_it_says_and_hard_ones_more_often_among_th
 
     own = [after - before for before, after in pairwise(met[799:])]
     assert len(met) == 900
-    assert sum(own) / met[-1] == pytest.approx(contrastive.OWN_SHARE)
+    assert sum(own) / met[-1] == pytest.approx(own_media.OWN_SHARE)
     white, other = (
         {
             round(s, 6)

@@ -7,6 +7,8 @@ from alignment.embedded.disguises import (
     FURTHEST_PACE,
     Disguised,
     disguised_sounds,
+    greyed,
+    of_no_thing,
     transposed,
     without_colour,
 )
@@ -17,6 +19,23 @@ from encoders.filter_banks import log_mel_bank
 
 def noise(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def test_sounds_of_no_thing_are_duets_or_mirrored():
+    banks, partners = torch.randn(40, 2, 1, 8, 20), torch.randn(40, 2, 1, 8, 20)
+
+    hidden = of_no_thing(banks, partners, noise())
+
+    duets = [torch.equal(row, both) for row, both in zip(hidden, torch.maximum(banks, partners), strict=True)]
+    assert 8 < sum(duets) < 32
+    assert hidden.shape == banks.shape
+    assert not any(torch.equal(row, plain) for row, plain in zip(hidden, banks, strict=True))
+
+
+def test_grey_is_the_same_in_every_channel():
+    pictures = torch.randn(3, 3, 4, 4)
+
+    assert torch.allclose(greyed(pictures), pictures.mean(1, keepdim=True).expand_as(pictures))
 
 
 def test_some_pictures_and_clips_lose_their_colours_and_the_others_stay():

@@ -75,6 +75,26 @@ def test_every_kind_of_phrase_keeps_some_for_tests_alone() -> None:
         assert not set(phrases.training) & (set(phrases.reserved) - {""}), phrases
 
 
+def test_bigger_and_louder_ask_for_the_next_value() -> None:
+    steps = {
+        "bigger": ("size", 1),
+        "smaller": ("size", -1),
+        "deeper": ("pitch", -1),
+        "louder": ("loudness", 1),
+    }
+    speaker = wordings.Speaker(3)
+    met = set()
+    for _ in range(3000):
+        scene = speaker.choice((FreshScenes(speaker).look, FreshScenes(speaker).sound))()
+        goal, said = wordings.ask_for_change(scene, speaker)
+        for word, (name, step) in steps.items():
+            if word in said.split():
+                order = wordings.STEP_WORDS[name][0]
+                assert order.index(getattr(goal, name)) - order.index(getattr(scene, name)) == step, said
+                met.add(word)
+    assert met == set(steps)
+
+
 def test_patterns_spell_out_all_their_ways_but_the_reserved_ones() -> None:
     phrases = wordings.ways("(draw|draw|paint)( me|)", "show", reserved=("draw me", "sketch"))
     assert phrases.training == ("draw", "draw", "paint me", "paint", "show")

@@ -1,5 +1,6 @@
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -7,35 +8,53 @@ import numpy as np
 import torch
 
 from alignment.embedded import own_media, pools
+from alignment.embedded.captions import Kind
 from alignment.embedded.dialogues import PoolScenes, encode_pools
-from alignment.embedded.own_media import OwnMedia, made
+from alignment.embedded.own_media import EDIT_STRENGTHS, OwnMedia, edited, made
 from alignment.toybox.draw import draw_look
 from alignment.toybox.grammar import caption
 from alignment.toybox.media import render
-from alignment.toybox.world import Look, Scene, sample_clip, sample_look, sample_sound
+from alignment.toybox.world import Look, Scene, attributes, sample_clip, sample_look, sample_sound
 from decoders.latent_decoder import LatentDecoder
 from decoders.plan import Decoded
 from decoders.settings import DecodeSettings
 from encoders.encoder import Encoder
 from encoders.features import Features
-from encoders.media import Image, Medium, Modality
+from encoders.media import Audio, Image, Medium, Modality
+from services.presets import load_preset
 
 
 class Renderer:
-    """A decoder that knows the scenes, and draws some of them wrong."""
+    """A decoder that knows the scenes and what becomes of them, and ends some of them wrong."""
 
-    def __init__(self, scenes: Sequence[Scene], wrong: Sequence[int] = ()) -> None:
-        self.known = {caption(scene): scene for scene in scenes}
-        self.wrong = {caption(scenes[i]) for i in wrong}
+    def __init__(self, kind: Kind, scenes: Sequence[Scene], wrong: Sequence[int] = ()) -> None:
+        self.ways = [edited(scene, f"{kind}-{i}") for i, scene in enumerate(scenes)]
+        self.known = {caption(scene): scene for way in self.ways for scene in way}
+        self.wrong = {caption(self.ways[i][-1]) for i in wrong}
         self.asked: list[str] = []
         self.seeds: list[int | None] = []
+        self.changes: list[tuple[float | None, object, object]] = []
 
     def encode_caption(self, text: str) -> str:
         return text
 
-    def decode_batch(self, conditions: Sequence[str], wishes: Sequence[DecodeSettings]) -> list[Decoded]:
+    def encode_source(self, medium: Medium) -> Medium:
+        return medium
+
+    def decode_batch(
+        self,
+        conditions: Sequence[str],
+        wishes: Sequence[DecodeSettings],
+        *,
+        sources: Sequence[Medium] | None = None,
+        originals: Sequence[Medium] | None = None,
+    ) -> list[Decoded]:
         self.asked += conditions
-        self.seeds += [wish.seed for wish in wishes]
+        if sources is None and originals is None:
+            self.seeds += [wish.seed for wish in wishes]
+        else:
+            for i, wish in enumerate(wishes):
+                self.changes.append((wish.strength, sources and sources[i], originals and originals[i]))
         return [Decoded(self._medium(text), {}) for text in conditions]
 
     def _medium(self, text: str) -> Medium:
@@ -55,23 +74,65 @@ def nothing_to_load() -> LatentDecoder:
 
 def test_what_came_out_right_is_kept_and_nothing_else(tmp_path: Path):
     scenes: list[Scene] = [sample_look(random.Random(i)) for i in range(6)]
-    renderer = Renderer(scenes, wrong=(1, 4))
+    renderer = Renderer("look", scenes, wrong=(1, 4))
 
     own = made(renderer.loaded, "look", scenes, tmp_path)
 
-    assert own.scenes == [scenes[i] for i in (0, 2, 3, 5)]
+    assert own.scenes == [renderer.ways[i][-1] for i in (0, 2, 3, 5)]
     assert own.rows.shape == (4, 64, 64, 3)
     assert own.rows.dtype == np.uint8
-    assert renderer.asked == [caption(scene) for scene in scenes]
+    assert sorted(renderer.asked) == sorted(caption(scene) for way in renderer.ways for scene in way)
+    assert renderer.asked[:6] == [caption(scene) for scene in scenes]
     assert len(set(renderer.seeds)) == 6
+
+
+def test_some_are_changed_as_an_edit_changes_them(tmp_path: Path):
+    looks: list[Scene] = [sample_look(random.Random(i)) for i in range(8)]
+    sounds: list[Scene] = [sample_sound(random.Random(i)) for i in range(8)]
+    of_looks, of_sounds = Renderer("look", looks), Renderer("sound", sounds)
+
+    made(of_looks.loaded, "look", looks, tmp_path)
+    made(of_sounds.loaded, "sound", sounds, tmp_path)
+
+    assert len(of_looks.changes) == sum(len(way) - 1 for way in of_looks.ways) > 0
+    assert all(
+        strength is None and start is None and isinstance(before, Image)
+        for strength, start, before in of_looks.changes
+    )
+    assert len(of_sounds.changes) == sum(len(way) - 1 for way in of_sounds.ways) > 0
+    assert all(
+        strength == EDIT_STRENGTHS["sound"] and isinstance(start, Audio) and before is None
+        for strength, start, before in of_sounds.changes
+    )
+
+
+def test_edits_change_one_thing_at_a_time_and_nothing_into_what_is_held_out():
+    ways = [edited(sample_clip(random.Random(i)), f"clip-{i}") for i in range(60)]
+
+    assert {len(way) for way in ways} == {1, 2, 3}
+    for way in ways:
+        for before, after in pairwise(way):
+            assert not after.held_out
+            apart = [name for name, value in attributes(after).items() if attributes(before)[name] != value]
+            assert len(apart) == 1
+
+
+def test_the_preset_edits_as_own_media_were_edited():
+    decoders = load_preset("toybox").decoders
+
+    assert decoders[Modality.AUDIO].edit_strength == EDIT_STRENGTHS["sound"]
+    assert all(
+        decoders[m].keep_untouched and decoders[m].edit_strength is None
+        for m in (Modality.IMAGE, Modality.VIDEO)
+    )
 
 
 def test_rows_are_like_those_of_the_pools(tmp_path: Path):
     clips: list[Scene] = [sample_clip(random.Random(0))]
     sounds: list[Scene] = [sample_sound(random.Random(0))]
 
-    clip = made(Renderer(clips).loaded, "clip", clips, tmp_path).rows
-    sound = made(Renderer(sounds).loaded, "sound", sounds, tmp_path).rows
+    clip = made(Renderer("clip", clips).loaded, "clip", clips, tmp_path).rows
+    sound = made(Renderer("sound", sounds).loaded, "sound", sounds, tmp_path).rows
 
     like = pools.clip_pixels(tmp_path, 1), pools.sound_samples(tmp_path, 1)
     assert (clip.shape, sound.shape) == tuple(rows.shape for rows in like)
@@ -82,13 +143,13 @@ def test_rows_are_like_those_of_the_pools(tmp_path: Path):
 def test_what_is_made_once_is_not_made_again(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(own_media, "CHUNK", 2)
     scenes: list[Scene] = [sample_look(random.Random(i)) for i in range(5)]
-    first = made(Renderer(scenes).loaded, "look", scenes, tmp_path)
+    first = made(Renderer("look", scenes).loaded, "look", scenes, tmp_path)
     next(tmp_path.glob("own-look-2-*")).unlink()  # as if it had been broken off there
-    renderer = Renderer(scenes)
+    renderer = Renderer("look", scenes)
 
     again = made(renderer.loaded, "look", scenes, tmp_path)
 
-    assert renderer.asked == [caption(scene) for scene in scenes[2:4]]
+    assert sorted(renderer.asked) == sorted(caption(scene) for way in renderer.ways[2:4] for scene in way)
     assert again.scenes == first.scenes
     assert np.array_equal(again.rows, first.rows)
     made(nothing_to_load, "look", scenes, tmp_path)
@@ -97,7 +158,7 @@ def test_what_is_made_once_is_not_made_again(tmp_path: Path, monkeypatch):
 def test_a_decoder_that_makes_nothing_right_leaves_an_empty_pool(tmp_path: Path):
     scenes: list[Scene] = [sample_look(random.Random(i)) for i in range(2)]
 
-    own = made(Renderer(scenes, wrong=(0, 1)).loaded, "look", scenes, tmp_path)
+    own = made(Renderer("look", scenes, wrong=(0, 1)).loaded, "look", scenes, tmp_path)
 
     assert own.scenes == []
     assert own.rows.shape == (0, 64, 64, 3)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from encoders.media import Modality
-from llm.template import Dialogue, MediaTokens, Message, Row, SignalPart, encode_dialogue
+from llm.template import Dialogue, Given, MediaTokens, Message, Row, SignalPart, encode_dialogue
 from tests.tiny_llm import assistant, medium, tiny_tokenizer, user
 
 IMAGE, AUDIO = Modality.IMAGE, Modality.AUDIO
@@ -42,6 +42,24 @@ def test_the_layout_is_exactly_this() -> None:
         "<s><|system|>be<|end|><|user|>a<Img>__</Img>b<|end|>"
         "<|assistant|>c[IMG0][IMG1][IMG2][IMG3]d</s><|user|>e<|end|><|assistant|>"
     )
+
+
+def test_given_words_stand_where_others_would_and_are_not_learnt() -> None:
+    row = laid_out([user("a"), assistant("b", Given(" c"), " d", SignalPart(IMAGE))])
+    plain = laid_out([user("a"), assistant("b c d", SignalPart(IMAGE))])
+
+    assert row.ids == plain.ids
+    assert row.signals[0].caption == "b c d"
+    hidden = [
+        name for name, learnt, usual in zip(names(row), row.trained, plain.trained, strict=True)
+        if usual and not learnt
+    ]  # fmt: skip
+    assert "".join(hidden).strip() == "c"
+
+
+def test_only_the_assistant_has_given_words() -> None:
+    with pytest.raises(ValueError, match="A user message holds a Given; only the assistant's may"):
+        user("a", Given("b"))
 
 
 def test_the_model_learns_its_words_its_choices_and_its_end() -> None:

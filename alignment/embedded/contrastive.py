@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from alignment.embedded import pools
 from alignment.embedded.captions import CAPTION_TOKENS, CLASSES, SAMPLERS, Kind, spoken
 from alignment.embedded.disguises import ASKED_OF_DISGUISED, OF_DUETS, disguised_sounds, without_colour
-from alignment.embedded.own_media import OwnMedia
+from alignment.embedded.own_media import OWN_SHARE, OwnMedia
 from alignment.embedded.pools import Number
 from alignment.fitting import FitConfig, fit, half_precision, training_device
 from alignment.toybox import world
@@ -58,8 +58,6 @@ TOWER: Mapping[Kind, str] = {"look": "vision", "clip": "vision", "sound": "audio
 BATCH: Mapping[Kind, int] = {"look": 64, "clip": 16, "sound": 48}
 POSITION_SCALE = 0.7
 EASY_STEPS = 700  # so long do big things in the middle of a white ground become rarer
-OWN_SHARE = 0.35
-"""Of the media that are met, those that the decoders made."""
 CYCLE: tuple[Kind, ...] = ("look", "clip", "sound", "look", "clip", "look", "clip", "sound", "look", "clip")
 
 

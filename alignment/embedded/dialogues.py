@@ -1,13 +1,15 @@
 """Toybox exercises as dialogues with encoded media, for the three stages.
 
 Media of people are taken from the pools, encoded once. What the agent makes is a signal: nothing
-has to be rendered for it.
+has to be rendered for it. Some media are disguised (:mod:`alignment.embedded.disguises`), and only the words
+for what is left of them are learnt: of a thing and a colour that were never seen together, one would be
+guessed from the other.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alignment.embedded import pools
-from alignment.embedded.captions import Kind
-from alignment.embedded.own_media import OwnMedia
+from alignment.embedded.captions import SAMPLERS, Kind
+from alignment.embedded.disguises import OF_DUETS, WITHOUT_COLOUR, greyed, of_no_thing
+from alignment.embedded.own_media import OWN_SHARE, OwnMedia
 from alignment.toybox import world
 from alignment.toybox.exercises import Exercise, Part, make
-from alignment.toybox.world import Clip, Look, Scene, Sound
+from alignment.toybox.grammar import caption_words
+from alignment.toybox.world import Clip, Look, Scene, Sound, attributes
 from encoders.encoder import Encoder
+from encoders.imagebind_encoder import ImageBindEncoder
 from encoders.media import Audio, Image, Medium, Modality, Video
-from llm.template import Dialogue, MediaTokens, Message, SignalPart
+from llm.template import Dialogue, Given, MediaTokens, Message, SignalPart
+from llm.template import Part as TextPart
 
 MODALITY: Mapping[type, Modality] = {Look: Modality.IMAGE, Clip: Modality.VIDEO, Sound: Modality.AUDIO}
 MODALITY_OF: Mapping[Kind, Modality] = {
@@ -34,19 +40,32 @@ MODALITY_OF: Mapping[Kind, Modality] = {
     "sound": Modality.AUDIO,
 }
 ENCODED: Mapping[Kind, int] = {"look": 16_000, "clip": 12_000, "sound": 10_000}
+DISGUISED_ONE_IN = 3
+"""Of the pools, the media that are encoded in disguise, too."""
+DISGUISED_SHARE = 0.35
+"""Of the dialogues in which a medium is to be described."""
+HIDDEN: Mapping[Kind, frozenset[str]] = {
+    "look": frozenset(WITHOUT_COLOUR),
+    "clip": frozenset(WITHOUT_COLOUR),
+    "sound": frozenset(OF_DUETS),
+}
+_DESCRIBED: Mapping[str, Kind] = {"image-to-text": "look", "video-to-text": "clip", "audio-to-text": "sound"}
 
 
 @dataclass(frozen=True)
 class EncodedPool:
     """Scenes of one kind with their encoder features, ``(N, n, width)`` tokens and ``(N, width)`` vectors.
 
-    All are of one size, so all have the same ``blocks``; ``()`` is one.
+    All are of one size, so all have the same ``blocks``; ``()`` is one. The last ``num_own`` are what the
+    decoders made, and ``disguised`` are some in disguise.
     """
 
     scenes: list[Scene]
     tokens: NDArray[np.float16]
     pooled: NDArray[np.float16]
     blocks: tuple[int | str, ...] = ()
+    num_own: int = 0
+    disguised: EncodedPool | None = None
 
     def media(self, index: int) -> MediaTokens:
         """Return one medium as the language model reads it."""
@@ -81,8 +100,12 @@ class PoolScenes:
 
     def _draw(self, kind: Kind, fixed: Mapping[str, str | int]) -> Scene:
         pool = self.encoded[kind]
+        rendered = len(pool.scenes) - pool.num_own
         while True:
-            index = self.rng.randrange(len(pool.scenes))
+            if pool.num_own and self.rng.random() < OWN_SHARE:
+                index = self.rng.randrange(rendered, len(pool.scenes))
+            else:
+                index = self.rng.randrange(rendered)
             scene = pool.scenes[index]
             if all(getattr(scene, name) == value for name, value in fixed.items()):
                 self.drawn[scene] = pool.media(index)
@@ -110,9 +133,28 @@ def sample_dialogues(
     """Return the dialogues of one training step, each of a direction drawn by its share."""
     dialogues = []
     for name in rng.choices(list(directions), weights=list(directions.values()), k=batch_size):
+        kind = _DESCRIBED.get(name)
+        if kind is not None and (less := encoded[kind].disguised) and rng.random() < DISGUISED_SHARE:
+            dialogues.append(_partly_told(name, kind, rng, less))
+            continue
         scenes = PoolScenes(rng, encoded)
         dialogues.append(dialogue_of(make(name, rng, scenes), scenes.drawn))
     return dialogues
+
+
+def _partly_told(name: str, kind: Kind, rng: random.Random, disguised: EncodedPool) -> Dialogue:
+    """Return a dialogue about a medium in disguise; any words stand for what it hides, and are not learnt."""
+    scenes = PoolScenes(rng, {kind: disguised})
+    exercise = make(name, rng, scenes)
+    scene = exercise.stated
+    assert scene is not None
+    told = {name: value for name, value in attributes(scene).items() if name not in HIDDEN[kind]}
+    words = caption_words(SAMPLERS[kind](rng, **told))
+    parts: list[TextPart] = []
+    for i, (attribute, text) in enumerate(words):
+        spaced = f" {text}" if i else text
+        parts.append(Given(spaced) if attribute in HIDDEN[kind] else spaced)
+    return [*dialogue_of(exercise, scenes.drawn)[:-1], Message("assistant", [*parts])]
 
 
 def encode_pools(
@@ -145,14 +187,54 @@ def encode_pools(
         number = min(ENCODED[kind], len(row))
         joined = pools.encoded(cache / f"features-{kind}-{number}.npy", row[:number], features, 32)
         listed = pools.scenes(kind, number)
+        num_own = 0
         if own is not None and own[kind].scenes:
             made = own[kind]
+            num_own = len(made.scenes)
             path = cache / f"features-own-{kind}-{len(made.rows)}.npy"
             joined = np.concatenate([joined, pools.encoded(path, made.rows, features, 32)])
             listed = [*listed, *made.scenes]
         blocks = encoder.encode(read(row[0])).blocks
-        found[kind] = EncodedPool(listed, joined[:, 1:], joined[:, 0], blocks)
+        less = None
+        if isinstance(encoder, ImageBindEncoder):
+            less = _in_disguise(encoder, kind, row[:number], read, cache)
+        found[kind] = EncodedPool(listed, joined[:, 1:], joined[:, 0], blocks, num_own, less)
     return found
+
+
+def _in_disguise(
+    encoder: ImageBindEncoder,
+    kind: Kind,
+    rows: NDArray[Any],
+    read: Callable[[NDArray[Any]], Medium],
+    cache: Path,
+) -> EncodedPool:
+    chosen = range(0, len(rows), DISGUISED_ONE_IN)
+    listed = pools.scenes(kind, len(rows))
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for i, scene in enumerate(listed):
+        alike.setdefault(_left(scene, kind), []).append(i)
+    rng, noise = random.Random(f"disguised-{kind}"), torch.Generator().manual_seed(0)
+
+    def features(batch: Tensor) -> Tensor:
+        places = batch.tolist()
+        prepared = encoder.prepare([read(rows[i]) for i in places])
+        if kind == "sound":
+            partners = [rng.choice(alike[_left(listed[i], kind)]) for i in places]
+            prepared = of_no_thing(prepared, encoder.prepare([read(rows[i]) for i in partners]), noise)
+        else:
+            prepared = greyed(prepared)
+        encoded = encoder.encode_prepared(prepared, MODALITY_OF[kind])
+        return torch.stack([torch.cat([f.pooled[None], f.tokens]) for f in encoded])  # (B, 1 + n, width)
+
+    path = cache / f"features-disguised-{kind}-{len(chosen)}.npy"
+    joined = pools.encoded(path, np.array(chosen), features, 32)
+    return EncodedPool([listed[i] for i in chosen], joined[:, 1:], joined[:, 0])
+
+
+def _left(scene: Scene, kind: Kind) -> tuple[object, ...]:
+    """Return what a disguise leaves of a scene."""
+    return tuple(value for name, value in attributes(scene).items() if name not in HIDDEN[kind])
 
 
 def _floats(row: NDArray[np.float16]) -> Tensor:

@@ -45,8 +45,23 @@ class Disguised:
 def without_colour(batch: Tensor, noise: torch.Generator) -> Disguised:
     """Take the colours from some pictures ``(B, 3, H, W)`` or clips ``(B, S, 3, F, H, W)``."""
     grey = torch.rand(len(batch), generator=noise) < HIDDEN_SHARE  # (B,)
-    less = batch.mean(1 if batch.ndim == 4 else 2, keepdim=True).expand_as(batch)
-    return Disguised(_where(grey, less, batch), ~grey, dict.fromkeys(WITHOUT_COLOUR, ~grey))
+    return Disguised(_where(grey, greyed(batch), batch), ~grey, dict.fromkeys(WITHOUT_COLOUR, ~grey))
+
+
+def greyed(batch: Tensor) -> Tensor:
+    """Return pictures ``(B, 3, H, W)`` or clips ``(B, S, 3, F, H, W)`` without their colours."""
+    return batch.mean(1 if batch.ndim == 4 else 2, keepdim=True).expand_as(batch)
+
+
+def of_no_thing(batch: Tensor, partners: Tensor, noise: torch.Generator) -> Tensor:
+    """Return sounds of which nobody can say what sounds, and how high: half of them duets, half mirrored.
+
+    ``batch`` and ``partners`` are as in :func:`disguised_sounds`. Tempo, count and loudness stay.
+    """
+    duet = torch.rand(len(batch), generator=noise) < 0.5
+    semitones = FURTHEST_SEMITONES * (2 * torch.rand(len(batch), generator=noise) - 1)
+    turned = transposed(batch.flip(-2).flatten(1, 2), semitones, torch.ones(len(batch)))
+    return _where(duet, torch.maximum(batch, partners), turned.view_as(batch))
 
 
 def disguised_sounds(

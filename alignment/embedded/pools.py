@@ -54,7 +54,7 @@ class PoolSizes:
     @property
     def own(self) -> dict[str, int]:
         """How many of each kind are made by the decoders."""
-        return {"look": self.looks // 6, "clip": self.clips // 10, "sound": self.sounds * 2 // 5}
+        return {"look": self.looks // 12, "clip": self.clips // 16, "sound": self.sounds // 5}
 
 
 def scenes(kind: str, number: int, seed: int = SEED) -> list[Scene]:
@@ -68,12 +68,13 @@ def shares(listed: Sequence[Scene]) -> list[float]:
     """Return how often each scene is to be met, added up for :func:`random.choices`.
 
     A clip that stands still tells its tempo by its own small movement alone, white things are the last
-    that denoisers draw clearly, and a quiet sound's latents differ little from silence's.
+    that denoisers draw clearly, and a quiet sound's latents differ little from silence's. Every event of a
+    sound must come out right, so those with more events are met more often.
     """
 
     def share(scene: Scene) -> float:
         if isinstance(scene, Sound):
-            return QUIET_SHARE if scene.loudness == "quiet" else 1.0
+            return scene.count * (QUIET_SHARE if scene.loudness == "quiet" else 1.0)
         met = WHITE_SHARE if scene.colour == "white" else 1.0
         if isinstance(scene, Clip) and scene.motion == "still":
             met *= STILL_SHARE * (SUBTLE_SHARE if scene.thing in SUBTLE else 1.0)

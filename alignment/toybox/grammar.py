@@ -104,17 +104,29 @@ _PLURALS = {word: f"{word}s" for words in THING_WORDS.values() for word in words
 
 def caption(scene: Scene) -> str:
     """Return the one plain caption of a scene: lower case, every attribute, fixed order."""
+    return " ".join(words for _, words in caption_words(scene))
+
+
+def caption_words(scene: Scene) -> list[tuple[str, str]]:
+    """Return the words of a caption, each with the attribute that it tells; "" where it tells none."""
     if isinstance(scene, Look):
         noun = scene.thing if scene.count == 1 else _PLURALS[scene.thing]
         number = COUNT_WORDS[scene.count][0] if scene.count > 1 else "a"
-        place = f" {PLACE_PHRASES[scene.place][0]}" if scene.place is not None else ""
-        return f"{number} {scene.size} {scene.colour} {noun}{place} {GROUND_PHRASES[scene.ground][0]}"
+        words = [("count", number), ("size", scene.size), ("colour", scene.colour), ("thing", noun)]
+        if scene.place is not None:
+            words.append(("place", PLACE_PHRASES[scene.place][0]))
+        return [*words, ("ground", GROUND_PHRASES[scene.ground][0])]
     if isinstance(scene, Clip):
-        motion, tempo = MOTION_PHRASES[scene.motion][0], TEMPO_ADVERBS[scene.tempo][0]
-        ground = GROUND_PHRASES[scene.ground][0]
-        return f"a {scene.size} {scene.colour} {scene.thing} {motion} {tempo} {ground}"
-    times, tempo = TIMES_WORDS[scene.count][0], TEMPO_ADJECTIVES[scene.tempo][0]
-    return f"a {scene.pitch} {scene.thing} sounding {times}, {tempo} and {scene.loudness}"
+        return [
+            ("", "a"), ("size", scene.size), ("colour", scene.colour), ("thing", scene.thing),
+            ("motion", MOTION_PHRASES[scene.motion][0]), ("tempo", TEMPO_ADVERBS[scene.tempo][0]),
+            ("ground", GROUND_PHRASES[scene.ground][0]),
+        ]  # fmt: skip
+    return [
+        ("", "a"), ("pitch", scene.pitch), ("thing", scene.thing), ("", "sounding"),
+        ("count", f"{TIMES_WORDS[scene.count][0]},"), ("tempo", TEMPO_ADJECTIVES[scene.tempo][0]),
+        ("", "and"), ("loudness", scene.loudness),
+    ]  # fmt: skip
 
 
 def describe(scene: Scene, rng: random.Random, omit: Collection[str] = ()) -> str:

@@ -346,6 +346,7 @@ _MAY_IT = (
     "{word}?"
 )
 
+_A_BIT, _A_BIT_OR_NOT = " (||a bit |a little |much |even )", "(||a bit |a little |much |even )"
 
 CHANGES: Mapping[str, Phrases] = {
     "colour": ways(
@@ -432,8 +433,31 @@ CHANGES: Mapping[str, Phrases] = {
         _MAY_IT,
         reserved=("now make it {word}", "can it be {word}?", "the same one but {word}"),
     ),
+    "bigger": ways(
+        "(||now |please |and now |but )(make|let|draw|show) it" + _A_BIT + "{word}",
+        "(now |and |and now |but |)" + _A_BIT_OR_NOT + "{word}(| please)",
+        "(now |and |and now |)a {word} one",
+        "(|now |please )let it be" + _A_BIT + "{word}",
+        _SAME + _A_BIT + "{word}",
+        _LET_IT + _A_BIT + "{word}",
+        _MAY_IT,
+        "(can|could) you make it" + _A_BIT + "{word}?",
+        reserved=("now make it {word}", "can it be {word}?", "the same but {word}"),
+    ),
+    "louder": ways(
+        "(||now |please |and now |but )(make|let|play|play) it" + _A_BIT + "{word}",
+        "(now |and |and now |but |)" + _A_BIT_OR_NOT + "{word}(| please)",
+        "(now |and |and now |)a {word} one",
+        "(|now |please )let it (be|sound)" + _A_BIT + "{word}",
+        _SAME + _A_BIT + "{word}",
+        _LET_IT + _A_BIT + "{word}",
+        _MAY_IT,
+        "(can|could) you (make|play) it" + _A_BIT + "{word}?",
+        reserved=("now make it {word}", "can it be {word}?", "the same but {word}"),
+    ),
 }  # fmt: skip
-"""How to ask for another value of an attribute; ``times`` is the count of a sound."""
+"""How to ask for another value of an attribute; ``times`` is the count of a sound, ``bigger`` and ``louder``
+are for the next value of what is seen and heard."""
 
 NOW_AS_PICTURE_OF_SOUND = ways(
     "(and |now |so |)what (does|would) it look like?",
@@ -604,6 +628,7 @@ _CHANGED: Mapping[type, tuple[str, ...]] = {
     Clip: ("colour", "motion", "tempo", "ground"),
     Sound: ("pitch", "count", "tempo", "loudness"),
 }
+_CHANGED_IN_TRAINING: Mapping[type, tuple[str, ...]] = _CHANGED | {Clip: (*_CHANGED[Clip], "size")}
 _NAMED: Mapping[str, tuple[tuple[str, ...], Mapping[str, Sequence[str]]]] = {
     "colour": (COLOURS, COLOUR_WORDS),
     "size": (SIZES, SIZE_WORDS),
@@ -613,12 +638,19 @@ _NAMED: Mapping[str, tuple[tuple[str, ...], Mapping[str, Sequence[str]]]] = {
     "pitch": (PITCHES, PITCH_WORDS),
     "loudness": (LOUDNESSES, LOUDNESS_WORDS),
 }
+STEP_WORDS: Mapping[str, tuple[Sequence[str], Sequence[str], Sequence[str]]] = {
+    "size": (SIZES, ("smaller", "tinier"), ("bigger", "larger")),
+    "pitch": (PITCHES[::-1], ("lower", "deeper"), ("higher", "higher pitched")),
+    "loudness": (LOUDNESSES, ("quieter", "softer", "less loud"), ("louder", "noisier")),
+}
+"""Attributes whose values have an order: the values, and words for the one before and the one after."""
+_STEP_SHARE = 0.4
 
 
 def ask_for_change(scene: Scene, rng: Speaker) -> tuple[Scene, str]:
     """Return the scene with one named attribute changed, and the words that ask for it."""
     while True:
-        name = rng.choice(_CHANGED[type(scene)])
+        name = rng.choice((_CHANGED if rng.reserved else _CHANGED_IN_TRAINING)[type(scene)])
         values, wording, word = _other_value(scene, name, rng)
         if name == "place" and isinstance(scene, Look) and scene.count > 1:
             continue
@@ -639,6 +671,12 @@ def _other_value(scene: Scene, name: str, rng: random.Random) -> tuple[dict[str,
         return {"tempo": tempo}, "tempo", "slower" if tempo == "slow" else "faster"
     allowed, words = _NAMED[name]
     value = rng.choice(allowed)
+    if name in STEP_WORDS and rng.random() < _STEP_SHARE:
+        order, less, more = STEP_WORDS[name]
+        apart = order.index(value) - order.index(getattr(scene, name))
+        if abs(apart) == 1:
+            wording = "louder" if isinstance(scene, Sound) else "bigger"
+            return {name: value}, wording, rng.choice(less if apart < 0 else more)
     return {name: value}, name, rng.choice(words[value])
 
 
