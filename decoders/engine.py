@@ -36,6 +36,7 @@ from encoders.media import Image, Medium
 logger = logging.getLogger(__name__)
 
 CALIBRATION_ROWS = (1, 4)
+REHEARSED_STEPS = 6
 FORECAST_KEPT_S = 0.5
 TURNS_TO_REGROW = 64
 """Turns without a lack of memory after which a batch that was made smaller may grow by one."""
@@ -193,9 +194,13 @@ class DenoisingEngine:
     def calibrate(self) -> None:
         """Measure what steps and media cost, by taking some, and make ready to show previews.
 
-        Not while requests are under way. What there is no memory for is left to be learnt from requests,
+        Not while requests are under way. It happens in the engine's thread, whose own memory and plans the
+        first request then finds in place. What there is no memory for is left to be learnt from requests,
         which have ways to do with less.
         """
+        self._pool.submit(self._calibrate_if_it_fits).result()
+
+    def _calibrate_if_it_fits(self) -> None:
         try:
             self._calibrate()
         except Exception as error:
@@ -224,6 +229,16 @@ class DenoisingEngine:
         finish_s = min(self._seconds(complete) for _ in range(2))
         self.cost.calibrate(plan.shape, step_s, finish_s)
         self.decoder.preview(run.latents[0])
+        self._rehearse()
+
+    def _rehearse(self) -> None:
+        """Correct what was measured piece by piece, at its best, by what a usual request takes."""
+        plan = self.decoder.plan(self._empty(), DecodeSettings(seed=0, steps=REHEARSED_STEPS))
+        run = self.decoder.begin([plan])
+        for seconds in self._seconds_of_steps(run, plan)[1:]:
+            self.cost.observe_step(plan.shape, {"plain": plan.rows}, seconds)
+        complete = partial(self.decoder.complete, run.latents, [plan])
+        self.cost.observe_finish(plan.shape, 1, self._seconds(complete))
 
     def _seconds_of_steps(self, run: Denoising, plan: Plan) -> list[float]:
         """Return what each step of a run takes. The first of a shape and kind pays for plans and caches."""

@@ -227,6 +227,40 @@ async def test_the_time_left_of_a_request_that_waits_holds_the_wait_until_it_is_
     assert clock.steps_at
 
 
+async def test_the_first_request_is_foreseen_although_all_that_is_new_to_a_thread_takes_longer(
+    decoder: ImageDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = ScriptedClock(decoder, monkeypatch)
+    run, complete, met = decoder._quick.run, decoder.complete, set()
+
+    def pay_once(what: object) -> None:
+        known = (threading.get_ident(), what)
+        clock.now_s += 0.0 if known in met else 1.0
+        met.add(known)
+
+    def running(network: Any, latents: Tensor, *rest: Tensor) -> Tensor:
+        pay_once(len(latents))
+        return run(network, latents, *rest)
+
+    def completing(latents: Tensor, plans: Any, **options: Any) -> list[Decoded]:
+        pay_once("medium")
+        return complete(latents, plans, **options)
+
+    monkeypatch.setattr(decoder._quick, "run", running)
+    monkeypatch.setattr(decoder, "complete", completing)
+    engine = DenoisingEngine(decoder, EngineConfig(max_wait_s=1e6))
+    engine.calibrate()
+    began = clock.now_s
+
+    heard = [value async for value in engine.decode(condition(decoder), DecodeSettings(seed=1, steps=10))]
+    engine.close()
+
+    assert decoder.defaults.guidance_scale > 1
+    assert clock.now_s - began == pytest.approx(10 * (0.02 + 2 * 0.01) + 0.05)
+    assert isinstance(heard[0], StepDone)
+    assert heard[0].left_s == pytest.approx(clock.now_s - began, rel=0.02)
+
+
 async def test_two_users_get_equal_service_also_from_a_machine_that_hesitates(
     decoder: ImageDecoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

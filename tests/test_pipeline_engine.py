@@ -1,5 +1,6 @@
 import asyncio
 import random
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import aclosing
@@ -174,6 +175,29 @@ async def test_a_queue_that_is_full_in_seconds_refuses(
     assert isinstance(second, StepDone)
     assert first.left_s == pytest.approx(alone_s, rel=0.5)
     assert second.left_s == pytest.approx(2 * alone_s, rel=0.5)
+
+
+async def test_what_only_the_first_medium_of_a_thread_pays_for_is_not_foreseen_for_the_next(
+    engine: PipelineEngine, condition: Condition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, met = engine.decoder.run, set()
+
+    def paying_once(*args: Any, **named: Any) -> Decoded:
+        decoded = run(*args, **named)
+        if threading.get_ident() not in met:
+            time.sleep(2.0)
+        met.add(threading.get_ident())
+        return decoded
+
+    monkeypatch.setattr(engine.decoder, "run", paying_once)
+    engine.calibrate()
+    plan = engine.decoder.plan(condition, DecodeSettings(seed=1))
+    began = time.perf_counter()
+    await made(engine, condition, DecodeSettings(seed=1))
+
+    assert engine.cost.known
+    assert engine.cost.request_s(plan.shape, plan.rows, plan.steps) < 1.0
+    assert time.perf_counter() - began < 1.0
 
 
 async def test_a_request_without_enough_memory_is_tried_in_slices_and_fails_alone(
