@@ -390,6 +390,41 @@ async def test_a_cancelled_request_takes_no_further_step(
     assert len(batches) == taken
 
 
+async def test_a_cancel_that_comes_while_a_stream_closes_is_neither_early_nor_lost(
+    engine: DenoisingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside, gate = threading.Event(), threading.Event()
+    step, went_on = engine.decoder.step, []
+
+    def stuck(runs: Any, plans: Any, **options: Any) -> None:
+        if runs[0].done:
+            inside.set()
+            gate.wait(10)
+        step(runs, plans, **options)
+
+    monkeypatch.setattr(engine.decoder, "step", stuck)
+
+    async def read() -> None:
+        stream = engine.decode(condition(engine.decoder), DecodeSettings(steps=500))
+        async with aclosing(stream):
+            await anext(stream)
+            await asyncio.to_thread(inside.wait, 10)
+        went_on.append(True)
+
+    task = asyncio.create_task(read())
+    await asyncio.to_thread(inside.wait, 10)
+    await asyncio.sleep(0.02)
+    for _ in range(2):
+        task.cancel()
+        await asyncio.sleep(0.01)
+    waited = not task.done()
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    assert (waited, went_on, engine.stats().requests) == (True, [], 0)
+
+
 async def test_a_short_request_of_another_person_overtakes_a_long_queue(
     decoder: ImageDecoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
