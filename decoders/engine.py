@@ -10,6 +10,7 @@ import asyncio
 import logging
 import threading
 import time
+import traceback
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -181,6 +182,28 @@ class DenoisingEngine:
         async with aclosing(request.stream.listen(partial(self._leave, request))) as heard:
             async for value in heard:
                 yield value
+
+    async def encode_source(self, medium: Medium, settings: DecodeSettings) -> Tensor:
+        """Return what :meth:`LatentDecoder.encode_source` does, with more thrift where memory is short.
+
+        Raises:
+            ValueError: a medium of another modality.
+            DecoderOutOfMemory: there is not enough memory, not even so.
+
+        """
+        return await self.call(partial(self._encode_source, medium, settings))
+
+    def _encode_source(
+        self, medium: Medium, settings: DecodeSettings, thrift: Thrift = Thrift.NONE
+    ) -> Tensor:
+        try:
+            return self.decoder.encode_source(medium, settings, thrift=thrift)
+        except Exception as error:
+            if not is_out_of_memory(error) or thrift == max(Thrift):
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold the tensors that did not fit
+        release(self.decoder.folder.device)
+        return self._encode_source(medium, settings, Thrift(thrift + 1))
 
     async def call(self, work: Callable[[], T]) -> T:
         """Run ``work`` in the engine's thread, between two turns, and return what it returns.

@@ -107,6 +107,10 @@ class PipelineEngine:
         """
         return await asyncio.get_running_loop().run_in_executor(self._side_pool, telling(work))
 
+    async def encode_source(self, medium: Medium, settings: DecodeSettings) -> Tensor:
+        """Raise ValueError: pipelines that are not taken apart always start from noise."""
+        return self.decoder.encode_source(medium, settings)
+
     def calibrate(self) -> None:
         """Measure what steps and media cost, by making one. Not while requests are under way.
 
