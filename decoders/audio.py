@@ -107,11 +107,10 @@ class AudioDecoder(LatentDecoder):
     def _sizes(self, medium: Audio) -> dict[str, Any]:
         return {"duration_s": len(medium.samples) / medium.rate, "rate_hz": medium.rate}
 
-    def encode_source(self, medium: Medium, settings: DecodeSettings | None = None) -> Tensor:
+    def _encoded(self, medium: Medium, settings: DecodeSettings, *, sliced: bool) -> Tensor:
         """Return the latents ``(C, n, m)`` of a sound, cut or filled with silence to the wanted length."""
-        self._expect(medium)
         assert isinstance(medium, Audio)
-        rows = self._latent_shape(settings or DecodeSettings())[1]
+        rows = self._latent_shape(settings)[1]
         length = rows * self._factor * HOP
         config = self.vocoder.config
         known = (config.sampling_rate, config.model_in_dim, self._seconds_per_frame)

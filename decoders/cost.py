@@ -68,14 +68,20 @@ class CostModel:
 
         """
         size = math.prod(shape)
-        self._lines = {}
+        self.forget()
         for kind, measured in step_s.items():
             (few, short), (many, long) = sorted(measured)
             slope = max((long - short) / (many - few), 0.05 * long / many)
             self._lines[kind] = _Line(max(long - slope * many, 0.0), slope / size)
         self._finish_unit_s = finish_s / size
+
+    def forget(self) -> None:
+        """Know nothing again."""
+        self._lines = {}
+        self._finish_unit_s = 0.0
         self._ratios.clear()
         self._finish_ratios.clear()
+        self._errors.clear()
 
     def step_s(self, shape: Shape, rows: float, deep_every: int = 1) -> float:
         """Return the seconds of one step of ``rows`` rows; 0 while nothing is known.

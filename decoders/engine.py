@@ -10,6 +10,7 @@ import asyncio
 import logging
 import threading
 import time
+import traceback
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -36,6 +37,7 @@ from encoders.media import Image, Medium
 logger = logging.getLogger(__name__)
 
 CALIBRATION_ROWS = (1, 4)
+REHEARSED_STEPS = 6
 FORECAST_KEPT_S = 0.5
 TURNS_TO_REGROW = 64
 """Turns without a lack of memory after which a batch that was made smaller may grow by one."""
@@ -181,6 +183,28 @@ class DenoisingEngine:
             async for value in heard:
                 yield value
 
+    async def encode_source(self, medium: Medium, settings: DecodeSettings) -> Tensor:
+        """Return what :meth:`LatentDecoder.encode_source` does, with more thrift where memory is short.
+
+        Raises:
+            ValueError: a medium of another modality.
+            DecoderOutOfMemory: there is not enough memory, not even so.
+
+        """
+        return await self.call(partial(self._encode_source, medium, settings))
+
+    def _encode_source(
+        self, medium: Medium, settings: DecodeSettings, thrift: Thrift = Thrift.NONE
+    ) -> Tensor:
+        try:
+            return self.decoder.encode_source(medium, settings, thrift=thrift)
+        except Exception as error:
+            if not is_out_of_memory(error) or thrift == max(Thrift):
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold the tensors that did not fit
+        release(self.decoder.folder.device)
+        return self._encode_source(medium, settings, Thrift(thrift + 1))
+
     async def call(self, work: Callable[[], T]) -> T:
         """Run ``work`` in the engine's thread, between two turns, and return what it returns.
 
@@ -193,9 +217,13 @@ class DenoisingEngine:
     def calibrate(self) -> None:
         """Measure what steps and media cost, by taking some, and make ready to show previews.
 
-        Not while requests are under way. What there is no memory for is left to be learnt from requests,
+        Not while requests are under way. It happens in the engine's thread, whose own memory and plans the
+        first request then finds in place. What there is no memory for is left to be learnt from requests,
         which have ways to do with less.
         """
+        self._pool.submit(self._calibrate_if_it_fits).result()
+
+    def _calibrate_if_it_fits(self) -> None:
         try:
             self._calibrate()
         except Exception as error:
@@ -224,6 +252,16 @@ class DenoisingEngine:
         finish_s = min(self._seconds(complete) for _ in range(2))
         self.cost.calibrate(plan.shape, step_s, finish_s)
         self.decoder.preview(run.latents[0])
+        self._rehearse()
+
+    def _rehearse(self) -> None:
+        """Correct what was measured piece by piece, at its best, by what a usual request takes."""
+        plan = self.decoder.plan(self._empty(), DecodeSettings(seed=0, steps=REHEARSED_STEPS))
+        run = self.decoder.begin([plan])
+        for seconds in self._seconds_of_steps(run, plan)[1:]:
+            self.cost.observe_step(plan.shape, {"plain": plan.rows}, seconds)
+        complete = partial(self.decoder.complete, run.latents, [plan])
+        self.cost.observe_finish(plan.shape, 1, self._seconds(complete))
 
     def _seconds_of_steps(self, run: Denoising, plan: Plan) -> list[float]:
         """Return what each step of a run takes. The first of a shape and kind pays for plans and caches."""

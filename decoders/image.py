@@ -72,12 +72,11 @@ class ImageDecoder(LatentDecoder):
         height, width = medium.pixels.shape[:2]
         return {"width_px": width, "height_px": height}
 
-    def encode_source(self, medium: Medium, settings: DecodeSettings | None = None) -> Tensor:
+    def _encoded(self, medium: Medium, settings: DecodeSettings, *, sliced: bool) -> Tensor:
         """Return the latents ``(C, h, w)`` of an image, resized to the size that ``settings`` ask for."""
-        self._expect(medium)
         assert isinstance(medium, Image)
-        width, height = self._size(settings or DecodeSettings())
-        return from_pixels(self.vae, [medium.pixels], width, height)[0].cpu()
+        width, height = self._size(settings)
+        return from_pixels(self.vae, [medium.pixels], width, height, sliced=sliced)[0].cpu()
 
     def _fitted(self, original: Medium, settings: DecodeSettings) -> Image:
         self._expect(original)

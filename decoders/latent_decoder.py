@@ -12,7 +12,8 @@ import copy
 import secrets
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -401,19 +402,37 @@ class LatentDecoder(ABC):
     ) -> list[Decoded]:
         """Turn clean latents ``(B, ...)`` into the media that were planned."""
         settings = [plan.settings for plan in plans]
-        sliced = thrift >= Thrift.SLICED or self._vae_use != "whole"
+        with self._vae_with(thrift) as sliced:
+            media = self._media(latents.to(self.folder.dtype), settings, sliced=sliced)
+        media = [with_kept(medium, plan.original) for medium, plan in zip(media, plans, strict=True)]
+        return [
+            Decoded(medium, self._manifest(medium, plan)) for medium, plan in zip(media, plans, strict=True)
+        ]
+
+    def encode_source(
+        self, medium: Medium, settings: DecodeSettings | None = None, *, thrift: Thrift = Thrift.NONE
+    ) -> Tensor:
+        """Return the latents of a medium ``(...)`` on the CPU, for ``source`` of :meth:`decode`.
+
+        The medium is fitted to the size that ``settings`` ask for. Raises ValueError for a medium of
+        another modality.
+        """
+        self._expect(medium)
+        with self._vae_with(thrift) as sliced:
+            latents = self._encoded(medium, settings or DecodeSettings(), sliced=sliced)
+        return latents.clone()  # out here it is a tensor like any other
+
+    @contextmanager
+    def _vae_with(self, thrift: Thrift) -> Iterator[bool]:
+        """Let the VAE work as sparingly as asked for, and say whether with one picture at a time."""
         idle = [self._network] if thrift >= Thrift.SPARSE else []
         with torch.inference_mode(), aside(idle, self.folder.device):
             if thrift >= Thrift.SPARSE:
                 self.vae.enable_tiling()
             try:
-                media = self._media(latents.to(self.folder.dtype), settings, sliced=sliced)
+                yield thrift >= Thrift.SLICED or self._vae_use != "whole"
             finally:
                 self.use_vae(self._vae_use)
-        media = [with_kept(medium, plan.original) for medium, plan in zip(media, plans, strict=True)]
-        return [
-            Decoded(medium, self._manifest(medium, plan)) for medium, plan in zip(media, plans, strict=True)
-        ]
 
     def preview(self, latents: Tensor) -> Image:
         """Show roughly what latents ``(...)`` of one request will be: a picture, without the VAE.
@@ -446,12 +465,8 @@ class LatentDecoder(ABC):
         return manifest
 
     @abstractmethod
-    def encode_source(self, medium: Medium, settings: DecodeSettings | None = None) -> Tensor:
-        """Return the latents of a medium ``(...)`` on the CPU, for ``source`` of :meth:`decode`.
-
-        The medium is fitted to the size that ``settings`` ask for. Raises ValueError for a medium of
-        another modality.
-        """
+    def _encoded(self, medium: Medium, settings: DecodeSettings, *, sliced: bool) -> Tensor:
+        """Return the latents of a medium of this modality ``(...)`` on the CPU."""
 
     def _fitted(self, original: Medium, settings: DecodeSettings) -> Image | Video:
         """Return an original in the size that ``settings`` ask for."""

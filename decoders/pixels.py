@@ -40,11 +40,16 @@ def to_arrays(pictures: Tensor) -> NDArray[np.uint8]:
     return pixels
 
 
-def from_pixels(vae: Any, frames: Sequence[NDArray[np.uint8]], width_px: int, height_px: int) -> Tensor:
-    """Encode pictures ``(H, W, 3)`` uint8, resized to one size, into latents ``(N, C, h, w)``."""
+def from_pixels(
+    vae: Any, frames: Sequence[NDArray[np.uint8]], width_px: int, height_px: int, *, sliced: bool = False
+) -> Tensor:
+    """Encode pictures ``(H, W, 3)`` uint8, resized to one size, into latents ``(N, C, h, w)``.
+
+    ``sliced`` encodes one picture at a time.
+    """
     pixels = torch.from_numpy(resized(frames, width_px, height_px)).permute(0, 3, 1, 2)  # (N, 3, H, W)
     images = pixels.to(vae.device, vae.dtype) / 127.5 - 1
-    at_once = max(1, VAE_BATCH_PIXELS // (width_px * height_px))
+    at_once = 1 if sliced else max(1, VAE_BATCH_PIXELS // (width_px * height_px))
     with torch.inference_mode():
         latents = torch.cat([vae.encode(part).latent_dist.mode() for part in images.split(at_once)])
     scaled: Tensor = latents * vae.config.scaling_factor

@@ -1,7 +1,8 @@
 """The stream of one request, between an engine's thread that works and an event loop that listens.
 
 Whoever listens may vanish at any moment, but a thread cannot be killed. So closing the stream asks the thread
-to stop, and returns when the thread is rid of the request, however often the one who waits is cancelled.
+to stop, and returns when the thread is rid of the request, however often the one who waits is cancelled; a
+cancel that comes meanwhile is passed on then.
 """
 
 from __future__ import annotations
@@ -66,8 +67,11 @@ class RequestStream(Generic[T]):
             self.stop.set()
             leave()
             gone = asyncio.wrap_future(self.gone)
+            cancelled: asyncio.CancelledError | None = None
             while not gone.done():
                 try:
                     await asyncio.shield(gone)
-                except asyncio.CancelledError:
-                    continue
+                except asyncio.CancelledError as error:
+                    cancelled = error
+            if cancelled is not None:
+                raise cancelled

@@ -91,12 +91,12 @@ class VideoDecoder(LatentDecoder):
         frames, height, width = medium.frames.shape[:3]
         return {"width_px": width, "height_px": height, "num_frames": frames, "fps": medium.fps}
 
-    def encode_source(self, medium: Medium, settings: DecodeSettings | None = None) -> Tensor:
+    def _encoded(self, medium: Medium, settings: DecodeSettings, *, sliced: bool) -> Tensor:
         """Return the latents ``(C, F, h, w)`` of a video, with frames picked evenly and resized."""
-        self._expect(medium)
         assert isinstance(medium, Video)
-        frames, height, width = self._size(settings or DecodeSettings())
-        return from_pixels(self.vae, _picked(medium, frames), width, height).transpose(0, 1).cpu()
+        frames, height, width = self._size(settings)
+        latents = from_pixels(self.vae, _picked(medium, frames), width, height, sliced=sliced)
+        return latents.transpose(0, 1).cpu()
 
     def _fitted(self, original: Medium, settings: DecodeSettings) -> Video:
         self._expect(original)

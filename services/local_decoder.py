@@ -212,7 +212,7 @@ class LocalDecoder:
             medium = await asyncio.to_thread(read_media, data, budget, self.modality)
             latents = None
             if strength is not None:
-                latents = await engine.call(lambda: engine.decoder.encode_source(medium, settings))
+                latents = await engine.encode_source(medium, settings)
         except (ServiceError, ValueError) as error:
             if settings.strength is not None or settings.keep_untouched:
                 raise

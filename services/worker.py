@@ -65,11 +65,14 @@ class Worker(Generic[T]):
                     yield value
             finally:
                 stop.set()
+                cancelled: asyncio.CancelledError | None = None
                 while not running.done():
                     try:
                         await asyncio.shield(running)
-                    except asyncio.CancelledError:
-                        continue
+                    except asyncio.CancelledError as error:
+                        cancelled = error  # not before the job has ended
+                if cancelled is not None:
+                    raise cancelled
 
     def close(self) -> None:
         """Let the thread end when its job does."""

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from decoders.condition import Condition
 from decoders.cost import SHAPES_KEPT, CostModel
 from decoders.engine import DenoisingEngine, EngineConfig
 from decoders.settings import DecodeSettings
@@ -154,25 +155,62 @@ def test_sizes_that_people_ask_for_do_not_pile_up() -> None:
     assert len(cost._ratios) == SHAPES_KEPT
 
 
+def test_what_was_learnt_can_be_forgotten() -> None:
+    cost = calibrated()
+    cost.observe_step(SHAPE, {"plain": 2}, 0.4)
+    cost.forget()
+
+    assert (cost.known, cost.error(), cost.request_s(SHAPE, 2, 10)) == (False, None, 0.0)
+    cost.observe_step(SHAPE, {"plain": 2}, 0.3)
+    assert cost.step_s(SHAPE, 2) == pytest.approx(0.3)
+
+
+def embedded(modality: Modality) -> DenoisingEngine:
+    """Return an engine as the service has it, freshly loaded and calibrated."""
+    preset = load_preset("toybox")
+    decoder = decoder_class(modality).load(preset.decoder_folder(modality))
+    compile_if_possible(f"{modality.value} decoder", preset.decoders[modality].compile, decoder)
+    engine = DenoisingEngine(decoder, EngineConfig(max_wait_s=1e6))
+    engine.calibrate()
+    return engine
+
+
+async def error_of(engine: DenoisingEngine, condition: Condition, wish: DecodeSettings) -> float:
+    """Return ``|predicted - actual| / actual`` of a request, in the processor's time."""
+    plan = engine.decoder.plan(condition, wish)
+    predicted_s = engine.cost.request_s(plan.shape, plan.rows, plan.steps, plan.deep_every)
+    began = time.process_time()
+    async with aclosing(engine.decode(condition, wish)) as stream:
+        async for _ in stream:
+            pass
+    actual_s = time.process_time() - began
+    return abs(predicted_s - actual_s) / actual_s
+
+
+@pytest.mark.parametrize("modality", list(load_preset("toybox").decoders))
+async def test_the_first_request_for_an_embedded_decoder_is_predicted_within_a_fifth(
+    modality: Modality, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("decoders.engine.time", SimpleNamespace(perf_counter=time.process_time))
+    errors = []
+    for seed in range(3):
+        engine = embedded(modality)
+        condition = engine.decoder.encode_caption("a big red bell")
+        errors.append(await error_of(engine, condition, DecodeSettings(seed=seed)))
+        engine.close()
+
+    assert median(errors) < 0.2
+
+
 @pytest.mark.parametrize("modality", list(load_preset("toybox").decoders))
 async def test_predictions_for_an_embedded_decoder_are_within_a_fifth_of_what_requests_take(
     modality: Modality, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Processor time, and the median of many, as other programs on the machine may be busy."""
     monkeypatch.setattr("decoders.engine.time", SimpleNamespace(perf_counter=time.process_time))
-    preset = load_preset("toybox")
-    decoder = decoder_class(modality).load(preset.decoder_folder(modality))
-    compile_if_possible(f"{modality.value} decoder", preset.decoders[modality].compile, decoder)
-    engine = DenoisingEngine(decoder, EngineConfig(max_wait_s=1e6))
-    engine.calibrate()
-    condition = decoder.encode_caption("a big red bell")
+    engine = embedded(modality)
+    condition = engine.decoder.encode_caption("a big red bell")
     errors: dict[int, list[float]] = {1: [], 3: [], 5: []}
-
-    async def run(settings: DecodeSettings) -> None:
-        async with aclosing(engine.decode(condition, settings)) as stream:
-            async for _ in stream:
-                pass
-
     larger = {"duration_s": 3.0} if modality is Modality.AUDIO else {"width_px": 96}
     wishes = [
         DecodeSettings(seed=0, steps=steps, guidance_scale=guidance, deep_every=every, **size)
@@ -181,12 +219,7 @@ async def test_predictions_for_an_embedded_decoder_are_within_a_fifth_of_what_re
         for guidance in (1.0, 3.0)
     ]
     for wish in wishes * 2:
-        plan = decoder.plan(condition, wish)
-        predicted_s = engine.cost.request_s(plan.shape, plan.rows, plan.steps, plan.deep_every)
-        began = time.process_time()
-        await run(wish)
-        actual_s = time.process_time() - began
-        errors[plan.deep_every].append(abs(predicted_s - actual_s) / actual_s)
+        errors[wish.deep_every or 1].append(await error_of(engine, condition, wish))
     stats = engine.stats()
     engine.close()
 

@@ -227,6 +227,40 @@ async def test_the_time_left_of_a_request_that_waits_holds_the_wait_until_it_is_
     assert clock.steps_at
 
 
+async def test_the_first_request_is_foreseen_although_all_that_is_new_to_a_thread_takes_longer(
+    decoder: ImageDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = ScriptedClock(decoder, monkeypatch)
+    run, complete, met = decoder._quick.run, decoder.complete, set()
+
+    def pay_once(what: object) -> None:
+        known = (threading.get_ident(), what)
+        clock.now_s += 0.0 if known in met else 1.0
+        met.add(known)
+
+    def running(network: Any, latents: Tensor, *rest: Tensor) -> Tensor:
+        pay_once(len(latents))
+        return run(network, latents, *rest)
+
+    def completing(latents: Tensor, plans: Any, **options: Any) -> list[Decoded]:
+        pay_once("medium")
+        return complete(latents, plans, **options)
+
+    monkeypatch.setattr(decoder._quick, "run", running)
+    monkeypatch.setattr(decoder, "complete", completing)
+    engine = DenoisingEngine(decoder, EngineConfig(max_wait_s=1e6))
+    engine.calibrate()
+    began = clock.now_s
+
+    heard = [value async for value in engine.decode(condition(decoder), DecodeSettings(seed=1, steps=10))]
+    engine.close()
+
+    assert decoder.defaults.guidance_scale > 1
+    assert clock.now_s - began == pytest.approx(10 * (0.02 + 2 * 0.01) + 0.05)
+    assert isinstance(heard[0], StepDone)
+    assert heard[0].left_s == pytest.approx(clock.now_s - began, rel=0.02)
+
+
 async def test_two_users_get_equal_service_also_from_a_machine_that_hesitates(
     decoder: ImageDecoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,6 +388,41 @@ async def test_a_cancelled_request_takes_no_further_step(
 
     assert taken <= at_close + 1
     assert len(batches) == taken
+
+
+async def test_a_cancel_that_comes_while_a_stream_closes_is_neither_early_nor_lost(
+    engine: DenoisingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside, gate = threading.Event(), threading.Event()
+    step, went_on = engine.decoder.step, []
+
+    def stuck(runs: Any, plans: Any, **options: Any) -> None:
+        if runs[0].done:
+            inside.set()
+            gate.wait(10)
+        step(runs, plans, **options)
+
+    monkeypatch.setattr(engine.decoder, "step", stuck)
+
+    async def read() -> None:
+        stream = engine.decode(condition(engine.decoder), DecodeSettings(steps=500))
+        async with aclosing(stream):
+            await anext(stream)
+            await asyncio.to_thread(inside.wait, 10)
+        went_on.append(True)
+
+    task = asyncio.create_task(read())
+    await asyncio.to_thread(inside.wait, 10)
+    await asyncio.sleep(0.02)
+    for _ in range(2):
+        task.cancel()
+        await asyncio.sleep(0.01)
+    waited = not task.done()
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    assert (waited, went_on, engine.stats().requests) == (True, [], 0)
 
 
 async def test_a_short_request_of_another_person_overtakes_a_long_queue(

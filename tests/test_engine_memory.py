@@ -16,6 +16,8 @@ from decoders.latent_decoder import LatentDecoder
 from decoders.plan import Decoded
 from decoders.settings import DecodeSettings
 from decoders.video import VideoDecoder
+from decoders.vocoder import GriffinLimVocoder
+from encoders.media import Audio, Image, Medium, Modality, Video
 from tests import tiny_pipelines
 from tests.tiny_decoders import KINDS, condition, made
 
@@ -251,6 +253,54 @@ async def test_an_engine_without_memory_to_measure_learns_from_its_requests(
 
     assert "not enough memory to measure" in caplog.text
     assert (known, engine.cost.known) == (False, True)
+
+
+def source_of(decoder: LatentDecoder) -> Medium:
+    rng = np.random.default_rng(0)
+    if decoder.modality is Modality.AUDIO:
+        return Audio(rng.normal(scale=0.1, size=8000).astype(np.float32), 16_000)
+    pixels = rng.integers(0, 255, (tiny_pipelines.FRAMES, 16, 16, 3), np.uint8)
+    return Image(pixels[0]) if decoder.modality is Modality.IMAGE else Video(pixels, 8.0)
+
+
+@pytest.mark.parametrize("fits", ["one picture at a time", "in tiles", "never"])
+@pytest.mark.parametrize("kind", ["image", "video", "audio"])
+async def test_a_source_that_does_not_fit_is_encoded_with_more_thrift_and_fails_alone(
+    kind: str, fits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocoder = (GriffinLimVocoder(num_iterations=2),) if kind == "audio" else ()  # starts from mel frames
+    decoder = KINDS[kind][0].load(tiny_pipelines.saved(KINDS[kind][1](*vocoder), tmp_path))
+    if fits == "in tiles":
+        decoder.vae.enable_tiling()
+    expected = decoder.encode_source(source_of(decoder))
+    encode, tried = decoder.vae.encode, []
+
+    def limited(pictures: Tensor) -> Any:
+        tried.append((len(pictures), decoder.vae.use_tiling))
+        too_many = fits == "one picture at a time" and len(pictures) > 1
+        if fits == "never" or too_many or (fits == "in tiles" and not decoder.vae.use_tiling):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return encode(pictures)
+
+    monkeypatch.setattr(decoder.vae, "encode", limited)
+    engine = DenoisingEngine(decoder)
+
+    other, found = await asyncio.gather(
+        made(engine, condition(decoder), DecodeSettings(seed=1, steps=5)),
+        engine.encode_source(source_of(decoder), DecodeSettings()),
+        return_exceptions=True,
+    )
+    engine.close()
+
+    assert isinstance(other, Decoded)
+    assert not decoder.vae.use_tiling
+    if fits == "never":
+        assert isinstance(found, DecoderOutOfMemory)
+        assert [tiled for _, tiled in tried] == [False, False, True]
+    else:
+        assert isinstance(found, Tensor)
+        assert tried[-1] == (1, fits == "in tiles")
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 async def test_a_condition_that_does_not_fit_into_memory_is_told_like_a_medium(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from encoders.media import Modality
+from encoders.features import Features
+from encoders.media import Medium, Modality
 from services.artefacts import ArtefactStore
 from services.errors import NotFound
 from services.local_encoder import LocalEncoder
@@ -45,8 +47,19 @@ async def test_a_medium_is_encoded_once_for_each_content(box: LocalEncoder) -> N
 
 
 async def test_those_who_wait_for_the_same_content_need_no_encoding_of_their_own(box: LocalEncoder) -> None:
-    box.load()
+    encoder, looked = box.load(), []
+    encode, find = encoder.encode, box.cache.find
+
+    def once_all_have_looked(medium: Medium) -> Features:
+        until = time.monotonic() + 2
+        while len(looked) < 5 and time.monotonic() < until:  # four when they came, one when its turn came
+            time.sleep(0.001)
+        return encode(medium)
+
+    encoder.encode = once_all_have_looked  # type: ignore[method-assign]
+    box.cache.find = lambda key: (looked.append(key), find(key))[1]  # type: ignore[method-assign, func-returns-value]
     await asyncio.gather(*(box.encode(stored(box), IMAGE) for _ in range(4)))
+    assert len(looked) == 8
     assert (await box.counts())["local"]["cache_misses_total"] == 1
 
 

@@ -1,8 +1,10 @@
 import asyncio
 import random
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import aclosing
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -174,6 +176,36 @@ async def test_a_queue_that_is_full_in_seconds_refuses(
     assert isinstance(second, StepDone)
     assert first.left_s == pytest.approx(alone_s, rel=0.5)
     assert second.left_s == pytest.approx(2 * alone_s, rel=0.5)
+
+
+async def test_what_only_the_first_medium_of_a_thread_pays_for_is_not_foreseen_for_the_next(
+    engine: PipelineEngine, condition: Condition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, met, now_s = engine.decoder.run, set(), 0.0
+
+    def look_at_the_clock() -> float:
+        nonlocal now_s
+        now_s += 0.001
+        return now_s
+
+    def paying_once(*args: Any, **named: Any) -> Decoded:
+        nonlocal now_s
+        decoded = run(*args, **named)
+        if threading.get_ident() not in met:
+            now_s += 2.0
+        met.add(threading.get_ident())
+        return decoded
+
+    monkeypatch.setattr("decoders.pipeline_engine.time", SimpleNamespace(perf_counter=look_at_the_clock))
+    monkeypatch.setattr(engine.decoder, "run", paying_once)
+    engine.calibrate()
+    plan = engine.decoder.plan(condition, DecodeSettings(seed=1))
+    began = now_s
+    await made(engine, condition, DecodeSettings(seed=1))
+
+    assert engine.cost.known
+    assert engine.cost.request_s(plan.shape, plan.rows, plan.steps) < 1.0
+    assert now_s - began < 1.0
 
 
 async def test_a_request_without_enough_memory_is_tried_in_slices_and_fails_alone(

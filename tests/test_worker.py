@@ -70,3 +70,31 @@ async def test_jobs_that_are_dropped_never_run_beside_each_other() -> None:
     assert running == 0
     assert max(stopped_after) < 20
     worker.close()
+
+
+async def test_a_cancel_that_comes_while_a_stream_closes_is_neither_early_nor_lost() -> None:
+    gate = threading.Event()
+    went_on: list[bool] = []
+
+    def job(emit: Emit[int], stop: threading.Event) -> None:
+        emit(1)
+        gate.wait(10)
+
+    worker: Worker[int] = Worker("test")
+
+    async def read() -> None:
+        async with aclosing(worker.stream(job)) as stream:
+            await anext(stream)
+        went_on.append(True)
+
+    task = asyncio.create_task(read())
+    await asyncio.sleep(0.05)
+    for _ in range(2):
+        task.cancel()
+        await asyncio.sleep(0.01)
+    waited = not task.done()
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    worker.close()
+    assert (waited, went_on) == (True, [])

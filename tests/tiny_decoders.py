@@ -23,7 +23,7 @@ from tests import tiny_pipelines
 
 CAPTIONS = ["a big red bell", "a small blue drum", "bell", "a red drum", "big blue bell", "small"]
 
-KINDS: dict[str, tuple[type[LatentDecoder], Callable[[], Any]]] = {
+KINDS: dict[str, tuple[type[LatentDecoder], Callable[..., Any]]] = {
     "image": (ImageDecoder, tiny_pipelines.image_pipeline),
     "video": (VideoDecoder, tiny_pipelines.video_pipeline),
     "audio": (AudioDecoder, tiny_pipelines.audio_pipeline),

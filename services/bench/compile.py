@@ -68,7 +68,7 @@ def box_rows(preset: Preset, box: Box, how: Compile, rounds: int) -> list[BenchR
     if box is None:
         model = LanguageModel.from_pretrained(preset.language_model_folder, preset.device)
         model.merge_adapter()
-        return model_rows(model, how, max(1, rounds // 10))
+        return model_rows(model, how, max(3, rounds // 10))
     decoder = decoder_class(box).load(preset.decoder_folder(box), preset.device)
     return decoder_rows(decoder, how, rounds)
 
