@@ -29,8 +29,6 @@ BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 NOT_MODELS = ("scheduler", "tokenizer", "feature_extractor", "safety_checker", "image_encoder")
 """How the names of parts begin that hold no weights, or none that are used: tokenizer_2 is one too."""
 LINKS_OWN, TABLES = "projection", "tables.safetensors"
-MADE_HERE = ("bridge", "LoRA", "tables", LINKS_OWN)
-"""Parts that no download holds as they are: they are converted or trained."""
 NOT_BUILT = (
     AttributeError,
     ImportError,
