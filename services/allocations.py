@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+Shape = tuple[torch.Size, tuple[int, ...], torch.dtype]
+"""Size, strides and dtype of a tensor."""
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
@@ -35,6 +39,7 @@ class _Allocations(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.most = 0
         self._sizes: dict[int, int] = {}
+        self._made: dict[Any, tuple[Shape, ...]] = {}
 
     def __torch_dispatch__(
         self,
@@ -44,11 +49,28 @@ class _Allocations(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         given = {_key(tensor) for tensor in _tensors((args, kwargs))}
-        made = func(*args, **(kwargs or {}))
+        made = self._run(func, args, kwargs or {})
         for tensor in _tensors(made):
             if (key := _key(tensor)) not in given and key not in self._sizes:
                 self._begin(key, tensor)
         self.most = max(self.most, self.now + _scratch(func.name(), args))
+        return made
+
+    def _run(self, func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run an operation; on the meta device, where finding shapes is slow, each one only once."""
+        if not _makes_anew(func):
+            return func(*args, **kwargs)
+        question = (func, _signature(args), _signature(tuple(kwargs.items())))
+        if (shapes := self._made.get(question)) is not None:
+            again = [
+                torch.empty_strided(size, stride, dtype=dtype, device="meta")
+                for size, stride, dtype in shapes
+            ]
+            return again[0] if len(again) == 1 else tuple(again)
+        made = func(*args, **kwargs)
+        several = made if isinstance(made, tuple) else (made,)
+        if all(isinstance(tensor, Tensor) and tensor.is_meta for tensor in several):
+            self._made[question] = tuple((one.shape, one.stride(), one.dtype) for one in several)
         return made
 
     def _begin(self, key: int, tensor: Tensor) -> None:
@@ -60,6 +82,22 @@ class _Allocations(TorchDispatchMode):
 
     def _end(self, key: int) -> None:
         self.now -= self._sizes.pop(key, 0)
+
+
+@cache
+def _makes_anew(func: OpOverload) -> bool:
+    """Whether all that an operation returns is new and it changes nothing, so that only shapes matter."""
+    schema = func._schema
+    return not schema.is_mutable and all(one.alias_info is None for one in schema.returns)
+
+
+def _signature(value: Any) -> Any:
+    """Return what the shapes of results depend on: 1 and 1.0 are equal, and are not the same."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_signature, value))
+    return type(value), value
 
 
 def _scratch(name: str, args: tuple[Any, ...]) -> int:

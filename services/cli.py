@@ -172,7 +172,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--seed", type=int, default=0, help="of weights and data order (default %(default)s)")
     train.add_argument("--small", action="store_true", help="render small pools only, for a rehearsal")
     train.add_argument(
-        "--dry-run", action="store_true", help="train nothing; time a few steps and say how long and how much"
+        "--dry-run",
+        action="store_true",
+        help="train nothing; time a few steps and say how long and how much (not for bridge)",
     )
     train.set_defaults(run=train_command)
 
@@ -254,6 +256,11 @@ def train_command(args: argparse.Namespace) -> int:
     preset = load_preset(args.preset)
     if (args.part is not None) != (args.stage == "bridge"):
         raise ValueError("--part belongs to bridge: patchbay train bridge --part image --preset my.yaml")
+    if args.stage == "bridge" and args.dry_run:
+        raise ValueError(
+            "--dry-run times the steps of the embedded model, and no bridge. Leave it out: training a bridge "
+            "tells after some steps how long is left, and can be broken off and gone on with."
+        )
     options = TrainOptions(
         runs=Path(args.runs),
         num_steps=args.steps,

@@ -277,7 +277,8 @@ def find_base(name: str) -> Path:
     except LocalEntryNotFoundError as error:
         raise ValueError(
             f"{name} is no folder here, and no model of that name is in the local cache. Expected "
-            f"{llm_side.BASE_NAME}. Give its folder, or fetch it first: hf download {name}"
+            f"{llm_side.BASE_NAME}. Give the folder that `patchbay convert delta` made, or if {name} holds "
+            f"just that, fetch it first: hf download {name}"
         ) from error
 
 

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from services.errors import PresetProblem, ServiceError
-from services.fetch import fetchable, fetching
+from services.fetch import SPARE_BYTES, Step, expected, fetchable, fetching, filled_by
 from services.footprint import (
-    MADE_HERE,
     Box,
     Part,
     boxes_of,
@@ -183,16 +182,26 @@ def too_large_for_turns(preset: Preset, boxes: Sequence[Box]) -> str | None:
 def _disk(preset: Preset, boxes: Sequence[Box]) -> Check:
     place = next(path for path in (preset.weights_folder, *preset.weights_folder.parents) if path.exists())
     free = shutil.disk_usage(place).free
-    missing = [part for box in boxes for part in box.parts if part.missing]
-    as_held = sum(_as_held(part) for part in missing if part.download is None)
-    to_get = sum(part.download or 0 for part in missing) + as_held
-    wanted = f"; {in_gb(to_get)} of weights are missing" if to_get else ""
+    missing = _missing(boxes)
+    downloads = expected(preset, missing)
+    sized = [step for step in downloads.steps if step.is_sized]
+    brought = [part for step in sized for part in filled_by(preset, step.download, missing)]
+    as_held = sum(_as_held(part) for part in missing if part not in brought)
+    wanted = ""
+    if downloads.most_bytes:
+        most = in_gb(downloads.most_bytes)
+        wanted += f"; downloading and converting what is missing takes up to about {most}"
     if as_held:
-        wanted += (
-            f", {in_gb(as_held)} of them counted as they are held here: how large their downloads are is "
-        )
-        wanted += "not known"
-    return Check("disk", free > max(to_get, 500 * 2**20), f"{free // 2**20} MB free in {place}{wanted}")
+        wanted += f"; {in_gb(as_held)} more are for weights that no download of known size brings"
+    return Check(
+        "disk",
+        free > downloads.most_bytes + as_held + SPARE_BYTES,
+        f"{in_gb(free)} free in {place}{wanted}",
+    )
+
+
+def _missing(boxes: Sequence[Box]) -> list[Part]:
+    return [part for box in boxes for part in box.parts if part.missing]
 
 
 def _memory() -> Check:
@@ -261,6 +270,8 @@ class Survey:
     boxes: tuple[Box, ...]
     fits: Check
     next_steps: tuple[str, ...]
+    downloads: tuple[Step, ...] = ()
+    """What would have to be downloaded, with sizes as far as they are known without asking."""
     plan: Plan | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -291,6 +302,10 @@ class Survey:
                     ],
                 }
                 for box in self.boxes
+            ],
+            "downloads": [
+                {"model": step.origin.model, "bytes": step.bytes_to_come if step.is_sized else None}
+                for step in self.downloads
             ],
             "fits": {"ok": self.fits.ok, "detail": self.fits.detail},
             "plan": None
@@ -333,9 +348,10 @@ class Survey:
         lines.append(
             "Counted from shapes, one medium at a time per decoder; each one more takes as much again."
         )
+        sizes = {step.origin.model: _to_download(step) for step in self.downloads}
         for box in self.boxes:
             for origin in box.origins:
-                lines.append(origin.terms)
+                lines.append(origin.terms + sizes.get(origin.model, ""))
                 if origin.gated:
                     lines.append(f"{origin.model}: gated. Before you download it, {origin.gate}")
         if _is_trained_here(self.preset) and not any(box.origins for box in self.boxes):
@@ -345,6 +361,8 @@ class Survey:
                 f"broken off: a download into {folder}, of which {in_gb(size)} wait for the rest; the same "
                 f"command goes on with it"
             )
+        if self.downloads:
+            lines.append(_in_all(self.preset, self.downloads))
         lines += [f"next: {step}" for step in self.next_steps]
         return "\n".join(line.rstrip() for line in lines)
 
@@ -379,7 +397,12 @@ def survey(preset: Preset, memory: int | None = None) -> Survey:
     if tight := too_large_for_turns(preset, boxes):
         steps.append(f"in {preset.file}: {tight}")
     return Survey(
-        preset, boxes, check, tuple(steps or [f"patchbay serve --preset {preset.as_argument}"]), plan
+        preset,
+        boxes,
+        check,
+        tuple(steps or [f"patchbay serve --preset {preset.as_argument}"]),
+        expected(preset, _missing(boxes)).steps,
+        plan,
     )
 
 
@@ -387,10 +410,25 @@ def _files(part: Part) -> str:
     if not part.missing:
         return f"there, {in_gb(part.on_disk)}"
     files = f"missing, {len(part.missing)} file{'s' if len(part.missing) > 1 else ''}"
-    if part.name not in MADE_HERE:
-        files += "; download " + ("not known" if part.download is None else in_gb(part.download))
+    if part.download is not None:
+        files += f"; download about {in_gb(part.download)}"
     return (
         files if part.parameters is None else f"{files}; takes {in_gb(_as_held(part))} in {part.dtype} here"
+    )
+
+
+def _to_download(step: Step) -> str:
+    if not step.is_sized:
+        return "; how much there is to download is not known"
+    return f"; {'' if step.download.size_bytes else 'about '}{in_gb(step.bytes_to_come)} to download"
+
+
+def _in_all(preset: Preset, steps: Sequence[Step]) -> str:
+    size = in_gb(sum(step.bytes_to_come for step in steps))
+    at_least = "" if all(step.is_sized for step in steps) else " at the least"
+    return (
+        f"to download: about {size} in all{at_least}, as pages list it or computed from shapes; exact sizes: "
+        f"{fetching(preset)} --dry-run"
     )
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from services.downloads import RemoteFile, begun_bytes, bring, listing
 from services.errors import PresetProblem
-from services.footprint import damaged_files, missing_files
+from services.footprint import Part, damaged_files, missing_files
 from services.origins import Download, Origin
 from services.presets import Preset, shown
 from services.weight_files import CONVERTED, in_gb
@@ -49,6 +49,11 @@ class Step:
             return 0
         pickles = [file for file in (*self.there, *self.to_come) if file.name.endswith(PICKLES)]
         return _total(pickles)
+
+    @property
+    def is_sized(self) -> bool:
+        """Whether it is known how large every file is that is to come."""
+        return all(file.size is not None for file in self.to_come)
 
     @property
     def in_words(self) -> str:
@@ -117,6 +122,42 @@ def plan(preset: Preset, keep_downloads: bool = False) -> Plan:
         _expect_room_for_made(preset, _download(origin))
     steps = [_step(preset, origin) for origin in origins]
     return Plan(preset, tuple(steps), _most_bytes(steps, keep_downloads))
+
+
+def expected(preset: Preset, parts: Sequence[Part]) -> Plan:
+    """Return what :func:`plan` would, without asking anybody: each origin is one file of about its size.
+
+    Sizes are those that the preset tells, or follow from the shapes of the missing ``parts`` and the dtype in
+    which they are published; where neither is known, they are None.
+    """
+    steps = []
+    for origin in fetchable(preset):
+        download = _download(origin)
+        name = next((name for name in (origin.source, *download.files) if name.endswith(PICKLES)), "weights")
+        file = RemoteFile(PurePosixPath(name).name, _expected_bytes(preset, origin, parts))
+        steps.append(Step(origin, download, (), (file,), 0))
+    return Plan(preset, tuple(steps), _most_bytes(steps, keep_downloads=False))
+
+
+def filled_by(preset: Preset, download: Download, parts: Sequence[Part]) -> list[Part]:
+    """Return those parts of which a missing file lies in a folder that ``download`` fills."""
+    folders = [preset.weights_folder / own for own in download.fills]
+    return [
+        part
+        for part in parts
+        if any(path.is_relative_to(folder) for path in part.missing for folder in folders)
+    ]
+
+
+def _expected_bytes(preset: Preset, origin: Origin, parts: Sequence[Part]) -> int | None:
+    download = _download(origin)
+    if download.size_bytes is not None:
+        return download.size_bytes
+    if download.about_gb is not None:
+        return round(download.about_gb * 1e9)
+    sizes = [part.download for part in filled_by(preset, download, parts)]
+    known = [size for size in sizes if size is not None]
+    return sum(known) if sizes and len(known) == len(sizes) else None
 
 
 def expect_disk(found: Plan) -> None:

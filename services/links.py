@@ -28,7 +28,14 @@ class Link(Protocol):
 class SignalLink:
     """NExT-GPT's: the hidden states go through a trained output projection."""
 
-    def __init__(self, folder: Path, specs: Mapping[str, ConditionSpec], device: str = "cpu") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        specs: Mapping[str, ConditionSpec],
+        device: str = "cpu",
+        training: str = "patchbay train bridge",
+    ) -> None:
+        """Load the projection of ``folder``; ``training`` is the command that makes one for this decoder."""
         self.projection = OutputProjection.from_pretrained(folder, device)
         self.device = device
         self.specs = dict(specs)
@@ -37,7 +44,7 @@ class SignalLink:
         if _shapes(given) != _shapes(wanted):
             raise ValueError(
                 f"{folder} projects to {_shapes(given)}; its decoder expects {_shapes(wanted)}. Put the "
-                f"projection there that was trained for it, or train one with `patchbay train bridge`."
+                f"projection there that was trained for it, or train one: `{training}`."
             )
 
     def condition(self, signal: SpokenSignal) -> Condition:

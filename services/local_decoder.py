@@ -127,8 +127,12 @@ class LocalDecoder:
                 with loading(f"{self.modality.value} decoder"):
                     folder = self.preset.projection_folder(self.modality)
                     specs = engine.decoder.condition_specs
-                    self._projecting = SignalLink(folder, specs, self.preset.device)
+                    self._projecting = SignalLink(folder, specs, self.preset.device, self._training)
             return self._projecting
+
+    @property
+    def _training(self) -> str:
+        return f"patchbay train bridge --part {self.modality.value} --preset {self.preset.as_argument}"
 
     @property
     def _is_linked(self) -> bool:

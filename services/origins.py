@@ -37,15 +37,17 @@ class Download(Strict):
     """What of an origin is downloaded, and what is made of it. Folders are relative to the weights.
 
     Of a hub repository, those ``files`` (patterns) are put ``into`` a folder that are not ``without``; of an
-    address the one file there, of which ``size_bytes`` and ``sha256`` may be known. ``convert`` names the
-    `patchbay convert` that makes the folders ``makes`` of them, with the ``base`` that another origin
-    brings; what was converted in another folder is needed no more.
+    address the one file there, of which ``size_bytes`` and ``sha256`` may be known. ``about_gb`` is how large
+    a repository's files are by its page, where they hold more or other than the parts that come of them.
+    ``convert`` names the `patchbay convert` that makes the folders ``makes`` of them, with the ``base`` that
+    another origin brings; what was converted in another folder is needed no more.
     """
 
     into: Folder
     files: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     size_bytes: int | None = Field(default=None, ge=1)
+    about_gb: float | None = Field(default=None, gt=0)
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     convert: Conversion | None = None
     base: Folder | None = None
@@ -98,6 +100,8 @@ class Origin(Strict):
                 raise ValueError("source must be a hub id (owner/name) or an address (https://...)")
             if not self.is_address and (self.download.size_bytes or self.download.sha256):
                 raise ValueError("size_bytes and sha256 are those of an address; the hub tells its own")
+            if self.is_address and self.download.about_gb:
+                raise ValueError("about_gb is that of a hub repository; an address has size_bytes")
             if self.is_address and self.revision is not None:
                 raise ValueError("an address has no revision; leave it out")
         if self.get is None:
@@ -119,10 +123,15 @@ class Origin(Strict):
 
     @property
     def terms(self) -> str:
-        """Licence, source and revision, in a sentence."""
+        """Licence, source, and the revision or digest that is expected, in a sentence."""
         use = "" if self.commercial else "; NOT for commercial use"
-        pinned = f"revision {self.revision}" if self.revision else "no revision is known"
-        return f"{self.model}: {self.licence}{use}. From {self.source}; {pinned}"
+        terms = f"{self.model}: {self.licence}{use}. From {self.source}"
+        if self.revision:
+            return f"{terms}; revision {self.revision}"
+        if self.download is None:
+            return terms
+        digest = self.download.sha256
+        return f"{terms}; SHA-256 {digest}" if digest else f"{terms}; no revision is known"
 
     @property
     def gate(self) -> str:

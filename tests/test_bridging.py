@@ -78,7 +78,8 @@ def test_the_toy_box_draws_with_another_decoder_after_one_line_and_one_command(
     request = [{"role": "user", "content": "draw a big red bell"}]
     with Session.open(str(path)) as session:
         before = session.chat(request, seed=1)
-    assert "train one with `patchbay train bridge`" in str([part.error for part in before.parts])
+    command = f"patchbay train bridge --part image --preset {path}"
+    assert f"train one: `{command}`" in str([part.error for part in before.parts])
 
     assert train(path, "image", tmp_path / "runs") == 0
 
@@ -221,6 +222,17 @@ def test_a_part_without_a_bridge_is_refused(tiny_preset: Path, tmp_path: Path, c
     assert "has no video decoder; it has image" in capsys.readouterr().err
     assert main(["train", "bridge", "--preset", str(path)]) == 1
     assert "--part belongs to bridge" in capsys.readouterr().err
+
+
+def test_a_dry_run_trains_no_bridge(tiny_preset: Path, tmp_path: Path, capsys: Any) -> None:
+    path = written(tiny_preset, tiny_values(), "dry")
+    command = ["train", "bridge", "--part", "image", "--preset", str(path), "--runs", str(tmp_path / "runs")]
+
+    assert main([*command, "--steps", "1", "--dry-run"]) == 1
+
+    assert "--dry-run times the steps of the embedded model, and no bridge" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    assert not load_preset(str(path)).bridges_folder.exists()
 
 
 @pytest.mark.parametrize(

@@ -284,7 +284,7 @@ def test_a_base_that_is_nowhere_is_refused_with_how_to_fetch_it(
     tensors: dict[str, Tensor], tmp_path: Path
 ) -> None:
     file = save_pt(tensors, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=r"hf download nobody/vicuna"):
+    with pytest.raises(ValueError, match=r"`patchbay convert delta` made, .* hf download nobody/vicuna"):
         convert_nextgpt(file, tmp_path / "w", "nobody/vicuna", **SIZES)
 
 

@@ -194,6 +194,10 @@ def fetched(**values: object) -> dict[str, object]:
         (fetched(into="../m"), r"'../m' must be a folder within the weights"),
         (fetched(into="m"), r"files are patterns of a hub repository; an address is one file"),
         (fetched(into="m", files=["*"], size_bytes=3), r"size_bytes and sha256 are those of an address"),
+        (
+            origin(get=None, source="https://a/m", download={"into": "m", "about_gb": 1}),
+            r"about_gb is that of a hub repository; an address has size_bytes",
+        ),
         (fetched(into="m", files=["*"], convert="nextgpt", makes=["llm"]), r"base belongs to the conv"),
         (fetched(into="m", files=["*"], convert="imagebind"), r"makes names the folders that a conversion"),
         (origin(get=None, source="m", download={"into": "m", "files": ["*"]}), r"source must be a hub id"),

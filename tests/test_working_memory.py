@@ -99,3 +99,15 @@ def test_a_whole_pipeline_is_counted_without_numbers_as_it_is_with_them(
     counted = peak_bytes(ConfiguredPipeline(folder, torch.float32).work(plan.settings))
 
     assert counted == pytest.approx(peak_bytes(lambda: decoder.run(plan)), rel=WITHIN)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_operations_that_repeat_are_counted_each_time(device: str) -> None:
+    def work() -> list[torch.Tensor]:
+        numbers = torch.zeros(1000, dtype=torch.int8, device=device)
+        kept = [numbers + 1, numbers + 1, numbers + 1.0]  # the last is of another dtype, of four bytes
+        ends = [part for _ in range(2) for part in torch.std_mean(kept[2].reshape(10, 100), dim=1)]
+        views = [numbers[:10], numbers[:10], numbers.add_(1), numbers.add_(1)]
+        return [*kept, *ends, *views]
+
+    assert peak_bytes(work) == 1000 + 1000 + 1000 + 4000 + 4 * 40
