@@ -1,14 +1,14 @@
 """Chains of edits: a medium is shown with a wish, what comes back is shown with the next wish, and so on.
 
 What nobody asked to change should stay. In pictures and videos that is measured in pixels: the renderer
-draws source and goal with the same jitter, and where these two agree, what was made is held against the
-source. In sounds it is the tuning, as long as the pitch is the source's.
+draws source and every goal so far with the same jitter, and where all of these agree, what was made is held
+against the source. In sounds it is the tuning, as long as nobody named a pitch. What was changed and changed
+back, as grounds are, is measured apart: it should look as it did, and no pixel of it is left to be kept.
 """
 
 from __future__ import annotations
 
 import random
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -44,16 +44,21 @@ Floats = NDArray[np.float32]
 
 @dataclass
 class Chain:
-    """A chain on its way: the source, what is wanted now, and the last medium that came back."""
+    """A chain on its way: the source and what was wanted since, and the last medium that came back."""
 
-    source: Scene
+    scenes: list[Scene]
     jitter: str
     first: Medium
-    wanted: Scene
     now: Medium
     broken: bool = False
     right: list[bool] = field(default_factory=list)
     drift: dict[int, float] = field(default_factory=dict)
+    regained: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def wanted(self) -> Scene:
+        """What is wanted now."""
+        return self.scenes[-1]
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ def run_chains(
         asked: list[tuple[int, Signal]] = []
         for index, chain in enumerate(chains):
             exercise = make(direction, rng, OneScene(chain.wanted), reserved_wordings=reserved_wordings)
-            chain.wanted = exercise.scenes[0]
+            chain.scenes.append(exercise.scenes[0])
             signals = [] if chain.broken else _reply(system, exercise, chain.now, modality)
             if len(signals) == 1:
                 asked.append((index, signals[0]))
@@ -123,25 +128,29 @@ def chain_findings(chain: Chain) -> dict[str, Finding]:
 
 
 def drift(chains: Sequence[Chain]) -> dict[str, Any]:
-    """Return, after 1, 3, 5 and 10 turns, how many chains are right and how far off untouched parts are.
+    """Return, after 1, 3, 5 and 10 turns, how many chains are right and how far off the other parts are.
 
-    ``untouched`` is a mean absolute difference from the source: in pixel values from 0 to 1, for sounds in
-    semitones. A chain in which a medium did not come counts as wrong, and not in ``untouched``.
+    ``untouched`` is a mean absolute difference from the source, where no wish so far asked for a change: in
+    pixel values from 0 to 1, for sounds in semitones. ``regained`` is the same where things are to be as they
+    were at first, whatever was asked for between. A chain in which a medium did not come counts as wrong, and
+    not in these.
     """
-    apart: dict[str, list[float]] = defaultdict(list)
-    for chain in chains:
-        for turn, value in chain.drift.items():
-            apart[str(turn)].append(value)
     return {
         "right": {str(t): _mean([float(chain.right[t - 1]) for chain in chains]) for t in DRIFT_AT},
-        "untouched": {turn: _mean(apart[turn]) for turn in map(str, DRIFT_AT) if apart[turn]},
-        "unit": "semitones" if isinstance(chains[0].source, Sound) else "of 1",
+        "untouched": _by_turn([chain.drift for chain in chains]),
+        "regained": _by_turn([chain.regained for chain in chains]),
+        "unit": "semitones" if isinstance(chains[0].wanted, Sound) else "of 1",
     }
+
+
+def _by_turn(found: Sequence[Mapping[int, float]]) -> dict[str, float]:
+    apart = {turn: [one[turn] for one in found if turn in one] for turn in DRIFT_AT}
+    return {str(turn): _mean(values) for turn, values in apart.items() if values}
 
 
 def _begun(scene: Scene, jitter: str) -> Chain:
     first = read_media(to_bytes(render(scene, random.Random(jitter))))
-    return Chain(scene, jitter, first, scene, first)
+    return Chain([scene], jitter, first, first)
 
 
 def _reply(system: System, exercise: Exercise, shown: Medium, modality: Modality) -> list[Signal]:
@@ -157,27 +166,31 @@ def _take(chain: Chain, data: bytes, turn: int) -> None:
     found = compare(judge(data), chain.wanted, judged(chain.wanted))
     chain.right.append(all(finding.right for finding in found.values()))
     if turn in DRIFT_AT:
-        apart = untouched_difference(chain.first, chain.now, chain.source, chain.wanted, chain.jitter)
-        if apart is not None:
-            chain.drift[turn] = apart
+        for kept, scenes in (
+            (chain.drift, chain.scenes),
+            (chain.regained, [chain.scenes[0], chain.wanted]),
+        ):
+            apart = untouched_difference(chain.first, chain.now, scenes, chain.jitter)
+            if apart is not None:
+                kept[turn] = apart
 
 
-def untouched_difference(
-    first: Medium, now: Medium, source: Scene, wanted: Scene, jitter: str
-) -> float | None:
-    """Return how far ``now`` is from ``first`` where ``source`` and ``wanted`` look or sound the same.
+def untouched_difference(first: Medium, now: Medium, scenes: Sequence[Scene], jitter: str) -> float | None:
+    """Return how far ``now`` is from ``first`` where all ``scenes`` look or sound the same.
 
-    None where nothing can be compared: no such pixels, another pitch, or silence.
+    The first scene is that of ``first``. None where nothing can be compared: no such pixels, another pitch,
+    or silence.
     """
     if isinstance(first, Audio) and isinstance(now, Audio):
-        assert isinstance(source, Sound)
-        assert isinstance(wanted, Sound)
-        apart = semitones_between(first, now) if source.pitch == wanted.pitch else float("inf")
+        pitches = {scene.pitch for scene in scenes if isinstance(scene, Sound)}
+        apart = semitones_between(first, now) if len(pitches) == 1 else float("inf")
         return apart if apart < float("inf") else None
-    before, goal, made = (_pixels(m) for m in (first, render(wanted, random.Random(jitter)), now))
+    before, made = _pixels(first), _pixels(now)
     if before.shape != made.shape:
         return None
-    same = np.abs(before - goal).max(axis=-1) <= _SAME_SHADE  # (..., H, W)
+    same = np.ones(before.shape[:-1], dtype=np.bool_)  # (..., H, W)
+    for scene in dict.fromkeys(scenes[1:]):
+        same &= np.abs(before - _pixels(render(scene, random.Random(jitter)))).max(axis=-1) <= _SAME_SHADE
     if same.mean() < _LEAST_SHARE:
         return None
     return float(np.abs(made - before)[same].mean()) / 255

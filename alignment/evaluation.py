@@ -244,10 +244,11 @@ def drift_table(chains: Mapping[str, Mapping[str, Any]]) -> str:
         found = row["drift"]
         right = " | ".join(f"{share:.1%}" for share in found["right"].values())
         lines.append(f"| {name} | right | {right} | |")
-        apart = found["untouched"]
-        cells = " | ".join(f"{apart[t]:.4f}" if t in apart else "" for t in ("1", "3", "5", "10"))
-        ratio = f"{apart['10'] / apart['1']:.2f}" if apart.get("1") and "10" in apart else ""
-        lines.append(f"| | untouched, {found['unit']} | {cells} | {ratio} |")
+        for measure, words in (("untouched", "untouched"), ("regained", "as at first")):
+            apart = found[measure]
+            cells = " | ".join(f"{apart[t]:.4f}" if t in apart else "" for t in ("1", "3", "5", "10"))
+            ratio = f"{apart['10'] / apart['1']:.2f}" if apart.get("1") and "10" in apart else ""
+            lines.append(f"| | {words}, {found['unit']} | {cells} | {ratio} |")
     return "\n".join(lines)
 
 
