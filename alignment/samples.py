@@ -24,6 +24,7 @@ from encoders.media import Audio, Image, Medium, Modality, read_media
 from llm.generate import ContextTooLong
 from llm.signals import Signal
 from llm.template import Dialogue, MediaTokens, Message, SignalPart
+from llm.template import Part as DialoguePart
 
 HUE_TOLERANCE_DEGREES, CENTRE_TOLERANCE_PX, TUNING_TOLERANCE_SEMITONES = 12.0, 3.0, 1.0
 MEASURED = ("hue", "centre", "fundamental")
@@ -179,7 +180,7 @@ def converse(system: System, sample: Sample) -> None:
                 return
             sample.spoken, sample.ids, sample.confidence = answer.parts, answer.ids, answer.confidence
             sample.replies.append(sample.signals)
-            parts: list[str | MediaTokens | SignalPart] = [
+            parts: list[DialoguePart] = [
                 SignalPart(part.modality) if isinstance(part, Signal) else part for part in answer.parts
             ]
             dialogue.append(Message("assistant", parts))

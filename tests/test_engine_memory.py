@@ -119,11 +119,14 @@ async def test_steps_that_reuse_deep_features_are_halved_too_and_nobody_takes_on
         assert isinstance(heard[-1], Decoded)
         return heard[-1]
 
-    results = await asyncio.gather(*(regrown(i, wish) for i, wish in enumerate(wishes)))
+    for _ in range(5):  # on a busy machine the requests may not meet at a step of the shallow twin
+        results = await asyncio.gather(*(regrown(i, wish) for i, wish in enumerate(wishes)))
+        for result, want in zip(results, expected, strict=True):
+            assert np.abs(result.medium.pixels.astype(int) - want.medium.pixels).max() <= 1
+        if set(failed) == {True, False}:
+            break
 
     assert set(failed) == {True, False}  # the whole network and its shallow twin
-    for result, want in zip(results, expected, strict=True):
-        assert np.abs(result.medium.pixels.astype(int) - want.medium.pixels).max() <= 1
 
 
 @pytest.mark.parametrize("tiled", [False, True])

@@ -628,7 +628,7 @@ _CHANGED: Mapping[type, tuple[str, ...]] = {
     Clip: ("colour", "motion", "tempo", "ground"),
     Sound: ("pitch", "count", "tempo", "loudness"),
 }
-_CHANGED_IN_TRAINING: Mapping[type, tuple[str, ...]] = _CHANGED | {Clip: (*_CHANGED[Clip], "size")}
+_CHANGED_IN_TRAINING: Mapping[type, tuple[str, ...]] = {**_CHANGED, Clip: (*_CHANGED[Clip], "size")}
 _NAMED: Mapping[str, tuple[tuple[str, ...], Mapping[str, Sequence[str]]]] = {
     "colour": (COLOURS, COLOUR_WORDS),
     "size": (SIZES, SIZE_WORDS),
