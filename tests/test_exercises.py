@@ -3,9 +3,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from alignment.toybox import wordings
+from alignment.toybox import changes, talk, wordings
 from alignment.toybox.exercises import DIRECTIONS, Exercise, FreshScenes, make
 from alignment.toybox.grammar import read_text
+from alignment.toybox.phrases import Phrases, Speaker, ways
 from alignment.toybox.world import Clip, Look, Sound, attributes
 
 
@@ -60,11 +61,11 @@ def test_an_unknown_direction_is_named_with_the_known_ones() -> None:
         make("smell-to-text", rng, FreshScenes(rng))
 
 
-def every_kind_of_phrase() -> list[wordings.Phrases]:
-    kinds = [value for value in vars(wordings).values() if isinstance(value, wordings.Phrases)]
-    for table in (wordings.WISHES, wordings.CHANGES, wordings.QUESTIONS):
+def every_kind_of_phrase() -> list[Phrases]:
+    kinds = [value for value in (vars(wordings) | vars(talk)).values() if isinstance(value, Phrases)]
+    for table in (wordings.WISHES, changes.CHANGES, talk.QUESTIONS):
         kinds += table.values()
-    return [*kinds, *(questions for questions, _ in wordings.TALK)]
+    return [*kinds, *(questions for questions, _ in talk.TALK)]
 
 
 def test_every_kind_of_phrase_keeps_some_for_tests_alone() -> None:
@@ -82,21 +83,21 @@ def test_bigger_and_louder_ask_for_the_next_value() -> None:
         "deeper": ("pitch", -1),
         "louder": ("loudness", 1),
     }
-    speaker = wordings.Speaker(3)
+    speaker = Speaker(3)
     met = set()
     for _ in range(3000):
         scene = speaker.choice((FreshScenes(speaker).look, FreshScenes(speaker).sound))()
-        goal, said = wordings.ask_for_change(scene, speaker)
+        goal, said = changes.ask_for_change(scene, speaker)
         for word, (name, step) in steps.items():
             if word in said.split():
-                order = wordings.STEP_WORDS[name][0]
+                order = changes.STEP_WORDS[name][0]
                 assert order.index(getattr(goal, name)) - order.index(getattr(scene, name)) == step, said
                 met.add(word)
     assert met == set(steps)
 
 
 def test_patterns_spell_out_all_their_ways_but_the_reserved_ones() -> None:
-    phrases = wordings.ways("(draw|draw|paint)( me|)", "show", reserved=("draw me", "sketch"))
+    phrases = ways("(draw|draw|paint)( me|)", "show", reserved=("draw me", "sketch"))
     assert phrases.training == ("draw", "draw", "paint me", "paint", "show")
     assert phrases.reserved == ("draw me", "sketch")
 

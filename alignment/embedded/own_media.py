@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from alignment.embedded.captions import Kind
+from alignment.toybox.changes import ask_for_change
 from alignment.toybox.exercises import judged
 from alignment.toybox.grammar import caption
 from alignment.toybox.media import compare, judge, to_bytes
-from alignment.toybox.wordings import Speaker, ask_for_change
+from alignment.toybox.phrases import Speaker
 from alignment.toybox.world import AUDIO_SAMPLES, Scene
 from decoders.latent_decoder import LatentDecoder
 from decoders.settings import DecodeSettings

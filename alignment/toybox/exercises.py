@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
-from alignment.toybox import wordings
+from alignment.toybox import changes, talk, wordings
 from alignment.toybox.grammar import (
     MOTION_PHRASES,
     SIZE_WORDS,
@@ -25,7 +25,7 @@ from alignment.toybox.grammar import (
     describe,
     with_typos,
 )
-from alignment.toybox.wordings import Speaker
+from alignment.toybox.phrases import Phrases, Speaker
 from alignment.toybox.world import (
     MOTIONS,
     PITCH_OF_SIZE,
@@ -210,7 +210,7 @@ def _wanted(rng: Speaker, draw: Callable[[], Scene], names: tuple[str, ...]) -> 
             return completed, omit
 
 
-_IMPERATIVES: Mapping[type, wordings.Phrases] = {
+_IMPERATIVES: Mapping[type, Phrases] = {
     Look: wordings.DRAW,
     Clip: wordings.FILM,
     Sound: wordings.PLAY,
@@ -322,7 +322,7 @@ def _audio_to_video(rng: Speaker, scenes: Scenes) -> Exercise:
 def _edit(rng: Speaker, draw: Callable[[], Scene]) -> Exercise:
     while True:
         scene = draw()
-        result, text = wordings.ask_for_change(scene, rng)
+        result, text = changes.ask_for_change(scene, rng)
         if result.held_out is scene.held_out or scene.held_out:
             return _single(_shown(rng, _said(text, rng), scene), result, judged(result))
 
@@ -400,14 +400,14 @@ def _conversation(rng: Speaker, scenes: Scenes) -> Exercise:
         wanted = rng.choice((_wanted_look, _wanted_look, _wanted_clip, _wanted_sound))
         scene, request = wanted(rng, scenes)
         turns = [Turn("user", (_said(request, rng),)), Turn("assistant", (caption(scene), scene))]
-        middle, text = wordings.ask_for_change(scene, rng)
+        middle, text = changes.ask_for_change(scene, rng)
         turns += [Turn("user", (_said(text, rng),)), Turn("assistant", (caption(middle), middle))]
         last, text, names = _follow_up(middle, rng)
         found = [scene.held_out, middle.held_out, last.held_out]
         if len(set(found)) == 1 or scene.held_out:
             break
     if rng.random() < 0.15:
-        turns = [Turn("user", ("hello",)), Turn("assistant", (wordings.GREETING,)), *turns]
+        turns = [Turn("user", ("hello",)), Turn("assistant", (talk.GREETING,)), *turns]
     return Exercise("", (*turns, Turn("user", (_said(text, rng),))), (caption(last), last), (names,))
 
 
@@ -427,7 +427,7 @@ def _new_subject(rng: Speaker, scenes: Scenes) -> Exercise:
 
 def _follow_up(scene: Scene, rng: Speaker) -> tuple[Scene, str, tuple[str, ...]]:
     if rng.random() < 0.5:
-        last, text = wordings.ask_for_change(scene, rng)
+        last, text = changes.ask_for_change(scene, rng)
         return last, text, judged(last)
     if isinstance(scene, Sound):
         look = typical_look(scene.thing, SIZE_OF_PITCH[scene.pitch], scene.count)
@@ -446,21 +446,21 @@ def _follow_up(scene: Scene, rng: Speaker) -> tuple[Scene, str, tuple[str, ...]]
 def _words_only(rng: Speaker, scenes: Scenes) -> Exercise:
     kind = rng.randrange(4)
     if kind == 0:
-        questions, answer = rng.choice(wordings.TALK)
+        questions, answer = rng.choice(talk.TALK)
         return Exercise("", (Turn("user", (_said(rng.say(questions), rng),)),), (answer,), ())
     if kind == 1:
         thing = rng.choice(THINGS)
         word = rng.choice(THING_WORDS[thing])
-        text = rng.say(wordings.TYPICAL_COLOUR_QUESTIONS).format(thing=word)
-        answer = wordings.TYPICAL_COLOUR_ANSWER.format(thing=thing, colour=TYPICAL_COLOUR[thing])
+        text = rng.say(talk.TYPICAL_COLOUR_QUESTIONS).format(thing=word)
+        answer = talk.TYPICAL_COLOUR_ANSWER.format(thing=thing, colour=TYPICAL_COLOUR[thing])
         return Exercise("", (Turn("user", (text,)),), (answer,), ())
     scene: Scene = rng.choice((scenes.look, scenes.clip, scenes.sound))()
     if kind == 2:
         made = Turn("assistant", (caption(scene), scene))
         before = (Turn("user", (f"{_asking(scene, rng)} {describe(scene, rng)}",)), made)
-        question, answer = wordings.ask_about(scene, rng)
+        question, answer = talk.ask_about(scene, rng)
         return Exercise("", (*before, Turn("user", (question,))), (answer,), ())
-    question, answer = wordings.ask_about(scene, rng)
+    question, answer = talk.ask_about(scene, rng)
     return Exercise("", (Turn("user", _shown(rng, question, scene)),), (answer,), ())
 
 

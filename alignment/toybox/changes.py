@@ -1,0 +1,212 @@
+"""How people ask for a change of what they see or hear: another value of one attribute, or the next one."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+
+from alignment.toybox.grammar import (
+    COLOUR_WORDS,
+    COUNT_WORDS,
+    GROUND_PHRASES,
+    LOUDNESS_WORDS,
+    MOTION_PHRASES,
+    PITCH_WORDS,
+    PLACE_PHRASES,
+    SIZE_WORDS,
+    TIMES_WORDS,
+)
+from alignment.toybox.phrases import Phrases, Speaker, ways
+from alignment.toybox.world import (
+    COLOURS,
+    COUNTS,
+    GROUNDS,
+    LOUDNESSES,
+    MOTIONS,
+    PITCHES,
+    PLACES,
+    SIZES,
+    TEMPOS,
+    Clip,
+    Look,
+    Scene,
+    Sound,
+    changed,
+)
+
+_SAME = "(the same one|the same thing|this one|this very one|it again) (but|only|just)"
+_LET_IT = "(i want it|i would like it|let it be|it should be|could it be|i want it to be|please let it be)"
+_MAY_IT = (
+    "(could it be|may it be|might it be|will it be|should it be|would it be|can this be|can this one be"
+    "|can the thing be|can we have it|can i have it|can you show it|could this be|is it possible to have it) "
+    "{word}?"
+)
+
+_A_BIT, _A_BIT_OR_NOT = " (||a bit |a little |much |even )", "(||a bit |a little |much |even )"
+
+CHANGES: Mapping[str, Phrases] = {
+    "colour": ways(
+        "(||now |please |and now )(make|turn|paint|colour) it {word}",
+        "(now |and |and now |)a {word} one",
+        "(change|set|switch) (the|its) colour to {word}",
+        "(in|now in|and in|do it in) {word}",
+        _SAME + " (|in ){word}",
+        _LET_IT + " {word}",
+        _MAY_IT,
+        reserved=("now make it {word}", "can it be {word}?", "the same but {word}"),
+    ),
+    "size": ways(
+        "(||please |and now )(make|let) it( be|) {word}",
+        "(now |and |and now |)a {word} one",
+        "(change|set|switch) (the|its) size to {word}",
+        _SAME + " {word}",
+        _LET_IT + " {word}",
+        _MAY_IT,
+        reserved=("now make it {word}", "can it be {word}?", "the same but {word}"),
+    ),
+    "place": ways(
+        "(move it to be|put it|please put it|place it|draw it|set it|move it so it is|and now put it) {word}",
+        "(now|and|and now|but now) {word}",
+        _SAME + " {word}",
+        _LET_IT + " {word}",
+        _MAY_IT,
+        reserved=("now put it {word}", "can it be {word}?", "the same but {word}"),
+    ),
+    "count": ways(
+        "(make it|now|and now|please make it) {word}( of them|)",
+        "(the same but|i want|show|show me|draw|let there be|there should be|i would like) {word} of them",
+        "(this one|this very one|the same thing|the very same|it again|just this)(,|, but| but) "
+        "{word} of them",
+        "(could|may|might|will|should) there be {word} of them?",
+        "can (we have|i have|i see|you draw|you show|you make it) {word} of them?",
+        reserved=(
+            "now make it {word} of them", "can there be {word} of them?", "the same one but {word} of them",
+        ),
+    ),
+    "times": ways(
+        "(make it sound|let it sound|play it|please play it|it should sound|i want to hear it) {word}",
+        "(now|and|and now|the same but|the same sound but|this one but|it again but) {word}",
+        "(could|may|might|will|would|should) it sound {word}?",
+        "can (this|this one|the sound) (be played|be heard|sound) {word}?",
+        reserved=("now play it {word}", "can it sound {word}?", "the same one but {word}"),
+    ),
+    "ground": ways(
+        "(put it|please put it|place it|draw it|set it|and now put it) {word}",
+        "(now|and|and now|but now) {word}",
+        "(change the background so it is|the background should be) {word}",
+        _SAME + " {word}",
+        _LET_IT + " {word}",
+        _MAY_IT,
+        reserved=("now put it {word}", "can it be {word}?", "the same but {word}"),
+    ),
+    "motion": ways(
+        "(now|and|and now|but now|show it|please show it|film it|make it go, i mean) {word}",
+        _SAME + " {word}",
+        _LET_IT + " {word}",
+        _MAY_IT,
+        reserved=("now show it {word}", "can it be {word}?", "the same but {word}"),
+    ),
+    "tempo": ways(
+        "(make it|now|and|and now|please make it|let it go|do it|play it) {word}",
+        "(the same but|the same thing but) {word}",
+        _LET_IT + " {word}",
+        _MAY_IT,
+        reserved=("now make it {word}", "can it be {word}?", "the same one but {word}"),
+    ),
+    "pitch": ways(
+        "(make it|please make it|and now make it|let it sound) {word}",
+        "(now |and |and now |)a {word} one",
+        "(change|set|switch) (the|its) pitch to {word}",
+        _SAME + " {word}",
+        _LET_IT + " {word}",
+        _MAY_IT,
+        reserved=("now make it {word}", "can it be {word}?", "the same but {word}"),
+    ),
+    "loudness": ways(
+        "(make it|now|and|and now|please make it|play it) {word}",
+        "(the same but|the same sound but) {word}",
+        _LET_IT + " {word}",
+        _MAY_IT,
+        reserved=("now make it {word}", "can it be {word}?", "the same one but {word}"),
+    ),
+    "bigger": ways(
+        "(||now |please |and now |but )(make|let|draw|show) it" + _A_BIT + "{word}",
+        "(now |and |and now |but |)" + _A_BIT_OR_NOT + "{word}(| please)",
+        "(now |and |and now |)a {word} one",
+        "(|now |please )let it be" + _A_BIT + "{word}",
+        _SAME + _A_BIT + "{word}",
+        _LET_IT + _A_BIT + "{word}",
+        _MAY_IT,
+        "(can|could) you make it" + _A_BIT + "{word}?",
+        reserved=("now make it {word}", "can it be {word}?", "the same but {word}"),
+    ),
+    "louder": ways(
+        "(||now |please |and now |but )(make|let|play|play) it" + _A_BIT + "{word}",
+        "(now |and |and now |but |)" + _A_BIT_OR_NOT + "{word}(| please)",
+        "(now |and |and now |)a {word} one",
+        "(|now |please )let it (be|sound)" + _A_BIT + "{word}",
+        _SAME + _A_BIT + "{word}",
+        _LET_IT + _A_BIT + "{word}",
+        _MAY_IT,
+        "(can|could) you (make|play) it" + _A_BIT + "{word}?",
+        reserved=("now make it {word}", "can it be {word}?", "the same but {word}"),
+    ),
+}  # fmt: skip
+"""How to ask for another value of an attribute; ``times`` is the count of a sound, ``bigger`` and ``louder``
+are for the next value of what is seen and heard."""
+
+_CHANGED: Mapping[type, tuple[str, ...]] = {
+    Look: ("colour", "size", "place", "count", "ground"),
+    Clip: ("colour", "motion", "tempo", "ground"),
+    Sound: ("pitch", "count", "tempo", "loudness"),
+}
+_CHANGED_IN_TRAINING: Mapping[type, tuple[str, ...]] = {**_CHANGED, Clip: (*_CHANGED[Clip], "size")}
+_NAMED: Mapping[str, tuple[tuple[str, ...], Mapping[str, Sequence[str]]]] = {
+    "colour": (COLOURS, COLOUR_WORDS),
+    "size": (SIZES, SIZE_WORDS),
+    "place": (PLACES, PLACE_PHRASES),
+    "ground": (GROUNDS, GROUND_PHRASES),
+    "motion": (MOTIONS, MOTION_PHRASES),
+    "pitch": (PITCHES, PITCH_WORDS),
+    "loudness": (LOUDNESSES, LOUDNESS_WORDS),
+}
+STEP_WORDS: Mapping[str, tuple[Sequence[str], Sequence[str], Sequence[str]]] = {
+    "size": (SIZES, ("smaller", "tinier"), ("bigger", "larger")),
+    "pitch": (PITCHES[::-1], ("lower", "deeper"), ("higher", "higher pitched")),
+    "loudness": (LOUDNESSES, ("quieter", "softer", "less loud"), ("louder", "noisier")),
+}
+"""Attributes whose values have an order: the values, and words for the one before and the one after."""
+_STEP_SHARE = 0.4
+
+
+def ask_for_change(scene: Scene, rng: Speaker) -> tuple[Scene, str]:
+    """Return the scene with one named attribute changed, and the words that ask for it."""
+    while True:
+        name = rng.choice((_CHANGED if rng.reserved else _CHANGED_IN_TRAINING)[type(scene)])
+        values, wording, word = _other_value(scene, name, rng)
+        if name == "place" and isinstance(scene, Look) and scene.count > 1:
+            continue
+        result = changed(scene, **values)
+        if result is not None and result != scene:
+            return result, rng.say(CHANGES[wording]).format(word=word)
+
+
+def _other_value(scene: Scene, name: str, rng: random.Random) -> tuple[dict[str, str | int | None], str, str]:
+    """Return a random value of an attribute, the key of the wordings that ask for it, and its word."""
+    if name == "count":
+        count = rng.choice(COUNTS)
+        if isinstance(scene, Look):
+            return {"count": count, "place": "middle" if count == 1 else None}, "count", COUNT_WORDS[count][0]
+        return {"count": count}, "times", rng.choice(TIMES_WORDS[count])
+    if name == "tempo":
+        tempo = rng.choice(TEMPOS)
+        return {"tempo": tempo}, "tempo", "slower" if tempo == "slow" else "faster"
+    allowed, words = _NAMED[name]
+    value = rng.choice(allowed)
+    if name in STEP_WORDS and rng.random() < _STEP_SHARE:
+        order, less, more = STEP_WORDS[name]
+        apart = order.index(value) - order.index(getattr(scene, name))
+        if abs(apart) == 1:
+            wording = "louder" if isinstance(scene, Sound) else "bigger"
+            return {name: value}, wording, rng.choice(less if apart < 0 else more)
+    return {name: value}, name, rng.choice(words[value])

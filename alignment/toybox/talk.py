@@ -1,0 +1,161 @@
+"""What people ask about media and about the agent, to be answered in words alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from alignment.toybox.grammar import COUNT_WORDS, MOTION_PHRASES, TIMES_WORDS
+from alignment.toybox.phrases import Phrases, Speaker, ways
+from alignment.toybox.world import COLOURS, THINGS, Clip, Look, Scene, Sound
+
+QUESTIONS: Mapping[str, Phrases] = {
+    "thing": ways(
+        "(what|which|what kind of) (thing|object) (is it|is that|is shown|do you notice)?",
+        "(which thing is this?|name the thing|what is it called?|what is its name?|what is that called?)",
+        "(tell me|say) (what thing it is|what it is called|which thing it is)",
+        reserved=("which thing is it?", "what thing is this?"),
+    ),
+    "colour": ways(
+        "(what|which) colour (does it have|has it|is the thing|is this)?",
+        "(what colour is it?|in which colour is it?|how is it coloured?|its colour?)",
+        "(name|tell me|say) (its colour|what colour it is|which colour it has|the colour of it)",
+        "(what|which) (is|was) the colour( of it| of this| of the thing|)?",
+        "(which|what) colour (was it|was this|does it show|may it be|did it have|do you see)?",
+        "(what was its colour?|which of the colours is it?|in what colour is it drawn?|and its colour?)",
+        reserved=("which colour is it?", "what is its colour?"),
+    ),
+    "size": ways(
+        "(what|which) size (does it have|has it|is the thing|is this)?",
+        "(what size is it?|how big is it?|how large is it?|is it big or small?|its size?)",
+        "(name|tell me|say) (its size|how big it is|which size it has|the size of it)",
+        "(what|which) (is|was) the size( of it| of this| of the thing|)?",
+        "(which|what) size (was it|was this|does it show|may it be|did it have|do you see)?",
+        "(what was its size?|which of the sizes is it?|how small is it?|and its size?)",
+        reserved=("which size is it?", "what is its size?"),
+    ),
+    "count": ways(
+        "how many (are there|do you see|of them are there|can you see|things are there|are in it)?",
+        "(count them|count the things|what is their number?)",
+        "(tell me|say) how many (there are|you see|of them there are)",
+        "how many of them (were there|can be seen|are to be seen|can you count|are shown)?",
+        "(how many were there?|how many things do you see?|and how many?|what is the number of them?)",
+        reserved=("how many of them do you see?", "how many are they?"),
+    ),
+    "times": ways(
+        "how (often|many times) (does it sound|is it|did it sound|can you hear it|is it heard)?",
+        "(how often do you hear it?|count the sounds)",
+        "(tell me how often it sounds|say how many times it sounds)",
+        reserved=("how many times do you hear it?",),
+    ),
+    "loudness": ways(
+        "(is|was) (it|this|that) (loud or quiet|quiet or loud)?",
+        "how loud (is it|was it|is that|is the sound)?",
+        "(tell me|say) (how loud it is|if it is loud or quiet)",
+        reserved=("how loud is this?",),
+    ),
+    "motion": ways(
+        "(where|which way) (is it going|does it go|is it moving)?",
+        "(how does it move?|how is it moving?|in which direction does it go?|is it moving, and where?)",
+        "(tell me|say) (how it moves|where it is going|which way it goes)",
+        reserved=("where does it move?",),
+    ),
+}
+"""Questions about one attribute of a medium; ``times`` is the count of a sound."""
+
+TYPICAL_COLOUR_QUESTIONS = ways(
+    "(what|which) colour (is|has) (a|the usual|every) {thing}?",
+    "(what|which) colour does (a|the usual) {thing}( usually|) have?",
+    "(tell me|name|say) (what|which) colour a {thing} (is|has)",
+    "how is a {thing} coloured?",
+    reserved=("what is the colour of a {thing}?", "tell me the colour of a {thing}"),
+)
+TYPICAL_COLOUR_ANSWER = "a {thing} is mostly {colour}"
+
+GREETING = "hello! tell me what to draw, film or play"
+TALK: tuple[tuple[Phrases, str], ...] = (
+    (
+        ways(
+            "(hello|hi|hey|good morning|good evening)(| again| you)",
+            "(hi there|hello there|good to see you)",
+            reserved=("hey there", "good day"),
+        ),
+        GREETING,
+    ),
+    (
+        ways(
+            "what (can|could) you (do|make|draw|show me)?",
+            "(what|which things|how many things) do you know?",
+            "(help|help me|who are you?|what are you?|what is this?|how does this work?)",
+            "(tell me|say) (who you are|what you know|which things you know|what you do)",
+            reserved=("tell me what you can do", "what things do you know?"),
+        ),
+        "i can draw, film and play twelve things: " + ", ".join(THINGS),
+    ),
+    (
+        ways(
+            "(thank you|thanks)(| very much| a lot| for this| again)",
+            "(great|good|wonderful|perfect)(|, thank you|, thank you very much)",
+            "(very nice|i like it|well done|that is good)",
+            reserved=("very nice, thank you", "great, thanks"),
+        ),
+        "you are welcome",
+    ),
+    (
+        ways(
+            "(bye|goodbye|see you)(| now| then| later| soon)",
+            "(ok, bye|good night|until tomorrow|i have to go)",
+            reserved=("bye bye", "thanks, bye"),
+        ),
+        "goodbye",
+    ),
+    (
+        ways(
+            "(which|what) colours (do you know|are there|can you draw|can you make|can i choose)?",
+            "(tell me|name|say|list) (the colours|your colours|all colours|which colours there are)",
+            reserved=("tell me the colours that you know",),
+        ),
+        "the colours are " + ", ".join(COLOURS),
+    ),
+    (
+        ways(
+            "(do not|don't|please do not|please don't) (draw|film|make|show me|record) (anything|a thing)",
+            "(do not|don't|please do not) (play|make) (a|any) (sound|video|picture)",
+            "(no|make no|i want no|i do not want a) (picture|sound|clip|image|film)( please|, please|)",
+            "(just|only|simply) (talk|talk to me|words|words please|text|text please|answer in words)",
+            "(do not film|do not draw|do not sing|stop drawing)",
+            "(no more pictures|no more sounds|nothing to see please)",
+            reserved=("do not play anything", "no video please"),
+        ),
+        "all right, only words",
+    ),
+    (
+        ways(
+            "(tell me|do you know|i want to hear) a (joke|riddle|secret|poem|fairy tale)",
+            "what is the (weather|time|date|news|capital of france|meaning of life)?",
+            "what is (two plus two|three times three|ten minus four|love|a number)?",
+            "(how old are you?|where do you live?|sing me a song|do you like me?|are you a robot?)",
+            "(who made you?|who is your friend?|what do you eat?|are you happy?|when do you sleep?)",
+            "(can you cook?|can you dance?|where are you from?|do you like music?|what did you do today?)",
+            reserved=("how are you?", "tell me a story", "what is your name?"),
+        ),
+        "i only know my toy box. ask me to draw, film or play something in it",
+    ),
+)
+"""Small talk: what a person may say, and the answer to all of it."""
+
+
+def ask_about(scene: Scene, rng: Speaker) -> tuple[str, str]:
+    """Return a question about one attribute of a scene, and its answer."""
+    choices = [("thing", scene.thing)]
+    if not isinstance(scene, Sound):
+        choices.append(("colour", scene.colour))
+        choices.append(("size", scene.size))
+    if isinstance(scene, Look):
+        choices.append(("count", COUNT_WORDS[scene.count][0]))
+    if isinstance(scene, Sound):
+        choices.append(("times", TIMES_WORDS[scene.count][0]))
+        choices.append(("loudness", scene.loudness))
+    if isinstance(scene, Clip):
+        choices.append(("motion", MOTION_PHRASES[scene.motion][0]))
+    question, answer = rng.choice(choices)
+    return rng.say(QUESTIONS[question]), answer
