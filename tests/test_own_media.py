@@ -9,8 +9,8 @@ import torch
 
 from alignment.embedded import own_media, pools
 from alignment.embedded.captions import Kind
-from alignment.embedded.dialogues import PoolScenes, encode_pools
-from alignment.embedded.own_media import EDIT_STRENGTHS, OwnMedia, edited, made
+from alignment.embedded.dialogues import MODALITY_OF, PoolScenes, encode_pools
+from alignment.embedded.own_media import MOST_EDITS, OwnMedia, edited, made
 from alignment.toybox.draw import draw_look
 from alignment.toybox.grammar import caption
 from alignment.toybox.media import render
@@ -20,7 +20,7 @@ from decoders.plan import Decoded
 from decoders.settings import DecodeSettings
 from encoders.encoder import Encoder
 from encoders.features import Features
-from encoders.media import Audio, Image, Medium, Modality
+from encoders.media import Image, Medium, Modality
 from services.presets import load_preset
 
 
@@ -28,33 +28,28 @@ class Renderer:
     """A decoder that knows the scenes and what becomes of them, and ends some of them wrong."""
 
     def __init__(self, kind: Kind, scenes: Sequence[Scene], wrong: Sequence[int] = ()) -> None:
-        self.ways = [edited(scene, f"{kind}-{i}") for i, scene in enumerate(scenes)]
+        self.ways = [edited(scene, f"{kind}-{i}", MOST_EDITS[kind]) for i, scene in enumerate(scenes)]
         self.known = {caption(scene): scene for way in self.ways for scene in way}
         self.wrong = {caption(self.ways[i][-1]) for i in wrong}
         self.asked: list[str] = []
         self.seeds: list[int | None] = []
-        self.changes: list[tuple[float | None, object, object]] = []
+        self.changes: list[Medium] = []
 
     def encode_caption(self, text: str) -> str:
         return text
-
-    def encode_source(self, medium: Medium) -> Medium:
-        return medium
 
     def decode_batch(
         self,
         conditions: Sequence[str],
         wishes: Sequence[DecodeSettings],
         *,
-        sources: Sequence[Medium] | None = None,
         originals: Sequence[Medium] | None = None,
     ) -> list[Decoded]:
         self.asked += conditions
-        if sources is None and originals is None:
+        if originals is None:
             self.seeds += [wish.seed for wish in wishes]
         else:
-            for i, wish in enumerate(wishes):
-                self.changes.append((wish.strength, sources and sources[i], originals and originals[i]))
+            self.changes += originals
         return [Decoded(self._medium(text), {}) for text in conditions]
 
     def _medium(self, text: str) -> Medium:
@@ -86,7 +81,7 @@ def test_what_came_out_right_is_kept_and_nothing_else(tmp_path: Path):
     assert len(set(renderer.seeds)) == 6
 
 
-def test_some_are_changed_as_an_edit_changes_them(tmp_path: Path):
+def test_some_pictures_are_changed_as_an_edit_changes_them_and_sounds_are_not(tmp_path: Path):
     looks: list[Scene] = [sample_look(random.Random(i)) for i in range(8)]
     sounds: list[Scene] = [sample_sound(random.Random(i)) for i in range(8)]
     of_looks, of_sounds = Renderer("look", looks), Renderer("sound", sounds)
@@ -95,19 +90,13 @@ def test_some_are_changed_as_an_edit_changes_them(tmp_path: Path):
     made(of_sounds.loaded, "sound", sounds, tmp_path)
 
     assert len(of_looks.changes) == sum(len(way) - 1 for way in of_looks.ways) > 0
-    assert all(
-        strength is None and start is None and isinstance(before, Image)
-        for strength, start, before in of_looks.changes
-    )
-    assert len(of_sounds.changes) == sum(len(way) - 1 for way in of_sounds.ways) > 0
-    assert all(
-        strength == EDIT_STRENGTHS["sound"] and isinstance(start, Audio) and before is None
-        for strength, start, before in of_sounds.changes
-    )
+    assert all(isinstance(before, Image) for before in of_looks.changes)
+    assert of_sounds.changes == []
+    assert of_sounds.asked == [caption(scene) for scene in sounds]
 
 
 def test_edits_change_one_thing_at_a_time_and_nothing_into_what_is_held_out():
-    ways = [edited(sample_clip(random.Random(i)), f"clip-{i}") for i in range(60)]
+    ways = [edited(sample_clip(random.Random(i)), f"clip-{i}", 2) for i in range(60)]
 
     assert {len(way) for way in ways} == {1, 2, 3}
     for way in ways:
@@ -120,11 +109,9 @@ def test_edits_change_one_thing_at_a_time_and_nothing_into_what_is_held_out():
 def test_the_preset_edits_as_own_media_were_edited():
     decoders = load_preset("toybox").decoders
 
-    assert decoders[Modality.AUDIO].edit_strength == EDIT_STRENGTHS["sound"]
-    assert all(
-        decoders[m].keep_untouched and decoders[m].edit_strength is None
-        for m in (Modality.IMAGE, Modality.VIDEO)
-    )
+    kept = {MODALITY_OF[kind]: most > 0 for kind, most in MOST_EDITS.items()}
+    assert {modality: decoder.keep_untouched for modality, decoder in decoders.items()} == kept
+    assert {decoder.edit_strength for decoder in decoders.values()} == {None}
 
 
 def test_rows_are_like_those_of_the_pools(tmp_path: Path):

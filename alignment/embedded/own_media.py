@@ -2,8 +2,8 @@
 
 A person goes on with what a decoder made: asks for a change of it, or what it sounds like. Trained on
 renderings alone, the encoder misread one in ten of these media, though the judge found all of their
-attributes right. Only those are kept here. Two thirds of them were changed once or twice after they were
-made, as an edit does it: sounds start from the sound before, pictures and clips keep what is not touched.
+attributes right. Only those are kept here. Two thirds of the pictures and clips were changed once or twice
+after they were made, as an edit does it: they keep what is not touched.
 
 Shape letters in this file:
     N media kept   F video frames   H, W pixels   L audio samples
@@ -33,9 +33,8 @@ from decoders.settings import DecodeSettings
 from encoders.media import Audio, Image, Medium, Video, read_media
 
 CHUNK = 200
-MOST_EDITS = 2
-EDIT_STRENGTHS: Mapping[Kind, float] = {"sound": 0.9}
-"""Of what starts from its source, as the preset has it; the others keep what is untouched."""
+MOST_EDITS: Mapping[Kind, int] = {"look": 2, "clip": 2, "sound": 0}
+"""An edited sound is a new one, as the preset has it."""
 OWN_SHARE = 0.35
 """Of the media that are met in training, those that the decoders made."""
 _BATCH = 20
@@ -65,23 +64,24 @@ def made(load: Callable[[], LatentDecoder], kind: Kind, scenes: Sequence[Scene],
     decoder: LatentDecoder | None = None
     kept, rows = list[Scene](), list[NDArray[Any]]()
     for start in track(range(0, len(scenes), CHUNK), description=f"own {kind}s"):
-        ways = [edited(scene, f"{kind}-{start + i}") for i, scene in enumerate(scenes[start : start + CHUNK])]
+        some = scenes[start : start + CHUNK]
+        ways = [edited(scene, f"{kind}-{start + i}", MOST_EDITS[kind]) for i, scene in enumerate(some)]
         path = cache / f"own-{kind}-{start}-{start + len(ways)}-edits.npz"
         if not path.exists():
             decoder = decoder or load()
-            _make(decoder, kind, ways, start, path)
+            _make(decoder, ways, start, path)
         with np.load(path) as file:
             kept += [ways[i][-1] for i in file["places"]]
             rows.append(file["rows"])
     return OwnMedia(kept, np.concatenate(rows))
 
 
-def edited(scene: Scene, name: str) -> list[Scene]:
-    """Return ``scene`` and what it is after each of some edits, none to two; ``name`` decides which."""
+def edited(scene: Scene, name: str, most: int) -> list[Scene]:
+    """Return ``scene`` and what it is after each of some edits, none to ``most``; ``name`` decides which."""
     rng = random.Random(name)
     speaker = Speaker.drawn_from(rng, reserved=False)
     way = [scene]
-    for _ in range(rng.randint(0, MOST_EDITS)):
+    for _ in range(rng.randint(0, most)):
         goal, _ = ask_for_change(way[-1], speaker)
         while goal.held_out:
             goal, _ = ask_for_change(way[-1], speaker)
@@ -89,9 +89,7 @@ def edited(scene: Scene, name: str) -> list[Scene]:
     return way
 
 
-def _make(
-    decoder: LatentDecoder, kind: Kind, ways: Sequence[Sequence[Scene]], first_seed: int, path: Path
-) -> None:
+def _make(decoder: LatentDecoder, ways: Sequence[Sequence[Scene]], first_seed: int, path: Path) -> None:
     right, rows = list[bool](), list[NDArray[Any]]()
     for start in range(0, len(ways), _BATCH):
         some = ways[start : start + _BATCH]
@@ -99,10 +97,11 @@ def _make(
             read_media(to_bytes(medium))
             for medium in _drawn(decoder, [way[0] for way in some], first_seed + start)
         ]
-        for turn in range(1, MOST_EDITS + 1):
+        for turn in range(1, max(map(len, some))):
             places = [i for i, way in enumerate(some) if len(way) > turn]
-            goals, before = [some[i][turn] for i in places], [media[i] for i in places]
-            changed = _changed(decoder, kind, goals, before, first_seed + start) if places else []
+            changed = _drawn(
+                decoder, [some[i][turn] for i in places], first_seed + start, [media[i] for i in places]
+            )
             for i, medium in zip(places, changed, strict=True):
                 media[i] = read_media(to_bytes(medium))
         for way, medium in zip(some, media, strict=True):
@@ -114,24 +113,12 @@ def _make(
     partial.replace(path)
 
 
-def _drawn(decoder: LatentDecoder, scenes: Sequence[Scene], seed: int) -> list[Medium]:
-    wishes = [DecodeSettings(seed=seed + i) for i in range(len(scenes))]
-    made = decoder.decode_batch([decoder.encode_caption(caption(scene)) for scene in scenes], wishes)
-    return [one.medium for one in made]
-
-
-def _changed(
-    decoder: LatentDecoder, kind: Kind, goals: Sequence[Scene], before: Sequence[Medium], seed: int
+def _drawn(
+    decoder: LatentDecoder, scenes: Sequence[Scene], seed: int, before: Sequence[Medium] | None = None
 ) -> list[Medium]:
-    strength = EDIT_STRENGTHS.get(kind)
-    wishes = [DecodeSettings(seed=seed + i, strength=strength) for i in range(len(goals))]
-    made = decoder.decode_batch(
-        [decoder.encode_caption(caption(goal)) for goal in goals],
-        wishes,
-        sources=None if strength is None else [decoder.encode_source(medium) for medium in before],
-        originals=before if strength is None else None,
-    )
-    return [one.medium for one in made]
+    wishes = [DecodeSettings(seed=seed + i) for i in range(len(scenes))]
+    conditions = [decoder.encode_caption(caption(scene)) for scene in scenes]
+    return [one.medium for one in decoder.decode_batch(conditions, wishes, originals=before)]
 
 
 def _row(medium: Medium) -> NDArray[Any]:

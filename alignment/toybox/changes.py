@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 
 from alignment.toybox.grammar import (
@@ -191,7 +190,7 @@ def ask_for_change(scene: Scene, rng: Speaker) -> tuple[Scene, str]:
             return result, rng.say(CHANGES[wording]).format(word=word)
 
 
-def _other_value(scene: Scene, name: str, rng: random.Random) -> tuple[dict[str, str | int | None], str, str]:
+def _other_value(scene: Scene, name: str, rng: Speaker) -> tuple[dict[str, str | int | None], str, str]:
     """Return a random value of an attribute, the key of the wordings that ask for it, and its word."""
     if name == "count":
         count = rng.choice(COUNTS)
@@ -206,7 +205,8 @@ def _other_value(scene: Scene, name: str, rng: random.Random) -> tuple[dict[str,
     if name in STEP_WORDS and rng.random() < _STEP_SHARE:
         order, less, more = STEP_WORDS[name]
         apart = order.index(value) - order.index(getattr(scene, name))
-        if abs(apart) == 1:
+        last = value in (order[0], order[-1])  # a person may mean more than one step by "bigger"
+        if abs(apart) == 1 and (last or not rng.reserved):
             wording = "louder" if isinstance(scene, Sound) else "bigger"
             return {name: value}, wording, rng.choice(less if apart < 0 else more)
     return {name: value}, name, rng.choice(words[value])
