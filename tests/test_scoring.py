@@ -122,7 +122,7 @@ async def test_scores_take_their_turn_with_streams_and_leave_nothing_behind() ->
         async with aclosing(engine.stream([user("draw a bell")], GenerationOptions(seed=1))) as stream:
             scoring = asyncio.create_task(engine.score(described()))
             dropped = asyncio.create_task(engine.score(described(1)))
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0)  # both wait for the engine now, and neither can be done
             dropped.cancel()
             async for _ in stream:
                 pass
