@@ -66,7 +66,7 @@ def test_fast_means_what_the_preset_says_and_a_number_says_more(tmp_path: Path) 
 
 
 def test_fast_of_the_embedded_model_is_what_its_measurement_says() -> None:
-    """A setting that loses at most one medium in a hundred."""
+    """The largest setting that loses at most one medium in a hundred."""
     result = json.loads((ROOT / "docs" / "benchmarks" / "decode.json").read_text())
     found = {
         (match[1], int(match[2])): row
@@ -79,7 +79,7 @@ def test_fast_of_the_embedded_model_is_what_its_measurement_says() -> None:
             for (name, every), row in found.items()
             if name == modality.value and row["value"] >= row["peer_value"] - 0.01
         ]
-        assert decoder.fast_deep_every in lossless
+        assert decoder.fast_deep_every == max(lossless)
 
 
 def test_an_unknown_preset_is_answered_with_the_known_ones() -> None:
