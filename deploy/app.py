@@ -6,6 +6,7 @@ of each deployment are set there.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,11 @@ class AppArgs(BaseModel):
         default=None, description="where the chat page finds the API; without it there is no page"
     )
     torch_threads: int = Field(default=1, ge=1, description="threads of each model replica")
+    language_model_threads: int = Field(
+        default=0,
+        ge=0,
+        description="most threads of the language model, for large passes on idle cores; 0: as many as cores",
+    )
     cpus_per_replica: float = Field(default=0.1, ge=0, description="what Ray books for each replica")
 
     @property
@@ -64,7 +70,12 @@ class AppArgs(BaseModel):
 def build_app(args: AppArgs) -> Application:
     """Wire the deployment graph. Called by Serve with the ``args:`` block of the config."""
     preset = load_preset(args.preset)
-    replica = ReplicaArgs(preset=str(preset.file), store=args.store_url, torch_threads=args.torch_threads)
+    replica = ReplicaArgs(
+        preset=str(preset.file),
+        store=args.store_url,
+        torch_threads=args.torch_threads,
+        language_model_threads=args.language_model_threads or os.cpu_count() or 1,
+    )
     usual: dict[str, Any] = {
         "num_replicas": 1,
         "ray_actor_options": {"num_cpus": args.cpus_per_replica},

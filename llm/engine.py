@@ -26,6 +26,7 @@ from torch import Tensor
 from llm.engine_request import Request, StepEvent
 from llm.fair_line import FairLine
 from llm.model import LanguageModel
+from llm.pass_threads import PassThreads
 from llm.reply import GenerationOptions
 from llm.request_lora import LoraRows, RequestLora
 from llm.sampling import Sampler
@@ -91,6 +92,8 @@ class Engine:
         context: positions per slot, prompt and reply; the model's own context by default.
         step_tokens: the most positions that one step feeds, except that all running replies always get
             their next token or block. What they leave over is for prompts, the oldest request first.
+        most_threads: of the CPU, for a pass over many positions; taken where they make it faster, see
+            :mod:`llm.pass_threads`. Other threads of this process should then not compute.
 
     Raises:
         ValueError: a size that cannot be, a model in training mode, or a base that the engine cannot
@@ -99,7 +102,13 @@ class Engine:
     """
 
     def __init__(
-        self, model: LanguageModel, *, slots: int = 8, context: int | None = None, step_tokens: int = 256
+        self,
+        model: LanguageModel,
+        *,
+        slots: int = 8,
+        context: int | None = None,
+        step_tokens: int = 256,
+        most_threads: int = 1,
     ) -> None:
         if model.training:
             raise ValueError("The model is in training mode; call model.eval() before it speaks.")
@@ -119,6 +128,7 @@ class Engine:
         self.model, self.step_tokens = model, step_tokens
         self._tables = model.tables()
         self._slot_model = SlotModel(model, slots, self.context)
+        self._threads = PassThreads(most_threads if model.device.type == "cpu" else 1)
         self._lora_rows = LoraRows(model.causal_lm)
         self._sampler = Sampler(model.tokenizer, model.device)
         self._slots = [Slot() for _ in range(slots)]
@@ -360,7 +370,7 @@ class Engine:
             starts = [slot.fed for slot, _ in shares]
             media = self._media_places(shares, length) if self.model.adapters else None
             worn = self._lora_rows.over(loras) if any(loras) else nullcontext()
-            with worn, self.model.step(embeddings, media):
+            with worn, self.model.step(embeddings, media), self._threads.over(len(shares) * length):
                 hidden = self._slot_model.run(embeddings, rows, starts, plain=any(loras))  # (B, T, D)
         except Exception as error:  # noqa: BLE001  (one request's error must not end the others)
             if len(group) == 1:

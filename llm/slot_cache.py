@@ -100,6 +100,7 @@ class SlotCache(Cache):
         self.kept = kept
         self.num_positions = 0
         self._places = torch.empty(0)
+        self._together: Sequence[Tensor] = ()
         self._rows: slice | Tensor = slice(0)
         self._seen = 0
         self._alone: tuple[int, int, Views] | None = (
@@ -150,28 +151,51 @@ class SlotCache(Cache):
         layer = self.kept[layer_idx]
         if not layer.is_initialized:
             layer.lazy_initialization(key_states, value_states)
+        spare = self._together or (None, None)
         return (
-            self._written(layer.keys, key_states),
-            self._written(layer.values, value_states),
+            self._written(layer.keys, key_states, spare[0]),
+            self._written(layer.values, value_states, spare[1]),
         )
 
-    def _written(self, kept: Tensor, states: Tensor) -> Tensor:
+    def _written(self, kept: Tensor, states: Tensor, spare: Tensor | None) -> Tensor:
         new = states.transpose(1, 2).flatten(0, 1)  # (B * T, H, K)
         kept.view(-1, *kept.shape[2:]).index_copy_(0, self._places, new)
         if isinstance(self._rows, slice):
             rows = kept[self._rows, : self._seen]  # (B, L, H, K)
-        else:
+        elif spare is None:
             rows = kept[:, : self._seen].index_select(0, self._rows)
+        else:
+            rows = spare[: self._rows.shape[0] * self._seen].view(-1, self._seen, *kept.shape[2:])
+            torch.index_select(kept[:, : self._seen], 0, self._rows, out=rows)
         return rows.transpose(1, 2)
+
+    def room_together(self, positions: int) -> list[Tensor]:
+        """Return where a pass copies its rows together, keys and values, ``(N, H, K)`` each for N positions.
+
+        All layers use the same: memory that was just written is near, and new memory of this size costs a
+        CPU more than the copy. None before the first pass, where the allocator keeps such memory itself, and
+        where layers differ in their shapes.
+        """
+        first = self.kept[0]
+        if not first.is_initialized or first.keys.device.type != "cpu" or not self._same_everywhere():
+            return []
+        if not self._together or len(self._together[0]) < positions:
+            size = (max(positions, self.num_positions), *first.keys.shape[2:])
+            self._together = [kept.new_empty(size) for kept in (first.keys, first.values)]
+        return [*self._together]
+
+    def _same_everywhere(self) -> bool:
+        return len({(layer.keys.shape, layer.values.shape) for layer in self.kept}) == 1
 
     def tensors(self) -> list[Tensor]:
         """Return keys and values of all layers, ``(S, C, H, K)`` each; none before the first pass."""
         layers = [layer for layer in self.kept if layer.is_initialized]
         return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
 
-    def hold(self, tensors: Sequence[Tensor]) -> None:
+    def hold(self, tensors: Sequence[Tensor], together: Sequence[Tensor] = ()) -> None:
         """Keep ``tensors``, in the order of :meth:`tensors`, in place of what is there."""
         self._views = None
+        self._together = together
         for number, layer in enumerate(self.kept):
             layer.keys, layer.values = tensors[2 * number : 2 * number + 2]
 

@@ -77,11 +77,13 @@ class SlotPass(nn.Module):
             rows: ``(B,)``, the slots.
             between: the first slot, and the first behind the last.
             steps: ``(L,)``, the positions that the pass looks back on: 0, 1, 2 and so on.
-            kept: what the cache is to hold. None leaves there what is there.
+            kept: what the cache is to hold, and behind it where rows are copied together, if there is such a
+                place. None leaves there what is there.
 
         """
         if kept:
-            self.cache.hold(kept)
+            count = 2 * len(self.cache.kept)
+            self.cache.hold(kept[:count], kept[count:])
         self.cache.aim(places, rows if self.copies else slice(*between), steps.shape[0])
         return self.take(embeddings, at, steps)
 
@@ -312,6 +314,8 @@ class SlotModel:
         is_compiled = self._compiled is not None and not plain and embeddings.shape[1] == 1
         if len(rows) == 1 and not (is_compiled or copies) and self._fits(starts[0] + embeddings.shape[1]):
             return self._take_alone(embeddings, rows[0], starts[0])
+        if copies:
+            self.cache.room_together(len(rows) * seen)
         passes = self._compiled if self._compiled is not None and is_compiled else self._passes
         hidden: Tensor = passes[copies](*self._inputs(embeddings, rows, starts))
         return hidden
@@ -360,7 +364,8 @@ class SlotModel:
     ) -> tuple[Any, ...]:
         """Return what a recorded pass takes, in which everything is a tensor."""
         *first, (low, high), steps = self._inputs(embeddings, rows, starts)
-        return (*first, (torch.tensor(low), torch.tensor(high)), steps, *self.cache.tensors())
+        together = self.cache.room_together(len(rows) * len(steps))
+        return (*first, (torch.tensor(low), torch.tensor(high)), steps, *self.cache.tensors(), *together)
 
     def _is_long(self, positions: int) -> bool:
         """Whether so many positions of one tensor are better copied together."""

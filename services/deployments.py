@@ -55,6 +55,7 @@ class ReplicaArgs(BaseModel):
     preset: str
     store: str = Field(description="URL of the artefact store, reachable from every machine")
     torch_threads: int = Field(default=1, ge=1)
+    language_model_threads: int = Field(default=1, ge=1)
 
 
 def _failure(error: Exception) -> Failure:
@@ -100,7 +101,7 @@ class LanguageModelReplica:
         _use_threads(args.torch_threads)
         from services.local_language_model import LocalLanguageModel
 
-        self.box = LocalLanguageModel(load_preset(args.preset))
+        self.box = LocalLanguageModel(load_preset(args.preset), args.language_model_threads)
         self.box.load()
         self.box.warm_up()
 

@@ -47,10 +47,10 @@ from services.presets import Preset
 
 
 class LocalLanguageModel:
-    """Speaks: words, and signals for media."""
+    """Speaks: words, and signals for media. A large pass on a CPU takes up to ``most_threads``."""
 
-    def __init__(self, preset: Preset) -> None:
-        self.preset = preset
+    def __init__(self, preset: Preset, most_threads: int = 1) -> None:
+        self.preset, self.most_threads = preset, most_threads
         self.engine: AsyncEngine | None = None
         self.adapters: AdapterShelf[RequestLora] = AdapterShelf(preset, "language_model")
         self._lm: PreTrainedModel | None = None
@@ -80,7 +80,11 @@ class LocalLanguageModel:
                     model.to(device)
                 self._lm = model.causal_lm
                 engine = Engine(
-                    model, slots=options.slots, context=options.context, step_tokens=options.step_tokens
+                    model,
+                    slots=options.slots,
+                    context=options.context,
+                    step_tokens=options.step_tokens,
+                    most_threads=self.most_threads,
                 )
                 compile_if_possible("language model", options.compile, engine)
                 self.engine = AsyncEngine(engine, "language-model")

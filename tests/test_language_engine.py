@@ -123,6 +123,7 @@ def test_states_at_any_rows_and_positions_are_those_of_full_passes(
 
         check([0, 1, 2, 3], 1)
         check([0, 3], 4)
+        assert [len(place) for place in slots.cache.room_together(0)] == [256, 256]  # copied together there
         check([1, 2, 3], 2)
         slots.cache.swap(1, 4, 20)
         slots.cache.copy(1, 5, 20)
