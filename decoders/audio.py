@@ -107,6 +107,11 @@ class AudioDecoder(LatentDecoder):
     def _sizes(self, medium: Audio) -> dict[str, Any]:
         return {"duration_s": len(medium.samples) / medium.rate, "rate_hz": medium.rate}
 
+    def _fitted(self, original: Medium, settings: DecodeSettings) -> Audio:
+        self._expect(original)
+        assert isinstance(original, Audio)
+        return original
+
     def _encoded(self, medium: Medium, settings: DecodeSettings, *, sliced: bool) -> Tensor:
         """Return the latents ``(C, n, m)`` of a sound, cut or filled with silence to the wanted length."""
         assert isinstance(medium, Audio)

@@ -41,10 +41,10 @@ from decoders.pipeline_folder import DEFAULTS_FILE, PipelineFolder
 from decoders.plan import Decoded, Plan
 from decoders.preview import LinearPreview
 from decoders.quick_network import Capture, QuickNetwork
-from decoders.settings import USUAL_STRENGTH, DecoderDefaults, DecodeSettings, WrongSetting
+from decoders.settings import USUAL_STRENGTH, DecoderDefaults, DecodeSettings
 from decoders.thrift import Thrift, aside
 from decoders.untouched import with_kept
-from encoders.media import Image, Medium, Modality, Video
+from encoders.media import Image, Medium, Modality
 
 VaeUse = Literal["whole", "sliced", "tiled"]
 
@@ -468,13 +468,9 @@ class LatentDecoder(ABC):
     def _encoded(self, medium: Medium, settings: DecodeSettings, *, sliced: bool) -> Tensor:
         """Return the latents of a medium of this modality ``(...)`` on the CPU."""
 
-    def _fitted(self, original: Medium, settings: DecodeSettings) -> Image | Video:
-        """Return an original in the size that ``settings`` ask for."""
-        raise WrongSetting(
-            "keep_untouched",
-            f"keep_untouched compares pixels, and {original.modality.value} has none. Leave it out; a "
-            f"strength below 1 keeps more of what there was.",
-        )
+    @abstractmethod
+    def _fitted(self, original: Medium, settings: DecodeSettings) -> Medium:
+        """Return an original of this modality in the size that ``settings`` ask for, if size matters."""
 
     @abstractmethod
     def _load_networks(self) -> None:

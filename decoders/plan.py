@@ -10,8 +10,8 @@ from decoders.condition import Condition, digest
 from decoders.denoising import steps_run
 from decoders.lora import DecoderLora
 from decoders.settings import DecodeSettings
-from decoders.untouched import pixels_of
-from encoders.media import Image, Medium, Video
+from decoders.untouched import values_of
+from encoders.media import Medium
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -36,7 +36,7 @@ class Plan:
     shape: tuple[int, ...]
     source: Tensor | None
     lora: DecoderLora | None = None
-    original: Image | Video | None = None
+    original: Medium | None = None
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -81,5 +81,5 @@ class Plan:
         if self.source is not None:
             manifest |= {"source": digest(self.source), "strength": self.strength}
         if self.original is not None:
-            manifest["original"] = digest(torch.tensor(pixels_of(self.original)))
+            manifest["original"] = digest(torch.tensor(values_of(self.original)))
         return manifest

@@ -88,8 +88,8 @@ class DecodeSettings:
     :mod:`decoders.deep_features`). ``fast`` leaves that n to the preset: a decoder alone knows no such thing.
     ``lora`` names LoRA that the network wears for this request (see :mod:`decoders.lora`). ``strength``, in
     (0, 1], is how far to go away from a source that the request starts from; only that part of the steps is
-    taken. ``keep_untouched`` gives the medium the pixels of an original wherever they agree (see
-    :mod:`decoders.untouched`). Immutable; checked when made.
+    taken. ``keep_untouched`` gives the medium the pixels of an original wherever they agree, or its tuning
+    (see :mod:`decoders.untouched`). Immutable; checked when made.
     """
 
     seed: int | None = None

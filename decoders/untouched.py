@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from encoders.media import Image, Medium, Video
+from decoders.tuning import keep_tuning
+from encoders.media import Audio, Image, Medium, Video
 
 Pixels = NDArray[np.uint8]
 
@@ -31,14 +32,27 @@ _FAINT = 0.02
 """Where fewer of the pixels around were kept, what is new keeps its own shade."""
 
 
-def with_kept(medium: Medium, original: Image | Video | None) -> Medium:
-    """Return a picture or video with what :func:`keep_untouched` keeps of an original, if there is one."""
+def with_kept(medium: Medium, original: Medium | None) -> Medium:
+    """Return a medium with what is kept of an original of its kind, if there is one.
+
+    Of pictures and videos that is pixels, see :func:`keep_untouched`; of sounds their tuning, see
+    :func:`decoders.tuning.keep_tuning`.
+    """
     if original is None:
         return medium
+    if isinstance(medium, Audio):
+        assert isinstance(original, Audio)
+        return keep_tuning(original, medium)
+    assert not isinstance(original, Audio)
     if isinstance(medium, Image):
         return Image(keep_untouched(pixels_of(original), medium.pixels))
     assert isinstance(medium, Video)
     return Video(keep_untouched(pixels_of(original), medium.frames), medium.fps)
+
+
+def values_of(medium: Medium) -> NDArray[np.generic]:
+    """Return what a medium consists of: its pixels, or its samples."""
+    return medium.samples if isinstance(medium, Audio) else pixels_of(medium)
 
 
 def pixels_of(medium: Image | Video) -> Pixels:

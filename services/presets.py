@@ -152,8 +152,8 @@ class DecoderPreset(BoxPreset):
     :mod:`decoders.deep_features`), ``fast_deep_every`` where it says ``fast``; `patchbay bench decode`
     measures both. ``edit_strength`` lets every medium start from the newest one of its kind in the
     conversation, so far away from it, where a request names no ``strength``; None starts from noise.
-    ``keep_untouched`` gives every picture or video the pixels of the newest one wherever they agree, unless a
-    request says otherwise (see :mod:`decoders.untouched`).
+    ``keep_untouched`` gives every picture or video the pixels of the newest one wherever they agree, and
+    every sound the tuning of the newest one, unless a request says otherwise (see :mod:`decoders.untouched`).
     ``compile`` is that of :class:`LanguageModelPreset`, for the denoising network.
     """
 

@@ -69,7 +69,9 @@ class DecoderRequest(Body):
     seconds: float | None = None
     lora: Annotated[str | None, Field(min_length=1, description="name of an adapter for this decoder")] = None
     strength: Annotated[float | None, Field(description="start from the newest medium of this kind")] = None
-    keep_untouched: Annotated[bool | None, Field(description="of that medium, where both agree")] = None
+    keep_untouched: Annotated[
+        bool | None, Field(description="of that medium, where both agree: its pixels, or its tuning")
+    ] = None
     fast: Annotated[bool | None, Field(description="reuse deep features as the preset says")] = None
     deep_every: Annotated[int | None, Field(description="reuse deep features for so many steps")] = None
 

@@ -1,6 +1,7 @@
 import json
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from diffusers import AudioLDMPipeline
 from decoders.audio import AudioDecoder
 from decoders.condition import Condition, ConditionSpec
 from decoders.denoising import Cancelled, make_scheduler
-from decoders.settings import SCHEDULER_NAMES, DecodeSettings, WrongSetting
+from decoders.settings import SCHEDULER_NAMES, DecodeSettings
 from decoders.vocoder import GriffinLimVocoder
 from encoders.media import Audio, Image
 from tests import tiny_pipelines
@@ -202,7 +203,29 @@ def test_a_missing_vocoder_is_named(folder: Path, tmp_path: Path) -> None:
         AudioDecoder.load(copy)
 
 
-def test_a_sound_keeps_no_pixels_of_another(decoder: AudioDecoder) -> None:
-    sound = Audio(np.zeros(16000, np.float32), 16000)
-    with pytest.raises(WrongSetting, match="keep_untouched compares pixels, and audio has none"):
-        decoder.decode(decoder.encode_caption(CAPTION), original=sound)
+def test_a_sound_keeps_the_tuning_of_another(decoder: AudioDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Audio, Audio]] = []
+
+    def tuned(original: Audio, edited: Audio) -> Audio:
+        asked.append((original, edited))
+        return Audio(edited.samples / 2, edited.rate)
+
+    monkeypatch.setattr("decoders.untouched.keep_tuning", tuned)
+    condition, wishes = decoder.encode_caption(CAPTION), DecodeSettings(seed=3, steps=2)
+    sound = Audio(np.ones(16000, np.float32) / 4, 16000)
+
+    plain = decoder.decode(condition, wishes)
+    kept = decoder.decode(condition, wishes, original=sound)
+    alone = decoder.decode(condition, replace(wishes, keep_untouched=False), original=sound)
+
+    assert [original for original, _ in asked] == [sound]
+    np.testing.assert_array_equal(kept.medium.samples, plain.medium.samples / 2)
+    np.testing.assert_array_equal(alone.medium.samples, plain.medium.samples)
+    assert "original" in kept.manifest
+    assert "original" not in alone.manifest
+
+
+def test_a_sound_keeps_nothing_of_a_picture(decoder: AudioDecoder) -> None:
+    picture = Image(np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match="audio"):
+        decoder.decode(decoder.encode_caption(CAPTION), original=picture)
