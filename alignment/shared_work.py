@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from alignment.chatter import hush
 from alignment.kept_results import KeptResults
+from alignment.orphans import end_with_parent
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -77,6 +78,7 @@ def share(
 
 
 def _prepare(pickled: bytes) -> None:
+    end_with_parent()
     hush()  # before the modules that the worker needs are imported, which is when it is unpickled
     torch.set_num_threads(1)
     make_worker: Callable[[], Callable[[Any], Any]] = pickle.loads(pickled)

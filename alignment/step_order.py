@@ -11,6 +11,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from alignment.chatter import hush
+from alignment.orphans import end_with_parent
 
 Needs = Mapping[str, Sequence[str]]
 
@@ -38,7 +39,7 @@ def run_in_order(needs: Needs, work: Callable[[str], None], jobs: int, logs: Pat
     context = multiprocessing.get_context("spawn")  # forks of a process with threads may hang
     left, ended = list(needs), set[str]()
     running: dict[Future[float], str] = {}
-    with ProcessPoolExecutor(jobs, context, hush, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(jobs, context, _begin, max_tasks_per_child=1) as pool:
         while left or running:
             ready = [step for step in left if ended.issuperset(needs[step])][: jobs - len(running)]
             if not ready and not running:
@@ -53,6 +54,11 @@ def run_in_order(needs: Needs, work: Callable[[str], None], jobs: int, logs: Pat
                 seconds = future.result()
                 ended.add(step)
                 print(f"{step}: {seconds:.0f} s, {len(ended)} of {len(needs)} steps done", flush=True)
+
+
+def _begin() -> None:
+    end_with_parent()
+    hush()
 
 
 def _logged(work: Callable[[str], None], step: str, log: Path) -> float:
