@@ -32,6 +32,7 @@ from alignment.embedded.denoisers import ConditionedDenoiser, train_denoiser
 from alignment.embedded.dialogues import encode_pools, sample_dialogues
 from alignment.embedded.export import MODALITIES, export_aligned, export_decoder, export_encoder
 from alignment.embedded.language import train_base
+from alignment.embedded.late_sounds import late_sounds
 from alignment.embedded.own_media import OwnMedia, made
 from alignment.fitting import FitConfig, plot_losses
 from alignment.stages import STAGES, Aligned, run_stage
@@ -74,7 +75,7 @@ RECIPES: Mapping[str, FitConfig] = {
     "sound-captions": _CAPTIONS,
     "look-denoiser": replace(_DENOISER, average_decay=0.998, muon=True),
     "clip-denoiser": replace(_DENOISER, num_steps=3400, average_decay=0.998, muon=True),
-    "sound-denoiser": replace(_DENOISER, average_decay=0.998, muon=True),
+    "sound-denoiser": replace(_DENOISER, num_steps=8000, average_decay=0.998, muon=True),
     "language": FitConfig(
         num_steps=3000, learning_rate=2e-3, average_decay=0.995, flat_fraction=0.4, muon=True
     ),
@@ -94,7 +95,7 @@ RECIPES: Mapping[str, FitConfig] = {
         num_steps=1100, learning_rate=1e-3, average_decay=0.99, flat_fraction=0.4, muon=True
     ),
     "instruction": FitConfig(
-        num_steps=2200, learning_rate=1e-3, average_decay=0.995, flat_fraction=0.4, muon=True
+        num_steps=4000, learning_rate=1e-3, average_decay=0.995, flat_fraction=0.4, muon=True
     ),
 }
 """The steps in their order, with lengths and rates that fit two cores."""
@@ -268,6 +269,8 @@ def _denoiser(work: Run, kind: Kind) -> ConditionedDenoiser:
     return train_denoiser(
         kind, _trained_captions(work, kind), latents, work.folder / step, work.config(step),
         _trained_pictures(work) if kind == "clip" else None,
+        late_sounds(work.cache, pools.sound_mels(work.cache, work.sizes.sounds), encode, WIDTH)
+        if kind == "sound" else None,
     )  # fmt: skip
 
 

@@ -61,3 +61,23 @@ def test_a_saved_one_loads_again_with_its_own_configuration(tmp_path: Path) -> N
 def test_levels_that_do_not_begin_with_the_folds_are_refused() -> None:
     with pytest.raises(ValueError, match=r"must start with \(3, 12\)"):
         PatchAutoencoderKL(block_out_channels=(16, 16, 16, 16))
+
+
+def test_levelling_its_channels_changes_nothing_that_comes_out() -> None:
+    model, pictures = tiny(latent_channels=8), stripes(64)
+    with torch.no_grad():
+        model.linear_in.weight.mul_(torch.arange(1.0, 9).view(8, 1, 1, 1))
+        model.linear_in.bias.add_(torch.arange(8.0))  # means to be taken away
+        before = model.encode(pictures).latent_dist
+        rebuilt = model.decode(before.mode()).sample
+
+        model.level_channels(before.mode())
+
+        after = model.encode(pictures).latent_dist
+        again = model.decode(after.mode()).sample
+    spread = before.mode().std((0, 2, 3))
+    assert spread.max() > 2 * spread.min()
+    torch.testing.assert_close(again, rebuilt, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(after.mode().mean((0, 2, 3)), torch.zeros(8), atol=1e-4, rtol=0)
+    torch.testing.assert_close(after.mode().std((0, 2, 3)), spread.sqrt())
+    torch.testing.assert_close(after.std / before.std, spread.rsqrt().view(1, -1, 1, 1).expand(64, 8, 2, 2))

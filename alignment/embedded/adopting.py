@@ -77,6 +77,7 @@ def _adopt_decoder(kind: Kind, pipeline: Path, folder: Path) -> None:
     captions = folder / f"{kind}-captions"
     begin_from(captions, _floats(load_file(pipeline / _TEXT_ENCODER), "encoder.model."))
     shutil.copytree(pipeline / "tokenizer", captions / "tokenizer")
+    shutil.copy(pipeline / "text_encoder" / "config.json", captions / "config.json")
 
 
 def _adopt_language(base: Path, folder: Path) -> None:

@@ -55,7 +55,7 @@ def train_picture_autoencoder(
 
     fit("picture autoencoder", model, losses, config, folder)
     latents = [_mean_latents(model, as_pixels(torch.from_numpy(np.asarray(looks[:512]))))]
-    return _scaled(model, torch.cat(latents))
+    return _levelled(model, torch.cat(latents))
 
 
 def train_spectrogram_autoencoder(
@@ -74,7 +74,7 @@ def train_spectrogram_autoencoder(
     fit("spectrogram autoencoder", model, losses, config, folder)
     with torch.inference_mode():
         latents = _mean_latents(model, as_mels(torch.from_numpy(np.asarray(mels[:256]))))
-    return _scaled(model, latents)
+    return _levelled(model, latents)
 
 
 def encoder_of(model: PatchAutoencoderKL, kind: str) -> LatentFunction:
@@ -119,8 +119,10 @@ def _mean_latents(model: PatchAutoencoderKL, batch: Tensor) -> Tensor:
     return model.encode(batch).latent_dist.mode()  # type: ignore[no-any-return]
 
 
-def _scaled(model: PatchAutoencoderKL, latents: Tensor) -> PatchAutoencoderKL:
-    model.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+def _levelled(model: PatchAutoencoderKL, latents: Tensor) -> PatchAutoencoderKL:
+    model.level_channels(latents)
+    spread = latents.std((0, 2, 3)).mean().sqrt()  # of levelled ones, of all channels together
+    model.register_to_config(scaling_factor=round(1 / spread.item(), 5))
     model.eval()
     return model
 

@@ -38,6 +38,7 @@ from alignment.toybox.world import Scene
 Kind = Literal["look", "clip", "sound"]
 CAPTION_TOKENS = 24
 WIDTH = 128
+FEED_WIDTH = 192
 SAMPLERS: Mapping[Kind, Callable[[random.Random], Scene]] = {
     "look": world.sample_look,
     "clip": world.sample_clip,
@@ -100,11 +101,13 @@ def kept_tokenizer(kind: Kind, folder: Path) -> PreTrainedTokenizerBase:
     return kept
 
 
-def build(kind: Kind, tokenizer: PreTrainedTokenizerBase) -> CLIPTextModel | ClapTextModelWithProjection:
+def build(
+    kind: Kind, tokenizer: PreTrainedTokenizerBase, feed_width: int = FEED_WIDTH
+) -> CLIPTextModel | ClapTextModelWithProjection:
     """Return an untrained text encoder of the class that the decoder's pipeline expects."""
     sizes: dict[str, Any]
     sizes = {"vocab_size": len(tokenizer), "hidden_size": WIDTH, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "intermediate_size": 4 * WIDTH}  # fmt: skip
+             "num_attention_heads": 4, "intermediate_size": feed_width}  # fmt: skip
     ids: dict[str, Any]
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
            "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
@@ -151,9 +154,14 @@ class _Attributes(nn.Module):
 def train_caption_encoder(
     kind: Kind, folder: Path, config: FitConfig, batch_size: int = 64
 ) -> CaptionEncoder:
-    """Teach a text encoder to tell the attributes of the described scene apart."""
+    """Teach a text encoder to tell the attributes of the described scene apart.
+
+    With a ``config.json`` in ``folder``, as an adopted run has it, it is as wide as that one.
+    """
     tokenizer = kept_tokenizer(kind, folder / "tokenizer")
-    encoder = CaptionEncoder(kind, tokenizer, build(kind, tokenizer))
+    begun = folder / "config.json"
+    feed_width = json.loads(begun.read_text())["intermediate_size"] if begun.is_file() else FEED_WIDTH
+    encoder = CaptionEncoder(kind, tokenizer, build(kind, tokenizer, feed_width))
     example = SAMPLERS[kind](random.Random(0))
     names = [name for name in CLASSES if hasattr(example, name)]
     model = _Attributes(encoder, names)

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.models.unets.unet_3d_condition import UNet3DConditionModel
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from alignment.embedded import pools
 from alignment.embedded.captions import CAPTION_TOKENS, WIDTH, CaptionEncoder, Kind, spoken
 from alignment.embedded.inflation import inflate
+from alignment.embedded.late_sounds import SHARE, LateSounds
 from alignment.fitting import FitConfig, fit, half_precision, training_device
 from alignment.toybox.world import Scene
 
@@ -98,8 +100,17 @@ class ConditionedDenoiser(nn.Module):
         prediction: Tensor = out.float()
         return prediction
 
-    def loss(self, latents: Tensor, texts: list[str], generator: torch.Generator) -> Tensor:
-        """Velocity loss of one batch of clean latents ``(B, C, ...)`` (Salimans and Ho 2022, appendix D)."""
+    def loss(
+        self,
+        latents: Tensor,
+        texts: list[str],
+        generator: torch.Generator,
+        marks: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity loss of one batch of clean latents ``(B, C, ...)`` (Salimans and Ho 2022, appendix D).
+
+        ``marks`` ``(B, E)`` are added to what the captions of sounds give.
+        """
         B = len(latents)
         level = torch.sigmoid(torch.randn(B, generator=generator) + NOISE_SHIFT[self.kind])
         even = torch.rand(B, generator=generator)
@@ -107,7 +118,10 @@ class ConditionedDenoiser(nn.Module):
         timesteps = (level * 1000).long().clamp(0, 999).to(latents.device)  # (B,)
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        predicted = self.predict(noisy, timesteps, self._condition(texts))
+        condition = self._condition(texts)
+        if marks is not None:
+            condition = F.normalize(condition + marks.to(condition.device), dim=-1)
+        predicted = self.predict(noisy, timesteps, condition)
         target: Tensor = self.scheduler.get_velocity(latents, noise, timesteps)
         error = predicted - target
         loss = error.square().mean()
@@ -125,7 +139,7 @@ def _movement_missed(error: Tensor, latents: Tensor) -> Tensor:
 
 def train_denoiser(
     kind: Kind, captions: CaptionEncoder, latents: NDArray[np.float16], folder: Path, config: FitConfig,
-    pictures: UNet2DConditionModel | None = None,
+    pictures: UNet2DConditionModel | None = None, late: LateSounds | None = None,
 ) -> ConditionedDenoiser:  # fmt: skip
     """Train a denoiser; the result holds the averaged weights.
 
@@ -136,6 +150,7 @@ def train_denoiser(
         folder: for checkpoints and logs.
         config: length and rates; it should ask for an average.
         pictures: the trained denoiser of pictures, from which that of clips is born.
+        late: for that of sounds, a share of every batch.
 
     """
     denoiser = build(kind)
@@ -145,13 +160,22 @@ def train_denoiser(
     model = ConditionedDenoiser(kind, captions, denoiser)
     listed: list[Scene] = pools.scenes(kind, len(latents))
     shares = pools.shares(listed)
+    num_late = 0 if late is None else round(SHARE * BATCHES[kind])
 
     def losses(step: int) -> dict[str, Tensor]:
         rng = config.randomness(step)
-        chosen = sorted(rng.choices(range(len(listed)), cum_weights=shares, k=BATCHES[kind]))
-        texts = ["" if rng.random() < CAPTION_DROPOUT else spoken(listed[i], rng) for i in chosen]
-        batch = torch.from_numpy(latents[chosen].astype(np.float32)).to(training_device())
-        return {"velocity": model.loss(batch, texts, config.noise(step))}
+        chosen = sorted(rng.choices(range(len(listed)), cum_weights=shares, k=BATCHES[kind] - num_late))
+        rows, met, marks = latents[chosen], [listed[i] for i in chosen], None
+        if late is not None:
+            delayed = sorted(rng.choices(range(len(late.scenes)), k=num_late))
+            rows = np.concatenate([rows, late.latents[delayed]])
+            met += [late.scenes[i] for i in delayed]
+            marks = torch.cat([late.marks.new_zeros(len(chosen), late.marks.shape[1]), late.marks[delayed]])
+        texts = ["" if rng.random() < CAPTION_DROPOUT else spoken(scene, rng) for scene in met]
+        if marks is not None:  # without a caption, nothing is said at all
+            marks[[i for i, text in enumerate(texts) if not text]] = 0
+        batch = torch.from_numpy(rows.astype(np.float32)).to(training_device())
+        return {"velocity": model.loss(batch, texts, config.noise(step), marks)}
 
     fit(f"{kind} denoiser", model, losses, config, folder)
     return model
