@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from alignment.samples import semitones_between
 from alignment.toybox.judge_sound import judge_sound
 from alignment.toybox.sound import synthesise
 from alignment.toybox.world import AUDIO_RATE_HZ, PITCHES, THINGS, Sound
+from decoders.mel import log_mel
 from decoders.tuning import FURTHEST, keep_tuning, semitones_off
 from encoders.media import Audio, resample
 
@@ -98,3 +100,19 @@ def test_silence_has_no_tuning(samples: np.ndarray) -> None:
 
     assert keep_tuning(silence, sound) is sound
     assert keep_tuning(sound, silence) is silence
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_leaves_no_hole_in_the_faint_noise_around_a_sound(sign: int) -> None:
+    original = played(HARP)
+    edited = next(
+        other
+        for other in (played(replace(HARP, count=1), seed) for seed in range(1, 99))
+        if sign * (semitones_off(original, other) or 0) > 0.6
+    )
+
+    tuned = keep_tuning(original, edited)
+
+    mel, plain = (log_mel(torch.from_numpy(sound.samples)[None])[0] for sound in (tuned, edited))  # (T, M)
+    assert (mel[-20:].mean(0) - plain[-20:].mean(0)).abs().max() < 1  # nepers; at the end
+    assert (mel[:, -3:].mean(0) - plain[:, -3:].mean(0)).abs().max() < 1  # above all tones
