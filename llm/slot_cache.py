@@ -101,6 +101,7 @@ class SlotCache(Cache):
         self.num_positions = 0
         self._places = torch.empty(0)
         self._together: Sequence[Tensor] = ()
+        self.on_cpu = model.device.type == "cpu"
         self._rows: slice | Tensor = slice(0)
         self._seen = 0
         self._alone: tuple[int, int, Views] | None = (
@@ -177,7 +178,7 @@ class SlotCache(Cache):
         where layers differ in their shapes.
         """
         first = self.kept[0]
-        if not first.is_initialized or first.keys.device.type != "cpu" or not self._same_everywhere():
+        if not first.is_initialized or not self.on_cpu or not self._same_everywhere():
             return []
         if not self._together or len(self._together[0]) < positions:
             size = (max(positions, self.num_positions), *first.keys.shape[2:])

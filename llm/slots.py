@@ -137,6 +137,7 @@ class SlotModel:
         self._base = model.causal_lm.base_model
         self._dtype, self._device = model.causal_lm.dtype, model.device
         self._runs_on = runs_on or model.device
+        self.cache.on_cpu = self._runs_on.type == "cpu"
         attention = model.causal_lm.config._attn_implementation
         if "position_ids" not in inspect.signature(self._base.forward).parameters:
             raise ValueError(

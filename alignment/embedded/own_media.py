@@ -34,7 +34,7 @@ from encoders.media import Audio, Image, Medium, Video, read_media
 
 CHUNK = 200
 MOST_EDITS: Mapping[Kind, int] = {"look": 2, "clip": 2, "sound": 0}
-"""An edited sound is a new one, as the preset has it."""
+"""An edited sound is a new one, as the preset has it, but for its tuning."""
 OWN_SHARE = 0.35
 """Of the media that are met in training, those that the decoders made."""
 _BATCH = 20
