@@ -32,7 +32,7 @@ from alignment.embedded.denoisers import ConditionedDenoiser, train_denoiser
 from alignment.embedded.dialogues import encode_pools, sample_dialogues
 from alignment.embedded.export import MODALITIES, export_aligned, export_decoder, export_encoder
 from alignment.embedded.language import train_base
-from alignment.embedded.late_sounds import late_sounds
+from alignment.embedded.late_sounds import also_late, late_sounds
 from alignment.embedded.own_media import OwnMedia, made
 from alignment.fitting import FitConfig, plot_losses
 from alignment.stages import STAGES, Aligned, run_stage
@@ -290,17 +290,18 @@ def _imagebind(work: Run) -> ImageBindEncoder:
 
 
 def _own_media(work: Run) -> dict[Kind, OwnMedia]:
-    """Return what the trained decoders make; what was made before is read from disk."""
+    """Return what the trained decoders make, and late sounds; what was made before is read from disk."""
 
     def load(kind: Kind) -> LatentDecoder:
         folder = work.folder / "own-media" / kind
         export_decoder(kind, _denoiser(work.as_it_stands(), kind), _autoencoder_of(work, kind), folder)
         return DECODERS[MODALITIES[kind]].load(folder)
 
-    return {
+    own = {
         kind: made(partial(load, kind), kind, pools.scenes(kind, work.sizes.own[kind]), work.cache)
         for kind in MODALITIES
     }
+    return own | {"sound": also_late(own["sound"], pools.sound_samples(work.cache, work.sizes.sounds))}
 
 
 def _language(work: Run) -> LanguageModel:

@@ -85,3 +85,18 @@ def test_own_media_are_met_as_often_as_it_says_and_hard_ones_more_often_among_th
     assert len(white) == len(other) == 1
     assert white.pop() == pytest.approx(pools.WHITE_SHARE * other.pop(), rel=1e-4)
     assert contrastive._shares(scenes, own=0) == pools.shares(scenes)
+
+
+def test_partners_sound_as_often_and_as_fast_and_late_sounds_have_none():
+    sounds = pools.scenes("sound", 300)
+    partners, rng = contrastive.Partners(sounds, num_late=50), random.Random(0)
+
+    drawn = [partners.draw(i, rng) for i in range(300)]
+
+    assert drawn[250:] == list(range(250, 300))
+    assert max(drawn[:250]) < 250
+    assert drawn[:250] != list(range(250))
+    for i, j in enumerate(drawn):
+        assert [getattr(sounds[i], name) for name in ("count", "tempo", "loudness")] == [
+            getattr(sounds[j], name) for name in ("count", "tempo", "loudness")
+        ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from alignment.embedded import pools
 from alignment.embedded.captions import WIDTH, CaptionEncoder, build, kept_tokenizer
 from alignment.embedded.denoisers import ConditionedDenoiser
 from alignment.embedded.denoisers import build as build_denoiser
-from alignment.embedded.late_sounds import DELAYS, MARKS, LateSounds, delayed, late_sounds
+from alignment.embedded.late_sounds import DELAYS, MARKS, LateSounds, also_late, delayed, late_sounds
+from alignment.embedded.own_media import OwnMedia
 from alignment.toybox.judge_sound import judge_sound
-from alignment.toybox.sound import synthesise
+from alignment.toybox.sound import TIMING, synthesise
 from alignment.toybox.world import AUDIO_RATE_HZ, COUNTS, Sound
 from decoders.mel import log_mel
 from decoders.vocoder import GriffinLimVocoder
@@ -96,6 +98,27 @@ def test_a_mark_turns_the_condition_and_nothing_else_does(
     expected = torch.nn.functional.normalize(plain[1] + marks[1], dim=0)
     torch.testing.assert_close(marked[1], expected)
     assert (marked[1] - plain[1]).abs().max() > 0.1
+
+
+def test_late_sounds_follow_those_of_the_decoder_and_are_what_their_scenes_say() -> None:
+    number = 40
+    samples = np.stack(
+        [
+            np.round(synthesise(cast(Sound, scene), random.Random(i)) * 32767).astype(np.int16)
+            for i, scene in enumerate(pools.scenes("sound", number))
+        ]
+    )
+    own = OwnMedia(pools.scenes("sound", 12), samples[:12])
+
+    heard = also_late(own, samples)
+
+    assert heard.num_late == 6
+    assert len(heard.scenes) == len(heard.rows) == 18
+    np.testing.assert_array_equal(heard.rows[:12], own.rows)
+    for scene, row in zip(heard.scenes[12:], heard.rows[12:], strict=True):
+        first = int(np.flatnonzero(np.abs(row) > 0.2 * np.abs(row.astype(int)).max())[0]) / AUDIO_RATE_HZ
+        assert first > TIMING["fast"].gap_s
+        assert judge_sound(row / np.float32(32767), AUDIO_RATE_HZ) == _words(cast(Sound, scene))
 
 
 def _words(sound: Sound) -> dict[str, str | int]:

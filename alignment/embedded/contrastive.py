@@ -112,9 +112,7 @@ def train_imagebind(
     number: dict[Kind, int] = {"look": sizes.looks, "clip": sizes.clips, "sound": sizes.sounds}
     listed = {kind: [*pools.scenes(kind, number[kind]), *own[kind].scenes] for kind in JUDGED}
     shares = {kind: _shares(scenes, len(own[kind].scenes)) for kind, scenes in listed.items()}
-    alike: dict[tuple[object, ...], list[int]] = {}
-    for index, scene in enumerate(listed["sound"]):
-        alike.setdefault(_rest(scene), []).append(index)
+    partners = Partners(listed["sound"], own["sound"].num_late)
 
     def losses(step: int) -> dict[str, Tensor]:
         kind = CYCLE[step % len(CYCLE)]
@@ -127,8 +125,8 @@ def train_imagebind(
             simple, named = easy_looks(rng, easy)
             batch, scenes = torch.cat([simple, batch[easy:]]), named + scenes[easy:]
         if kind == "sound":
-            partners = [rng.choice(alike[_rest(scene)]) for scene in scenes]
-            less = disguised_sounds(batch, scenes, take[kind](partners), noise)
+            others = [partners.draw(i, rng) for i in chosen]
+            less = disguised_sounds(batch, scenes, take[kind](others), noise)
         else:
             less = without_colour(batch, noise)
         batch, plain = less.media.to(training_device()), less.plain.tolist()
@@ -147,6 +145,23 @@ def train_imagebind(
     fit("imagebind", model, losses, config, folder)
     model.eval().requires_grad_(False)
     return encoder
+
+
+class Partners:
+    """For each of ``sounds``, those that may be played with it in a duet: they may differ in thing and pitch.
+
+    The last ``num_late`` have no partner but themselves: another one would sound at other times.
+    """
+
+    def __init__(self, sounds: Sequence[Scene], num_late: int = 0) -> None:
+        self._sounds, self._on_time = sounds, len(sounds) - num_late
+        self._alike: dict[tuple[object, ...], list[int]] = {}
+        for index, scene in enumerate(sounds[: self._on_time]):
+            self._alike.setdefault(_rest(scene), []).append(index)
+
+    def draw(self, index: int, rng: random.Random) -> int:
+        """Return the partner of a sound."""
+        return rng.choice(self._alike[_rest(self._sounds[index])]) if index < self._on_time else index
 
 
 def _rest(scene: Scene) -> tuple[object, ...]:

@@ -1,12 +1,16 @@
-"""Sounds that begin one or two events late: for the denoiser, to learn that any event may come at any time.
+"""Sounds that begin one or two events late: any event may come at any time, for what makes and what hears it.
 
 Where a thing was met at a pitch and tempo once and twice but never three times, a denoiser leaves the third
 event out, however clearly its condition asks for it: it has learnt that nothing like this is heard so late.
 No caption tells of the delay. To what a caption gives, a direction is added that stands for it and that
 nothing else uses.
 
+What hears sounds takes the same shortcut from a thing, its pitch and its tempo to how often it sounds. So
+late sounds are among those that it hears, described like any other.
+
 Shape letters in this file:
-    N sounds   T mel frames   M mel bins   C latent channels   h, w latent cells   E condition width
+    N sounds   L audio samples   T mel frames   M mel bins
+    C latent channels   h, w latent cells   E condition width
 """
 
 from __future__ import annotations
@@ -23,8 +27,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alignment.embedded import pools
+from alignment.embedded.own_media import OwnMedia
 from alignment.toybox.sound import TIMING
-from alignment.toybox.world import Scene, Sound
+from alignment.toybox.world import AUDIO_RATE_HZ, Scene, Sound
 from decoders.mel import HOP, RATE_HZ
 
 SHARE = 0.3
@@ -75,13 +80,31 @@ def late_sounds(
     return LateSounds(latents, scenes, directions[marks])
 
 
+def also_late(own: OwnMedia, samples: NDArray[np.int16]) -> OwnMedia:
+    """Return what the decoder made and, after it, half as many late sounds, the same at every call.
+
+    Args:
+        own: of sounds; its rows are ``(N, L)``.
+        samples: of the whole pool of sounds, ``(N, L)``.
+
+    """
+    listed = pools.scenes("sound", len(samples))
+    chosen = _chosen(listed, len(own.scenes) // 2)
+    rows = [np.roll(samples[i], round(_delay_s(_sound(listed[i]), by) * AUDIO_RATE_HZ)) for i, by in chosen]
+    scenes = [*own.scenes, *(listed[i] for i, _ in chosen)]
+    return OwnMedia(scenes, np.concatenate([own.rows, *(row[None] for row in rows)]), len(chosen))
+
+
 def delayed(mel: NDArray[np.float16], scene: Scene, events: int) -> NDArray[np.float16]:
     """Return mel frames ``(T, M)`` of a sound that begins so many of its events later.
 
     What would come after the end is heard at the beginning: it is silence.
     """
-    frames = round(events * TIMING[_sound(scene).tempo].gap_s * RATE_HZ / HOP)
-    return np.roll(mel, frames, axis=0)
+    return np.roll(mel, round(_delay_s(_sound(scene), events) * RATE_HZ / HOP), axis=0)
+
+
+def _delay_s(scene: Sound, events: int) -> float:
+    return events * TIMING[scene.tempo].gap_s
 
 
 def _chosen(listed: Sequence[Scene], number: int) -> list[tuple[int, int]]:

@@ -44,11 +44,13 @@ _BATCH = 20
 class OwnMedia:
     """Media of one kind that were made right: ``rows`` like those of a pool, and the scene of each.
 
-    Rows are pixels ``(N, H, W, 3)``, frames ``(N, F, H, W, 3)`` or 16-bit samples ``(N, L)``.
+    Rows are pixels ``(N, H, W, 3)``, frames ``(N, F, H, W, 3)`` or 16-bit samples ``(N, L)``. The last
+    ``num_late`` are sounds of the pool that begin late (:mod:`alignment.embedded.late_sounds`).
     """
 
     scenes: list[Scene]
     rows: NDArray[Any]
+    num_late: int = 0
 
 
 def made(load: Callable[[], LatentDecoder], kind: Kind, scenes: Sequence[Scene], cache: Path) -> OwnMedia:
