@@ -106,19 +106,30 @@ def _measurer(folders: Folders) -> Callable[[Wish], dict[str, Any]]:
     return partial(measure, model)
 
 
+def reader(folders: Folders) -> Callable[[Wish], dict[str, float]]:
+    """Return what measures one topic of the language model as it is, whatever it came of."""
+    model = LanguageModel.from_pretrained(folders.language_model, base=folders.base, bridge=folders.bridge)
+    return lambda wish: _figures(model, _dialogues(wish))
+
+
 def measure(model: LanguageModel, wish: Wish) -> dict[str, Any]:
     """Return what base and tuned model make of one topic."""
+    dialogues = _dialogues(wish)
+    assert isinstance(model.base, PeftModel)
+    tuned = _figures(model, dialogues)
+    with model.base.disable_adapter():
+        base = _figures(model, dialogues)
+    return {"base": base, "tuned": tuned}
+
+
+def _dialogues(wish: Wish) -> list[Dialogue]:
     rng = random.Random(f"ability-{wish.seed}-{wish.topic}")
     dialogues: list[Dialogue] = []
     while len(dialogues) < wish.samples:
         exercise = make(TOPICS[wish.topic], rng, FreshScenes(rng), reserved_wordings=True)
         if TOPICS[wish.topic] != "decision" or not exercise.scenes:
             dialogues.append(in_words(exercise))
-    assert isinstance(model.base, PeftModel)
-    tuned = _figures(model, dialogues)
-    with model.base.disable_adapter():
-        base = _figures(model, dialogues)
-    return {"base": base, "tuned": tuned}
+    return dialogues
 
 
 def _figures(model: LanguageModel, dialogues: list[Dialogue]) -> dict[str, float]:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from alignment import ability, evaluation, link_check, phrasings
+from alignment import ability, ablations, evaluation, link_check, phrasings
 from alignment.toybox import judge_check
 
-RESULTS = {name: f"{name}.json" for name in ("evaluation", "judge", "links", "phrasings", "ability")}
+RESULTS = {
+    name: f"{name}.json" for name in ("evaluation", "judge", "links", "phrasings", "ability", "ablations")
+}
 DOCUMENTS = ("evaluation.md", "toybox.md")
 WORDINGS = {
     "training": "in words of training",
@@ -33,7 +35,7 @@ def write_report(folder: Path, runs: Path | None = None) -> list[Path]:
 
     Args:
         folder: holds the documents and the results that there are (``evaluation.json``, ``judge.json``,
-            ``links.json``, ``phrasings.json``, ``ability.json``).
+            ``links.json``, ``phrasings.json``, ``ability.json``, ``ablations.json``).
         runs: a folder of ``patchbay train``, of which the losses are drawn; None keeps the drawing.
 
     Returns:
@@ -232,5 +234,6 @@ PLACES: Mapping[str, tuple[str, Callable[[Result], str]]] = {
     "links": ("links", link_check.table),
     "phrasings": ("phrasings", phrasings.table),
     "ability": ("ability", ability.table),
+    "ablations": ("ablations", ablations.table),
 }
 """Place -> the result that it needs, and what writes it."""

@@ -35,7 +35,7 @@ from alignment.embedded.language import train_base
 from alignment.embedded.late_sounds import also_late, late_sounds
 from alignment.embedded.own_media import OwnMedia, made
 from alignment.fitting import FitConfig, plot_losses
-from alignment.stages import STAGES, Aligned, run_stage
+from alignment.stages import STAGES, Aligned, Stage, run_stage
 from alignment.step_order import run_in_order
 from alignment.system import DECODERS
 from decoders.latent_decoder import LatentDecoder
@@ -168,6 +168,19 @@ class Run:
         return replace(self, num_steps=1, max_minutes=None)
 
 
+def run_of(weights: Path, options: TrainOptions) -> Run:
+    """Return the run that the options name."""
+    name = f"{weights.name}-seed-{options.seed}" if options.seed else weights.name
+    return Run(
+        options.runs / name,
+        weights,
+        options.pool_sizes,
+        options.num_steps,
+        options.max_minutes,
+        options.seed,
+    )
+
+
 def run(stage: str, weights: Path, options: TrainOptions) -> None:
     """Run one step, ``adopt``, ``export``, or ``all``.
 
@@ -182,17 +195,11 @@ def run(stage: str, weights: Path, options: TrainOptions) -> None:
     """
     known = (*RECIPES, "adopt", "export", "all")
     if stage not in known:
-        raise ValueError(f"There is no stage {stage!r}; expected one of {', '.join(known)}, bridge.")
+        raise ValueError(
+            f"There is no stage {stage!r}; expected one of {', '.join(known)}, ablations, bridge."
+        )
     torch.set_num_threads(options.threads)
-    name = f"{weights.name}-seed-{options.seed}" if options.seed else weights.name
-    work = Run(
-        options.runs / name,
-        weights,
-        options.pool_sizes,
-        options.num_steps,
-        options.max_minutes,
-        options.seed,
-    )
+    work = run_of(weights, options)
     began = time.monotonic()
     if stage == "adopt":
         adopt(weights, work.folder, untrained_bridges, LORA)
@@ -335,33 +342,42 @@ def untrained_bridges(base: Path) -> Aligned:
 
 
 def _stage(work: Run, name: str) -> Aligned:
+    model = unaligned(work)
+    order = list(STAGES)
+    for earlier in order[: order.index(name)]:
+        restore(model, work.folder / earlier)
+    if name == "instruction":
+        model.llm.add_lora(LORA)
+    train_stage(work, model, STAGES[name], work.folder / name, work.config(name))
+    return model
+
+
+def unaligned(work: Run) -> Aligned:
+    """Return what the stages of a run begin with: its base, with fresh bridges."""
     base = work.folder / "language" / "llm"
     if not base.is_dir():
         raise ValueError(f"{base} is missing. First run `patchbay train language`.")
-    model = untrained_bridges(base)
-    order = list(STAGES)
-    for earlier in order[: order.index(name)]:
-        _restore(model, work.folder / earlier)
-    if name == "instruction":
-        model.llm.add_lora(LORA)
+    return untrained_bridges(base)
+
+
+def train_stage(work: Run, model: Aligned, stage: Stage, folder: Path, config: FitConfig) -> None:
+    """Train one stage of a run in place, with its encoder, its media and its text encoders."""
     encoder = work.folder / "imagebind" / "encoder"
     if not encoder.is_dir():
         raise ValueError(f"{encoder} is missing. First run `patchbay train imagebind`.")
     encoded = encode_pools(
         ImageBindEncoder.from_pretrained(encoder), work.cache, work.sizes, _own_media(work)
     )
-    stage, config = STAGES[name], work.config(name)
     targets = {}  # a stage of words alone runs before there are text encoders
     if stage.distance:
         targets = {modality: _trained_captions(work, kind) for kind, modality in MODALITIES.items()}
     run_stage(
         stage, model,
         lambda step: sample_dialogues(
-            config.randomness(step), stage.directions, encoded, STAGE_BATCHES[name]
+            config.randomness(step), stage.directions, encoded, STAGE_BATCHES[stage.name]
         ),
-        {m: _as_tokens(encoder) for m, encoder in targets.items()}, work.folder / name, config,
+        {m: _as_tokens(encoder) for m, encoder in targets.items()}, folder, config,
     )  # fmt: skip
-    return model
 
 
 def _as_tokens(encoder: CaptionEncoder) -> Callable[[Sequence[str]], torch.Tensor]:
@@ -372,7 +388,7 @@ def _as_tokens(encoder: CaptionEncoder) -> Callable[[Sequence[str]], torch.Tenso
     return embed
 
 
-def _restore(model: Aligned, folder: Path) -> None:
+def restore(model: Aligned, folder: Path) -> None:
     """Load what an earlier stage trained: its averaged parameters."""
     path = folder / "checkpoint.pt"
     if not path.exists():

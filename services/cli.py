@@ -110,9 +110,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help=eval_command.__doc__, description=eval_command.__doc__)
     evaluate.add_argument(
         "what",
-        choices=["toybox", "judge", "links", "phrasings", "ability"],
+        choices=["toybox", "judge", "links", "phrasings", "ability", "ablations"],
         help="every direction of the toy box, the judge itself, the links beside captions, how much the "
-        "wording matters, or what is left of the base's ability in words",
+        "wording matters, what is left of the base's ability in words, or what each part of the method is "
+        "worth",
     )
     preset_option(evaluate)
     evaluate.add_argument(
@@ -121,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--samples",
         type=positive,
-        help="per direction, medium or topic (default 200; judge 1000, phrasings 20)",
+        help="per direction, medium or topic (default 200; judge 1000, phrasings 20, ablations 50)",
     )
     evaluate.add_argument("--seed", type=seed, default=0, help="(default %(default)s)")
     evaluate.add_argument(
@@ -144,8 +145,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--sheets", metavar="DIR", help="write contact sheets and a gallery there")
     evaluate.add_argument(
-        "--keep", metavar="DIR", help="toybox: keep results there as they come, and go on from those"
+        "--keep",
+        metavar="DIR",
+        help="toybox, ablations: keep results there as they come, and go on from those",
     )
+    evaluate.add_argument(
+        "--run", dest="trained", metavar="RUN", default="runs/toybox",
+        help="ablations: where the run lies of which `patchbay train ablations` left parts out "
+        "(default %(default)s)",
+    )  # fmt: skip
     evaluate.set_defaults(run=eval_command)
 
     report = commands.add_parser("report", help=report_command.__doc__, description=report_command.__doc__)
@@ -155,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help=train_command.__doc__, description=train_command.__doc__)
     train.add_argument(
-        "stage", metavar="STAGE", help="a step, export, all, or bridge; a wrong one lists them"
+        "stage", metavar="STAGE", help="a step, export, all, ablations or bridge; a wrong one lists them"
     )
     preset_option(train)
     train.add_argument("--part", choices=PARTS, help="with bridge: which part was exchanged")
@@ -167,7 +175,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--minutes", type=float, help="end a step after so long, its learning rate at zero")
     train.add_argument("--threads", type=positive, default=1, help="CPU threads (default %(default)s)")
     train.add_argument(
-        "--jobs", type=positive, default=1, help="steps of all that run at once (default %(default)s)"
+        "--jobs",
+        type=positive,
+        default=1,
+        help="steps of all, or variants of ablations, that run at once (default %(default)s)",
     )
     train.add_argument("--seed", type=int, default=0, help="of weights and data order (default %(default)s)")
     train.add_argument("--small", action="store_true", help="render small pools only, for a rehearsal")
@@ -277,6 +288,12 @@ def train_command(args: argparse.Namespace) -> int:
         print(f"bridge to {args.part}: wrote {train(preset, args.part, options, captions)}")
         return 0
     expect_trainable(preset)
+    if args.stage == "ablations" and not args.dry_run:
+        from alignment.ablations import train as train_ablations
+
+        for folder in train_ablations(preset.weights_folder, options):
+            print(folder)
+        return 0
     if args.dry_run:
         from alignment.rehearsal import estimate, table
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from alignment import ability, evaluation, link_check, phrasings
+from alignment import ability, ablations, evaluation, link_check, phrasings
 from alignment.system import Folders
 from alignment.toybox import judge_check
 from decoders.settings import DecodeSettings
@@ -28,6 +28,11 @@ def measure(args: argparse.Namespace) -> str:
         found = phrasings.main_phrasings(folders, args.samples or 20, args.seed, args.jobs)
     elif args.what == "ability":
         found = ability.main_ability(folders, args.samples or 200, args.seed, args.jobs)
+    elif args.what == "ablations":
+        keep = Path(args.keep) if args.keep else None
+        found = ablations.main_ablations(
+            folders, Path(args.trained), args.samples or 50, args.seed, args.jobs, keep
+        )
     else:
         found = evaluation.main_toybox(
             folders,
@@ -87,6 +92,7 @@ _TABLES = {
     "links": link_check.table,
     "phrasings": phrasings.table,
     "ability": ability.table,
+    "ablations": ablations.table,
 }
 
 
