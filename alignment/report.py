@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from alignment import ability, ablations, evaluation, link_check, phrasings
+from alignment import ability, ablations, evaluation, link_check, link_designs, phrasings
 from alignment.toybox import judge_check
 
 RESULTS = {
-    name: f"{name}.json" for name in ("evaluation", "judge", "links", "phrasings", "ability", "ablations")
+    name: f"{name}.json"
+    for name in ("evaluation", "judge", "links", "phrasings", "ability", "ablations", "link-designs")
 }
-DOCUMENTS = ("evaluation.md", "toybox.md")
+DOCUMENTS = ("evaluation.md", "toybox.md", "links.md")
 WORDINGS = {
     "training": "in words of training",
     "reserved": "in words that training never used",
@@ -35,7 +36,8 @@ def write_report(folder: Path, runs: Path | None = None) -> list[Path]:
 
     Args:
         folder: holds the documents and the results that there are (``evaluation.json``, ``judge.json``,
-            ``links.json``, ``phrasings.json``, ``ability.json``, ``ablations.json``).
+            ``links.json``, ``phrasings.json``, ``ability.json``, ``ablations.json``,
+            ``link-designs.json``).
         runs: a folder of ``patchbay train``, of which the losses are drawn; None keeps the drawing.
 
     Returns:
@@ -235,5 +237,6 @@ PLACES: Mapping[str, tuple[str, Callable[[Result], str]]] = {
     "phrasings": ("phrasings", phrasings.table),
     "ability": ("ability", ability.table),
     "ablations": ("ablations", ablations.table),
+    "link-designs": ("link-designs", link_designs.table),
 }
 """Place -> the result that it needs, and what writes it."""

@@ -95,23 +95,33 @@ class Aligned(nn.Module):
         self, dialogues: Sequence[Dialogue], stage: Stage, targets: CaptionTargets
     ) -> dict[str, Tensor]:
         """Return the weighted losses of a batch by name."""
-        batches = [batch.to(self.llm.device) for batch in self.llm.collate_by_length(dialogues)]
-        outputs = [self.llm(batch) for batch in batches]
-        losses = {"words": stage.words * mean_loss(outputs)}
+        words, asked = self.speak(dialogues)
+        losses = {"words": stage.words * words}
         if stage.distance:
-            spoken: dict[Modality, list[SignalStates]] = {}
-            for output, batch in zip(outputs, batches, strict=True):
-                for modality, states in self.llm.signal_states(output, batch).items():
-                    spoken.setdefault(modality, []).append(states)
-            for modality, parts in spoken.items():
+            for modality, (captions, made) in asked.items():
                 with torch.no_grad():
-                    captions = [caption for states in parts for caption in states.captions]
                     wanted = targets[modality](captions).to(self.llm.device)  # (N, Q, E)
-                hidden = torch.cat([states.hidden for states in parts])  # (N, k, D)
-                embeddings = torch.cat([states.embeddings for states in parts])
-                made = self.projections[str(modality)](hidden, embeddings)  # (N, Q, E)
                 losses[f"{modality} distance"] = stage.distance * caption_distance(made, wanted)
         return losses
+
+    def speak(self, dialogues: Sequence[Dialogue]) -> tuple[Tensor, dict[Modality, tuple[list[str], Tensor]]]:
+        """Return the mean loss of the replies' words, and what their signals ask of the decoders.
+
+        For each modality that is asked for: the captions, and the conditions ``(N, Q, E)``.
+        """
+        batches = [batch.to(self.llm.device) for batch in self.llm.collate_by_length(dialogues)]
+        outputs = [self.llm(batch) for batch in batches]
+        spoken: dict[Modality, list[SignalStates]] = {}
+        for output, batch in zip(outputs, batches, strict=True):
+            for modality, states in self.llm.signal_states(output, batch).items():
+                spoken.setdefault(modality, []).append(states)
+        asked: dict[Modality, tuple[list[str], Tensor]] = {}
+        for modality, parts in spoken.items():
+            captions = [caption for states in parts for caption in states.captions]
+            hidden = torch.cat([states.hidden for states in parts])  # (N, k, D)
+            embeddings = torch.cat([states.embeddings for states in parts])
+            asked[modality] = captions, self.projections[str(modality)](hidden, embeddings)
+        return mean_loss(outputs), asked
 
 
 def caption_distance(made: Tensor, wanted: Tensor) -> Tensor:

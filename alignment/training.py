@@ -35,7 +35,7 @@ from alignment.embedded.language import train_base
 from alignment.embedded.late_sounds import also_late, late_sounds
 from alignment.embedded.own_media import OwnMedia, made
 from alignment.fitting import FitConfig, plot_losses
-from alignment.stages import STAGES, Aligned, Stage, run_stage
+from alignment.stages import STAGES, Aligned, CaptionTargets, Stage, run_stage
 from alignment.step_order import run_in_order
 from alignment.system import DECODERS
 from decoders.latent_decoder import LatentDecoder
@@ -196,7 +196,8 @@ def run(stage: str, weights: Path, options: TrainOptions) -> None:
     known = (*RECIPES, "adopt", "export", "all")
     if stage not in known:
         raise ValueError(
-            f"There is no stage {stage!r}; expected one of {', '.join(known)}, ablations, bridge."
+            f"There is no stage {stage!r}; expected one of {', '.join(known)}, ablations, link-designs, "
+            "bridge."
         )
     torch.set_num_threads(options.threads)
     work = run_of(weights, options)
@@ -368,16 +369,28 @@ def train_stage(work: Run, model: Aligned, stage: Stage, folder: Path, config: F
     encoded = encode_pools(
         ImageBindEncoder.from_pretrained(encoder), work.cache, work.sizes, _own_media(work)
     )
-    targets = {}  # a stage of words alone runs before there are text encoders
-    if stage.distance:
-        targets = {modality: _trained_captions(work, kind) for kind, modality in MODALITIES.items()}
+    # A stage of words alone needs no text encoders.
+    targets = text_targets(work) if stage.distance else {}
     run_stage(
         stage, model,
         lambda step: sample_dialogues(
             config.randomness(step), stage.directions, encoded, STAGE_BATCHES[stage.name]
         ),
-        {m: _as_tokens(encoder) for m, encoder in targets.items()}, folder, config,
+        targets, folder, config,
     )  # fmt: skip
+
+
+def text_targets(work: Run) -> CaptionTargets:
+    """Return what the decoders' own text encoders make of captions, for each modality."""
+    return {modality: _as_tokens(_trained_captions(work, kind)) for kind, modality in MODALITIES.items()}
+
+
+def frozen_decoder(
+    work: Run, kind: Kind
+) -> tuple[ConditionedDenoiser, Callable[[torch.Tensor], torch.Tensor]]:
+    """Return the trained denoiser of a kind, and the function from rows of its pool to its latents."""
+    denoiser = _denoiser(work.as_it_stands(), kind).eval().requires_grad_(False)
+    return denoiser, encoder_of(_autoencoder_of(work, kind), "mels" if kind == "sound" else "pixels")
 
 
 def _as_tokens(encoder: CaptionEncoder) -> Callable[[Sequence[str]], torch.Tensor]:

@@ -110,10 +110,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help=eval_command.__doc__, description=eval_command.__doc__)
     evaluate.add_argument(
         "what",
-        choices=["toybox", "judge", "links", "phrasings", "ability", "ablations"],
+        choices=["toybox", "judge", "links", "phrasings", "ability", "ablations", "link-designs"],
         help="every direction of the toy box, the judge itself, the links beside captions, how much the "
-        "wording matters, what is left of the base's ability in words, or what each part of the method is "
-        "worth",
+        "wording matters, what is left of the base's ability in words, what each part of the method is "
+        "worth, or ways to join a language model to media",
     )
     preset_option(evaluate)
     evaluate.add_argument(
@@ -122,7 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--samples",
         type=positive,
-        help="per direction, medium or topic (default 200; judge 1000, phrasings 20, ablations 50)",
+        help="per direction, medium or topic (default 200; judge 1000, phrasings 20, ablations and "
+        "link-designs 50)",
     )
     evaluate.add_argument("--seed", type=seed, default=0, help="(default %(default)s)")
     evaluate.add_argument(
@@ -147,11 +148,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--keep",
         metavar="DIR",
-        help="toybox, ablations: keep results there as they come, and go on from those",
+        help="toybox, ablations, link-designs: keep results there as they come, and go on from those",
     )
     evaluate.add_argument(
         "--run", dest="trained", metavar="RUN", default="runs/toybox",
-        help="ablations: where the run lies of which `patchbay train ablations` left parts out "
+        help="ablations, link-designs: where the run lies whose parts `patchbay train` joined in other ways "
         "(default %(default)s)",
     )  # fmt: skip
     evaluate.set_defaults(run=eval_command)
@@ -163,7 +164,9 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help=train_command.__doc__, description=train_command.__doc__)
     train.add_argument(
-        "stage", metavar="STAGE", help="a step, export, all, ablations or bridge; a wrong one lists them"
+        "stage",
+        metavar="STAGE",
+        help="a step, export, all, ablations, link-designs or bridge; a wrong one lists them",
     )
     preset_option(train)
     train.add_argument("--part", choices=PARTS, help="with bridge: which part was exchanged")
@@ -178,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
         "--jobs",
         type=positive,
         default=1,
-        help="steps of all, or variants of ablations, that run at once (default %(default)s)",
+        help="steps of all, ablations or link designs that run at once (default %(default)s)",
     )
     train.add_argument("--seed", type=int, default=0, help="of weights and data order (default %(default)s)")
     train.add_argument("--small", action="store_true", help="render small pools only, for a rehearsal")
@@ -288,11 +291,11 @@ def train_command(args: argparse.Namespace) -> int:
         print(f"bridge to {args.part}: wrote {train(preset, args.part, options, captions)}")
         return 0
     expect_trainable(preset)
-    if args.stage == "ablations" and not args.dry_run:
-        from alignment.ablations import train as train_ablations
+    if args.stage in ("ablations", "link-designs") and not args.dry_run:
+        from alignment import ablations, link_designs
 
-        for folder in train_ablations(preset.weights_folder, options):
-            print(folder)
+        others = ablations if args.stage == "ablations" else link_designs
+        print("\n".join(map(str, others.train(preset.weights_folder, options))))
         return 0
     if args.dry_run:
         from alignment.rehearsal import estimate, table

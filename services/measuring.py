@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from alignment import ability, ablations, evaluation, link_check, phrasings
+from alignment import ability, ablations, evaluation, link_check, link_designs, phrasings
 from alignment.system import Folders
 from alignment.toybox import judge_check
 from decoders.settings import DecodeSettings
@@ -22,14 +22,16 @@ def measure(args: argparse.Namespace) -> str:
     if args.what == "judge":
         return _printed(args, judge_check.main_judge(args.samples or 1000, args.seed, args.jobs))
     folders = folders_of(load_preset(args.preset), args.link)
+    keep = Path(args.keep) if args.keep else None
     if args.what == "links":
         found = link_check.main_links(folders, args.samples or 200, args.seed, args.jobs, args.seeds)
     elif args.what == "phrasings":
         found = phrasings.main_phrasings(folders, args.samples or 20, args.seed, args.jobs)
     elif args.what == "ability":
         found = ability.main_ability(folders, args.samples or 200, args.seed, args.jobs)
+    elif args.what == "link-designs":
+        found = link_designs.main_designs(folders, Path(args.trained), args.samples or 50, args.jobs, keep)
     elif args.what == "ablations":
-        keep = Path(args.keep) if args.keep else None
         found = ablations.main_ablations(
             folders, Path(args.trained), args.samples or 50, args.seed, args.jobs, keep
         )
@@ -43,7 +45,7 @@ def measure(args: argparse.Namespace) -> str:
             args.jobs,
             args.seeds,
             wordings=args.wordings,
-            keep=Path(args.keep) if args.keep else None,
+            keep=keep,
         )
     return _printed(args, found)
 
@@ -93,6 +95,7 @@ _TABLES = {
     "phrasings": phrasings.table,
     "ability": ability.table,
     "ablations": ablations.table,
+    "link-designs": link_designs.table,
 }
 
 

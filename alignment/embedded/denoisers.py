@@ -111,6 +111,13 @@ class ConditionedDenoiser(nn.Module):
 
         ``marks`` ``(B, E)`` are added to what the captions of sounds give.
         """
+        condition = self._condition(texts)
+        if marks is not None:
+            condition = F.normalize(condition + marks.to(condition.device), dim=-1)
+        return self.velocity_loss(latents, condition, generator)
+
+    def velocity_loss(self, latents: Tensor, condition: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the same for conditions ``(B, L, E)``, or ``(B, E)`` of sounds, wherever they came from."""
         B = len(latents)
         level = torch.sigmoid(torch.randn(B, generator=generator) + NOISE_SHIFT[self.kind])
         even = torch.rand(B, generator=generator)
@@ -118,9 +125,6 @@ class ConditionedDenoiser(nn.Module):
         timesteps = (level * 1000).long().clamp(0, 999).to(latents.device)  # (B,)
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        condition = self._condition(texts)
-        if marks is not None:
-            condition = F.normalize(condition + marks.to(condition.device), dim=-1)
         predicted = self.predict(noisy, timesteps, condition)
         target: Tensor = self.scheduler.get_velocity(latents, noise, timesteps)
         error = predicted - target

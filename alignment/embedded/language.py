@@ -53,14 +53,26 @@ def kept_tokenizer(folder: Path) -> ConversationTokenizer:
     return ConversationTokenizer.load(folder, SIGNALS)
 
 
-def _learnt_tokenizer() -> ConversationTokenizer:
+def with_signals(model: LanguageModel, signals: SignalVocabulary) -> LanguageModel:
+    """Return the base of ``model`` with fresh signals of other lengths, and without projectors."""
+    tokenizer = _learnt_tokenizer(signals)
+    given, learnt = model.tokenizer.base_vocabulary, tokenizer.base_vocabulary
+    if given != learnt:
+        raise ValueError(
+            f"The model has a vocabulary of {given} tokens; that of the embedded model has {learnt}. Only "
+            "the base that `patchbay train language` makes can get other signals."
+        )
+    return LanguageModel(model.causal_lm, tokenizer, {})
+
+
+def _learnt_tokenizer(signals: SignalVocabulary = SIGNALS) -> ConversationTokenizer:
     rng = random.Random("llm-vocabulary")
     texts = []
     for _ in range(400):
         for direction in DIRECTIONS:
             dialogue = in_words(make(direction, rng, FreshScenes(rng)))
             texts += [part for message in dialogue for part in message.parts if isinstance(part, str)]
-    return ConversationTokenizer(train_tokenizer(texts, 1200), SIGNALS)
+    return ConversationTokenizer(train_tokenizer(texts, 1200), signals)
 
 
 def build_base(tokenizer: ConversationTokenizer) -> LanguageModel:

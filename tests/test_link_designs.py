@@ -1,0 +1,215 @@
+"""Designs of links: what they train, what they are measured with, and what is printed of them."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from alignment import link_designs
+from alignment.embedded import captions
+from alignment.embedded.captions import CAPTION_TOKENS, WIDTH, CaptionEncoder
+from alignment.embedded.denoisers import ConditionedDenoiser, build
+from alignment.embedded.language import SIGNALS, build_base, kept_tokenizer, with_signals
+from alignment.fitting import FitConfig
+from alignment.link_designs import (
+    DESIGNS,
+    MAKERS,
+    READERS,
+    SEEDS,
+    Maker,
+    Reader,
+    denoised,
+    folder_of,
+    made_by,
+    table,
+    train,
+    train_maker,
+)
+from alignment.stages import Aligned
+from alignment.toybox.world import Scene, sample_look, sample_sound
+from alignment.training import TrainOptions
+from decoders.projection import OutputProjection, OutputProjectionConfig
+from encoders.media import Modality
+from llm.signals import SignalVocabulary
+from services import cli
+from services.presets import load_preset
+from tests.tiny_llm import WIDTH as TINY
+from tests.tiny_llm import tiny_model
+
+MEDIA = (Modality.IMAGE, Modality.VIDEO, Modality.AUDIO)
+
+
+def aligned() -> Aligned:
+    llm = tiny_model(max_position_embeddings=512)
+    config = OutputProjectionConfig(
+        llm_width=TINY, out_width=6, num_queries=3, hidden_width=8, ffn_width=8, num_encoder_layers=1,
+        num_decoder_layers=1,
+    )  # fmt: skip
+    return Aligned(llm, {modality: OutputProjection(config) for modality in MEDIA})
+
+
+@pytest.mark.parametrize("name", ["signal", "signal, and denoising", "denoising alone"])
+def test_a_design_trains_signals_and_connectors_with_its_own_losses(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, way = aligned(), MAKERS[name]
+    before = {key: value.detach().clone() for key, value in model.named_parameters()}
+    denoised_scenes: list[Scene] = []
+
+    def wrong(
+        scenes: Sequence[Scene], conditions: Tensor, rng: random.Random, noise: torch.Generator
+    ) -> Tensor:
+        assert len(scenes) == len(conditions) <= link_designs.DENOISED
+        denoised_scenes.extend(scenes)
+        return conditions.square().mean()
+
+    def target(texts: Sequence[str]) -> Tensor:
+        return torch.ones(len(texts), 3, 6)
+
+    config = FitConfig(num_steps=2, learning_rate=0.01, warmup_steps=1, log_every_steps=1)
+    train_maker(way, model, dict.fromkeys(MEDIA, target), dict.fromkeys(MEDIA, wrong), tmp_path, config)
+
+    changed = {key for key, value in model.named_parameters() if not torch.equal(before[key], value)}
+    assert changed
+    assert all(key.startswith(("llm.signal_rows.", "projections.")) for key in changed)
+    row = json.loads((tmp_path / "losses.jsonl").read_text().splitlines()[-1])
+    kinds = {key.split()[-1] for key in row if key.startswith(("image", "video", "audio"))}
+    assert kinds == ({"distance"} if way.distance else set()) | ({"denoising"} if way.denoising else set())
+    assert bool(denoised_scenes) is bool(way.denoising)
+
+
+@pytest.mark.parametrize("kind", ["look", "sound"])
+def test_denoising_teaches_the_condition_and_leaves_the_decoder_alone(
+    kind: captions.Kind, tmp_path: Path
+) -> None:
+    tokenizer = captions.kept_tokenizer(kind, tmp_path / "tokenizer")
+    encoder = CaptionEncoder(kind, tokenizer, captions.build(kind, tokenizer).eval())
+    model = ConditionedDenoiser(kind, encoder, build(kind)).eval().requires_grad_(False)
+    scenes: list[Scene] = [
+        (sample_look if kind == "look" else sample_sound)(random.Random(i)) for i in range(2)
+    ]
+    conditions = torch.randn(2, CAPTION_TOKENS if kind == "look" else 1, WIDTH, requires_grad=True)
+    seen: list[Tensor] = []
+
+    def encode(rows: Tensor) -> Tensor:
+        seen.append(rows)
+        return torch.zeros(2, 16, 8, 8) if kind == "look" else torch.zeros(2, 16, 16, 4)
+
+    def loss() -> Tensor:
+        return denoised(model, encode, scenes, conditions, random.Random(0), torch.Generator().manual_seed(0))
+
+    loss().backward()
+
+    assert conditions.grad is not None
+    assert conditions.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert seen[0].shape == ((2, 64, 64, 3) if kind == "look" else (2, *seen[0].shape[1:]))
+    torch.testing.assert_close(loss(), loss())
+
+
+def test_a_base_gets_signals_of_any_length_and_stays_as_it_is(tmp_path: Path) -> None:
+    base = build_base(kept_tokenizer(tmp_path / "tokenizer")).eval()
+    longer = with_signals(base, SignalVocabulary(image=32, video=32, audio=32))
+
+    assert longer.causal_lm is base.causal_lm
+    assert len(longer.tokenizer.signal_ids(Modality.AUDIO)) == 32
+    assert len(base.tokenizer.signal_ids(Modality.AUDIO)) == SIGNALS.audio
+    said = "draw a big red bell, please"
+    assert longer.tokenizer.encode_text(said) == base.tokenizer.encode_text(said)
+
+
+def test_every_design_has_a_block_for_each_medium_and_conditions_of_the_decoders(tmp_path: Path) -> None:
+    build_base(kept_tokenizer(tmp_path / "tokenizer")).save_pretrained(tmp_path / "llm")
+    for way in (MAKERS["signal, 1 token"], MAKERS["query"]):
+        model = made_by(way, tmp_path / "llm")
+        for modality in MEDIA:
+            projection = model.projections[str(modality)]
+            assert isinstance(projection, OutputProjection)
+            assert model.llm.tokenizer.signals.count(modality) == way.tokens
+            assert projection.config.num_queries == (1 if modality is Modality.AUDIO else CAPTION_TOKENS)
+            assert (projection.config.num_encoder_layers, projection.config.num_decoder_layers) == way.layers
+
+
+def test_a_base_with_another_vocabulary_is_refused() -> None:
+    with pytest.raises(ValueError, match="Only the base that `patchbay train language` makes"):
+        with_signals(tiny_model(), SIGNALS)
+
+
+def test_a_run_without_all_its_parts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="First run `patchbay train imagebind`"):
+        train(tmp_path / "toy", TrainOptions(runs=tmp_path))
+
+
+@pytest.fixture
+def run(tiny_preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run with one design of each sort, both the language model of the tiny preset."""
+    monkeypatch.setattr(
+        link_designs, "DESIGNS", {"signal": Maker(), "one linear token": Reader(kind="linear")}
+    )
+    monkeypatch.setattr(link_designs, "SEEDS", (0, 1))
+    preset = load_preset(str(tiny_preset))
+    for seed in (0, 1):
+        for name in ("signal", "one linear token"):
+            shutil.copytree(preset.language_model_folder, folder_of(tmp_path, name, seed) / "llm")
+        projections = folder_of(tmp_path, "signal", seed) / "projections"
+        shutil.copytree(preset.projections_folder, projections)
+    return tmp_path
+
+
+def test_designs_are_measured_by_seed_beside_captions_and_the_ceiling(
+    run: Path, tiny_preset: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep = tmp_path_factory.mktemp("kept") / "results"
+    words = ["eval", "link-designs", "--preset", str(tiny_preset), "--run", str(run), "--samples", "1"]
+    words += ["--keep", str(keep), "--json"]
+    assert cli.main(words) == 0
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+
+    assert list(result["makers"]) == ["signal", "caption", "ceiling"]
+    assert list(result["readers"]) == ["one linear token"]
+    assert list(result["makers"]["signal"]) == ["text-to-image", "text-to-video", "text-to-audio"]
+    assert list(result["readers"]["one linear token"]) == ["image-to-text", "video-to-text", "audio-to-text"]
+    for row in (*result["makers"].values(), *result["readers"].values()):
+        for shares in row.values():
+            assert len(shares["seen"]) == len(shares["held_out"]) == 2
+
+    assert cli.main(words) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert (again["makers"], again["readers"]) == (result["makers"], result["readers"])
+
+
+def test_a_design_that_is_missing_is_one_line(
+    run: Path, tiny_preset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(folder_of(run, "signal", 1))
+    words = ["eval", "link-designs", "--preset", str(tiny_preset), "--run", str(run), "--samples", "1"]
+    assert cli.main(words) == 1
+    assert "First run `patchbay train link-designs`" in capsys.readouterr().err
+
+
+def test_the_tables_have_means_and_half_the_spread_over_seeds() -> None:
+    row = {
+        "text-to-image": {"seen": [0.8, 0.9, 1.0], "held_out": [0.5, 0.5, 0.5]},
+        "text-to-audio": {"seen": [0.6, 0.7, 0.8], "held_out": [0.7, 0.7, 0.7]},
+    }
+    result = {
+        "samples": 40, "seeds": list(SEEDS), "seconds": 1.0,
+        "makers": {"signal": row}, "readers": {"one linear token": {"image-to-text": row["text-to-image"]}},
+    }  # fmt: skip
+    printed = table(result)
+    assert "| signal | 90.0% ± 10.0% | 70.0% ± 10.0% | 80.0% ± 10.0% | 60.0% ± 0.0% |" in printed
+    assert "| one linear token | 90.0% ± 10.0% | 90.0% ± 10.0% | 50.0% ± 0.0% |" in printed
+    assert "40 samples of each direction and seed" in printed
+
+
+def test_the_embedded_model_has_designs_that_are_compared() -> None:
+    assert MAKERS["signal"].signals == SIGNALS
+    assert READERS["resampler, 8 tokens"] == Reader(tokens=8)
+    assert set(DESIGNS) == {*MAKERS, *READERS}
