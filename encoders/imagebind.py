@@ -94,6 +94,15 @@ class ImageBind(nn.Module):
             outputs[name] = tokens.unflatten(0, (-1, clips)) if clips else tokens
         return outputs
 
+    def prefer_plain_attention(self) -> None:
+        """Attend in single operations from now on, in place of PyTorch's fused one.
+
+        On a CPU its backward pass takes more than half of a training step where rows are short.
+        """
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.plain = True
+
     def logit_scale(self, name: str) -> float:
         """Factor that ``forward`` puts on the unit embedding of a tower."""
         scales = (m for m in self.modality_postprocessors[name].modules() if isinstance(m, LogitScale))
@@ -176,6 +185,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, num_heads: int, learned_key: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.plain = False
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -194,9 +204,20 @@ class Attention(nn.Module):
             k = torch.cat([k, self.bias_k.expand(len(x), -1, -1)], dim=1)  # (N, L + 1, D)
             v = torch.cat([v, self.bias_v.expand(len(x), -1, -1)], dim=1)  # (N, L + 1, D)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (N, H, *, K)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (N, H, L, K)
+        attend = _attend_plainly if self.plain else F.scaled_dot_product_attention
+        x = attend(q, k, v, is_causal=causal)  # (N, H, L, K)
         out: Tensor = self.out_proj(x.transpose(1, 2).flatten(2))  # (N, L, D)
         return out
+
+
+def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+    """Return the same as the fused attention, from ``(N, H, L, K)`` each."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (N, H, L, L or L + 1)
+    if is_causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, float("-inf"))
+    mixed: Tensor = scores.softmax(-1).to(v.dtype) @ v
+    return mixed
 
 
 class Mlp(nn.Module):

@@ -158,6 +158,21 @@ def test_tower_agrees_with_the_original(tower: str) -> None:
     torch.testing.assert_close(made[:, :6], torch.tensor(EXPECTED[tower]), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("tower", [name for name in EXPECTED if name != "clips"])
+def test_plain_attention_gives_the_same_values_and_gradients(tower: str) -> None:
+    def embedded(plain: bool) -> tuple[Tensor, list[Tensor | None]]:
+        model = tiny()
+        if plain:
+            model.prefer_plain_attention()
+        out = model({tower: inputs()[tower]})[tower]
+        out.square().sum().backward()
+        return out, [parameter.grad for parameter in model.parameters()]
+
+    (fused, wanted), (plain, found) = embedded(False), embedded(True)
+    torch.testing.assert_close(plain, fused, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_clips_of_frames_agree_with_the_original() -> None:
     with torch.inference_mode():
         made = tiny()({"vision": waves("v", (2, 3, 3, 2, 16, 16))})["vision"]

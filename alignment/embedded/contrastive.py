@@ -103,6 +103,8 @@ def train_imagebind(
     encoder = build_encoder(kept_tokens(folder / "tokenizer"))
     model, tokenise = encoder.model.train(), encoder.tokens
     assert tokenise is not None
+    if training_device().type == "cpu":
+        model.prefer_plain_attention()
     take = _inputs(encoder, cache, sizes, own)
 
     def easy_looks(rng: random.Random, number: int) -> tuple[Tensor, list[Scene]]:
