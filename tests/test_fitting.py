@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alignment.fitting import FitConfig, as_time, fit, plot_losses, time_left_s
+from alignment.embedded import captions, denoisers
+from alignment.embedded.captions import CAPTION_TOKENS, WIDTH
+from alignment.fitting import FitConfig, as_time, fit, plot_losses, prefer_plain_attention, time_left_s
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -181,3 +183,39 @@ def test_chance_depends_on_the_seed_and_on_the_step_alone() -> None:
             torch.rand(2, generator=first.noise(step)), torch.rand(2, generator=other.noise(step))
         )
     assert first.randomness(0).random() != first.randomness(5).random()
+
+
+@pytest.mark.parametrize("kind", ["look", "clip", "sound"])
+def test_plain_attention_changes_how_it_is_computed_and_nothing_else(
+    kind: captions.Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    torch.manual_seed(0)
+    denoiser = denoisers.build(kind).eval()
+    tokenizer = captions.kept_tokenizer(kind, tmp_path / "tokenizer")
+    text = captions.build(kind, tokenizer).eval()
+    noisy = torch.randn({"look": (2, 16, 8, 8), "clip": (2, 16, 8, 8, 8), "sound": (2, 16, 16, 4)}[kind])
+    states, vectors = torch.randn(2, CAPTION_TOKENS, WIDTH), torch.randn(2, WIDTH)
+    fused: list[str] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(*args: Tensor, **named: object) -> Tensor:
+        fused.append(kind)
+        return attend(*args, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+
+    def made() -> list[Tensor]:
+        fused.clear()
+        with torch.no_grad():
+            given = {"class_labels": vectors} if kind == "sound" else {}
+            drawn = denoiser(noisy, 500, None if kind == "sound" else states, **given).sample
+            ids = torch.arange(3, 3 + CAPTION_TOKENS)[None]
+            return [drawn, text(ids)[0]]
+
+    before = made()
+    assert fused
+    prefer_plain_attention(denoiser)
+    prefer_plain_attention(text)
+    torch.testing.assert_close(made(), before, rtol=1e-4, atol=1e-5)
+    assert not fused

@@ -30,7 +30,7 @@ from transformers import (
     RobertaTokenizer,
 )
 
-from alignment.fitting import FitConfig, fit, training_device
+from alignment.fitting import FitConfig, fit, prefer_plain_attention, training_device
 from alignment.toybox import world
 from alignment.toybox.grammar import caption, describe, with_typos
 from alignment.toybox.world import Scene
@@ -161,7 +161,9 @@ def train_caption_encoder(
     tokenizer = kept_tokenizer(kind, folder / "tokenizer")
     begun = folder / "config.json"
     feed_width = json.loads(begun.read_text())["intermediate_size"] if begun.is_file() else FEED_WIDTH
-    encoder = CaptionEncoder(kind, tokenizer, build(kind, tokenizer, feed_width))
+    plain = build(kind, tokenizer, feed_width)
+    prefer_plain_attention(plain)
+    encoder = CaptionEncoder(kind, tokenizer, plain)
     example = SAMPLERS[kind](random.Random(0))
     names = [name for name in CLASSES if hasattr(example, name)]
     model = _Attributes(encoder, names)

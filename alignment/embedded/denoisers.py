@@ -26,7 +26,7 @@ from alignment.embedded import pools
 from alignment.embedded.captions import CAPTION_TOKENS, WIDTH, CaptionEncoder, Kind, spoken
 from alignment.embedded.inflation import inflate
 from alignment.embedded.late_sounds import SHARE, LateSounds
-from alignment.fitting import FitConfig, fit, half_precision, training_device
+from alignment.fitting import FitConfig, fit, half_precision, prefer_plain_attention, training_device
 from alignment.toybox.world import Scene
 
 LATENT_CHANNELS = 16
@@ -161,6 +161,7 @@ def train_denoiser(
     if pictures is not None:
         assert isinstance(denoiser, UNet3DConditionModel)
         inflate(pictures, denoiser)
+    prefer_plain_attention(denoiser)
     model = ConditionedDenoiser(kind, captions, denoiser)
     listed: list[Scene] = pools.scenes(kind, len(latents))
     shares = pools.shares(listed)
