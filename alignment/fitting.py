@@ -39,7 +39,7 @@ def half_precision() -> torch.autocast:
 def prefer_plain_attention(model: PreTrainedModel | UNet2DConditionModel | UNet3DConditionModel) -> None:
     """Let ``model`` attend in single operations where that trains faster: on a CPU.
 
-    When rows are short, the backward pass of PyTorch's fused attention takes a third of a step there, or more.
+    The backward pass of PyTorch's fused attention takes a third of a step there, or more, for short rows.
     """
     if training_device().type != "cpu":
         return
