@@ -75,7 +75,7 @@ RECIPES: Mapping[str, FitConfig] = {
     "sound-captions": _CAPTIONS,
     "look-denoiser": replace(_DENOISER, num_steps=8000, average_decay=0.998, muon=True),
     "clip-denoiser": replace(_DENOISER, num_steps=5000, average_decay=0.998, muon=True),
-    "sound-denoiser": replace(_DENOISER, num_steps=12000, average_decay=0.998, muon=True),
+    "sound-denoiser": replace(_DENOISER, num_steps=14000, average_decay=0.998, muon=True),
     "language": FitConfig(
         num_steps=3000, learning_rate=2e-3, average_decay=0.995, flat_fraction=0.4, muon=True
     ),
