@@ -69,7 +69,7 @@ def shares(listed: Sequence[Scene]) -> list[float]:
     """Return how often each scene is to be met, added up for :func:`random.choices`.
 
     A clip that stands still tells its tempo by its own small movement alone, white things are the last
-    that denoisers draw clearly, and a quiet sound's latents differ little from silence's, least of all a bee's.
+    that denoisers draw clearly, and a quiet sound's latents differ little from silence's, a bee's least.
     Every event of a sound must come out right, so those with more events are met more often.
     """
 
