@@ -40,7 +40,6 @@ SUBTLE = frozenset({"harp", "clock"})  # standing still, they move by a few pixe
 SUBTLE_SHARE = 2.0
 WHITE_SHARE = 3.0
 QUIET_SHARE = 3.0
-HUM_SHARE = 3.0  # quiet, it is nearly the hiss of rain
 Number = TypeVar("Number", bound=np.generic)
 
 
@@ -69,15 +68,13 @@ def shares(listed: Sequence[Scene]) -> list[float]:
     """Return how often each scene is to be met, added up for :func:`random.choices`.
 
     A clip that stands still tells its tempo by its own small movement alone, white things are the last
-    that denoisers draw clearly, and a quiet sound's latents differ little from silence's, a bee's least.
-    Every event of a sound must come out right, so those with more events are met more often.
+    that denoisers draw clearly, and a quiet sound's latents differ little from silence's. Every event of a
+    sound must come out right, so those with more events are met more often.
     """
 
     def share(scene: Scene) -> float:
         if isinstance(scene, Sound):
-            if scene.loudness != "quiet":
-                return scene.count
-            return scene.count * QUIET_SHARE * (HUM_SHARE if scene.thing == "bee" else 1.0)
+            return scene.count * (QUIET_SHARE if scene.loudness == "quiet" else 1.0)
         met = WHITE_SHARE if scene.colour == "white" else 1.0
         if isinstance(scene, Clip) and scene.motion == "still":
             met *= STILL_SHARE * (SUBTLE_SHARE if scene.thing in SUBTLE else 1.0)
