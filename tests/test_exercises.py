@@ -122,3 +122,20 @@ def test_a_new_subject_owes_nothing_to_what_came_before() -> None:
 def test_some_requests_leave_things_unsaid_and_the_answer_fills_them_in() -> None:
     texts = [str(exercise.turns[0].parts[0]) for exercise in some("text-to-image", 200)]
     assert any("ground" not in read_text(text) for text in texts)
+
+
+def test_noise_is_no_request_and_is_answered_in_words():
+    rng = Speaker(0)
+    typed = [talk.noise(rng) for _ in range(300)]
+
+    assert len(set(typed)) > 250
+    assert not any(word in text.split() for text in typed for word in ("draw", "play", "film", "hello"))
+    assert any(text.startswith("[") and "][" in text for text in typed)
+    rng.reserved = True
+    own = [talk.noise(rng) for _ in range(300)]
+    assert all(any(tag in text for tag in talk.OWN_TAGS) for text in own)
+    assert not set(own) & set(typed)
+    said = [make("decision", random.Random(i), FreshScenes(random.Random(i))) for i in range(600)]
+    answered = [exercise for exercise in said if exercise.answer == (talk.ELSEWHERE,)]
+    assert any(exercise.turns[0].parts[0][0] in "[<{" for exercise in answered)
+    assert not any(exercise.scenes for exercise in answered)

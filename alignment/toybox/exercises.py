@@ -444,7 +444,9 @@ def _follow_up(scene: Scene, rng: Speaker) -> tuple[Scene, str, tuple[str, ...]]
 
 
 def _words_only(rng: Speaker, scenes: Scenes) -> Exercise:
-    kind = rng.randrange(4)
+    kind = rng.randrange(5)
+    if kind == 4:
+        return Exercise("", (Turn("user", (talk.noise(rng),)),), (talk.ELSEWHERE,), ())
     if kind == 0:
         questions, answer = rng.choice(talk.TALK)
         return Exercise("", (Turn("user", (_said(rng.say(questions), rng),)),), (answer,), ())

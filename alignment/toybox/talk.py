@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Mapping
 
 from alignment.toybox.grammar import COUNT_WORDS, MOTION_PHRASES, TIMES_WORDS
@@ -72,6 +73,8 @@ TYPICAL_COLOUR_QUESTIONS = ways(
 TYPICAL_COLOUR_ANSWER = "a {thing} is mostly {colour}"
 
 GREETING = "hello! tell me what to draw, film or play"
+OWN_TAGS = ("img", "vid", "aud", "s", "user", "assistant")
+ELSEWHERE = "i only know my toy box. ask me to draw, film or play something in it"
 TALK: tuple[tuple[Phrases, str], ...] = (
     (
         ways(
@@ -138,10 +141,30 @@ TALK: tuple[tuple[Phrases, str], ...] = (
             "(can you cook?|can you dance?|where are you from?|do you like music?|what did you do today?)",
             reserved=("how are you?", "tell me a story", "what is your name?"),
         ),
-        "i only know my toy box. ask me to draw, film or play something in it",
+        ELSEWHERE,
     ),
 )
 """Small talk: what a person may say, and the answer to all of it."""
+
+
+def noise(rng: Speaker) -> str:
+    """Return what is no request in any words: keys hit at random, marks, or tags as programs write them.
+
+    Tests type the tags of this very program, which training never does.
+    """
+    kind = 2 if rng.reserved else rng.randrange(3)
+    if kind == 0:
+        keys = string.ascii_lowercase + string.digits
+        return " ".join("".join(rng.choices(keys, k=rng.randint(2, 12))) for _ in range(rng.randint(1, 3)))
+    if kind == 1:
+        return "".join(rng.choices(string.punctuation, k=rng.randint(2, 14)))
+    name = rng.choice(OWN_TAGS)
+    while not rng.reserved and name in OWN_TAGS:
+        name = "".join(rng.choices(string.ascii_lowercase, k=rng.randint(1, 5)))
+    opened, closed = rng.choice(("[]", "<>", "{}", ("</", ">"), ("<|", "|>")))
+    first, number = rng.randrange(10), rng.randint(1, 8)
+    numbered = rng.random() < 0.7
+    return "".join(f"{opened}{name}{i if numbered else ''}{closed}" for i in range(first, first + number))
 
 
 def ask_about(scene: Scene, rng: Speaker) -> tuple[str, str]:
