@@ -2,7 +2,7 @@
 
 The base of a run is joined to its frozen decoders and to its frozen encoder in several ways, each with as
 many steps on the same data and with several seeds. What makes media is trained as in stage 2, what reads
-them as in stage 1; stage 3 would hide the differences.
+them as in stage 1; stage 3, which trains both together, is left out.
 
 Shape letters in this file:
     N signal blocks   Q condition tokens   E condition width   C latent channels
