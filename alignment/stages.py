@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from alignment.fitting import FitConfig, fit, half_precision, prefer_plain_attention
 from decoders.projection import OutputProjection
 from encoders.media import Modality
-from llm.model import LanguageModel, ModelPart, SignalStates, mean_loss
+from llm.batch import Batch
+from llm.model import LanguageModel, ModelPart, Output, SignalStates, mean_loss
 from llm.template import Dialogue
 
 Dialogues = Callable[[int], Sequence[Dialogue]]
@@ -110,7 +111,7 @@ class Aligned(nn.Module):
         For each modality that is asked for: the captions, and the conditions ``(N, Q, E)``.
         """
         batches = [batch.to(self.llm.device) for batch in self.llm.collate_by_length(dialogues)]
-        outputs = [self.llm(batch) for batch in batches]
+        outputs = self.run_batches(batches)
         spoken: dict[Modality, list[SignalStates]] = {}
         for output, batch in zip(outputs, batches, strict=True):
             for modality, states in self.llm.signal_states(output, batch).items():
@@ -122,6 +123,10 @@ class Aligned(nn.Module):
             embeddings = torch.cat([states.embeddings for states in parts])
             asked[modality] = captions, self.projections[str(modality)](hidden, embeddings)
         return mean_loss(outputs), asked
+
+    def run_batches(self, batches: Sequence[Batch]) -> list[Output]:
+        """Run the language model; the outputs' ``hidden`` states are what output projections get."""
+        return [self.llm(batch) for batch in batches]
 
 
 def caption_distance(made: Tensor, wanted: Tensor) -> Tensor:

@@ -22,15 +22,15 @@ from services.presets import load_preset
 WEIGHTS = Path(__file__).resolve().parent.parent / "deploy" / "weights" / "toybox"
 GOLDEN_SAMPLES, GOLDEN_SEED = 6, 11
 AT_LEAST = {
-    "text-to-image": 0.8, "text-to-video": 0.8, "text-to-audio": 0.6,
-    "image-to-text": 0.8, "video-to-text": 0.8, "audio-to-text": 0.8,
+    "text-to-image": 0.8, "text-to-video": 0.8, "text-to-audio": 0.8,
+    "image-to-text": 0.8, "video-to-text": 0.6, "audio-to-text": 0.6,
     "image-to-audio": 0.8, "audio-to-image": 0.8, "image-to-video": 0.8,
-    "video-to-image": 0.6, "video-to-audio": 0.6, "audio-to-video": 0.8,
-    "text+image-to-image": 0.6, "text+audio-to-audio": 0.8, "text+video-to-video": 0.8,
-    "image+audio-to-video": 0.5, "text-to-many": 0.8, "conversation": 0.8, "new-subject": 0.8,
+    "video-to-image": 0.8, "video-to-audio": 0.6, "audio-to-video": 0.8,
+    "text+image-to-image": 0.8, "text+audio-to-audio": 0.8, "text+video-to-video": 0.8,
+    "image+audio-to-video": 0.6, "text-to-many": 0.6, "conversation": 0.8, "new-subject": 0.8,
     "decision": 0.8, "beyond-words": 0.8,
     "cycle image-text": 0.8, "cycle image-audio": 0.8, "cycle image-video": 0.8,
-    "cycle video-text": 0.8, "cycle video-audio": 0.5, "cycle audio-text": 0.6,
+    "cycle video-text": 0.8, "cycle video-audio": 0.8, "cycle audio-text": 0.8,
 }  # fmt: skip
 """The least share right; a sample less than what `patchbay eval toybox --samples 6 --seed 11` prints."""
 
@@ -40,9 +40,9 @@ def system() -> System:
     return System(folders_of(load_preset("toybox")))
 
 
-def test_all_weights_together_are_under_49_mb_and_none_is_a_pickle() -> None:
+def test_all_weights_together_are_under_48_mb_and_none_is_a_pickle() -> None:
     files = [path for path in WEIGHTS.rglob("*") if path.is_file() and not _behind_a_link(path)]
-    assert sum(path.stat().st_size for path in files) < 49e6
+    assert sum(path.stat().st_size for path in files) < 48e6
     assert not [path for path in files if path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"}]
 
 

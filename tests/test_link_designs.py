@@ -6,67 +6,71 @@ import json
 import random
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from alignment import link_designs
 from alignment.embedded import captions
 from alignment.embedded.captions import CAPTION_TOKENS, WIDTH, CaptionEncoder
 from alignment.embedded.denoisers import ConditionedDenoiser, build
 from alignment.embedded.language import SIGNALS, build_base, kept_tokenizer, with_signals
 from alignment.fitting import FitConfig
-from alignment.link_designs import (
-    DESIGNS,
-    MAKERS,
-    READERS,
-    SEEDS,
-    Maker,
-    Reader,
-    denoised,
-    folder_of,
-    made_by,
-    table,
-    train,
-    train_maker,
-)
-from alignment.stages import Aligned
+from alignment.link_designs import MAKERS, READERS, Maker, Reader, designs, measuring, table, train, training
+from alignment.link_designs.designs import SEEDS, Joined, made_by, run_heard
+from alignment.link_designs.folders import NULLS_FILE, folder_of
+from alignment.link_designs.measuring import guided_away, heard_again
+from alignment.link_designs.training import denoised, train_maker
+from alignment.samples import converse, prepare
+from alignment.system import Folders, System
+from alignment.toybox.exercises import FreshScenes, make
 from alignment.toybox.world import Scene, sample_look, sample_sound
 from alignment.training import TrainOptions
+from decoders.pipeline_folder import PipelineFolder
 from decoders.projection import OutputProjection, OutputProjectionConfig
 from encoders.media import Modality
-from llm.signals import SignalVocabulary
+from llm.signals import Signal, SignalVocabulary
+from llm.template import Message, SignalPart
 from services import cli
+from services.measuring import folders_of
 from services.presets import load_preset
 from tests.tiny_llm import WIDTH as TINY
 from tests.tiny_llm import tiny_model
 
+WEIGHTS = Path(__file__).resolve().parent.parent / "deploy" / "weights" / "toybox"
 MEDIA = (Modality.IMAGE, Modality.VIDEO, Modality.AUDIO)
 
 
-def aligned() -> Aligned:
+def joined(way: Maker) -> Joined:
     llm = tiny_model(max_position_embeddings=512)
     config = OutputProjectionConfig(
         llm_width=TINY, out_width=6, num_queries=3, hidden_width=8, ffn_width=8, num_encoder_layers=1,
         num_decoder_layers=1,
     )  # fmt: skip
-    return Aligned(llm, {modality: OutputProjection(config) for modality in MEDIA})
+    model = Joined(way, llm)
+    for modality in MEDIA:
+        model.projections[str(modality)] = OutputProjection(config)
+    return model
 
 
-@pytest.mark.parametrize("name", ["signal", "signal, and denoising", "denoising alone"])
+@pytest.mark.parametrize(
+    "name", ["signal", "signal, three layers", "signal, and denoising", "denoising alone"]
+)
 def test_a_design_trains_signals_and_connectors_with_its_own_losses(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model, way = aligned(), MAKERS[name]
+    way = MAKERS[name] if MAKERS[name].heard == (-1,) else Maker(heard=(1, -1))
+    model = joined(way)
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
     denoised_scenes: list[Scene] = []
 
     def wrong(
         scenes: Sequence[Scene], conditions: Tensor, rng: random.Random, noise: torch.Generator
     ) -> Tensor:
-        assert len(scenes) == len(conditions) <= link_designs.DENOISED
+        assert len(scenes) == len(conditions) <= training.DENOISED
         denoised_scenes.extend(scenes)
         return conditions.square().mean()
 
@@ -83,6 +87,79 @@ def test_a_design_trains_signals_and_connectors_with_its_own_losses(name: str, t
     kinds = {key.split()[-1] for key in row if key.startswith(("image", "video", "audio"))}
     assert kinds == ({"distance"} if way.distance else set()) | ({"denoising"} if way.denoising else set())
     assert bool(denoised_scenes) is bool(way.denoising)
+
+
+def test_a_learned_null_is_trained_by_denoising_without_a_condition(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    way = MAKERS["signal, and a learned null"]
+    model = joined(way)
+    model.learn_nulls(dict.fromkeys(MEDIA, torch.full((3, 6), 7.0)))
+    under_null: list[bool] = []
+
+    def wrong(
+        scenes: Sequence[Scene], conditions: Tensor, rng: random.Random, noise: torch.Generator
+    ) -> Tensor:
+        under_null.extend((condition > 5).all().item() is True for condition in conditions.detach())
+        return conditions.square().mean()
+
+    def target(texts: Sequence[str]) -> Tensor:
+        return torch.ones(len(texts), 3, 6)
+
+    config = FitConfig(num_steps=6, learning_rate=0.01, warmup_steps=1)
+    train_maker(way, model, dict.fromkeys(MEDIA, target), dict.fromkeys(MEDIA, wrong), tmp_path, config)
+
+    assert any(under_null)
+    assert not all(under_null)
+    assert all((null < 7).all() for null in model.nulls.values())
+
+
+def test_states_of_several_layers_are_averaged_and_the_words_stay_what_they_are() -> None:
+    llm = tiny_model(max_position_embeddings=512)
+    llm.train(False)
+    batch = llm.collate([[Message("user", ["a bell"]), Message("assistant", ["here", SignalPart(MEDIA[0])])]])
+    with torch.no_grad():
+        last, both, first = (run_heard(llm, batch, heard) for heard in ((-1,), (1, -1), (1,)))
+
+    torch.testing.assert_close(both.hidden, (last.hidden + first.hidden) / 2)
+    torch.testing.assert_close(first.hidden.square().mean(-1), torch.ones(batch.ids.shape), rtol=1e-3, atol=0)
+    assert not torch.allclose(first.hidden, last.hidden, atol=0.1)
+    torch.testing.assert_close(both.logits, last.logits)
+    assert not llm.causal_lm.base_model._forward_hooks
+
+
+def test_signals_heard_again_at_the_last_layer_are_those_that_were_said() -> None:
+    system = System(folders_of(load_preset("toybox")))
+    rng = random.Random(0)
+    sample = prepare(make("text-to-image", rng, FreshScenes(rng)), rng)
+    converse(system, sample)
+    deaf = [
+        replace(part, hidden=torch.zeros_like(part.hidden)) if isinstance(part, Signal) else part
+        for part in sample.spoken
+    ]
+    again = heard_again(system.llm, replace(sample, spoken=deaf), (-1,))
+
+    assert len(again.signals) == 1
+    assert again.signals == again.replies[-1]
+    torch.testing.assert_close(again.signals[0].hidden, sample.signals[0].hidden, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(again.signals[0].embeddings, sample.signals[0].embeddings)
+
+
+def test_a_decoder_guides_away_from_the_null_of_a_design(tmp_path: Path) -> None:
+    decoders = Folders.of_weights(WEIGHTS).decoders
+    usual = PipelineFolder(decoders[Modality.IMAGE]).saved_null()
+    assert usual is not None
+    (tmp_path / "scratch").mkdir()
+    save_file({"image": usual + 1}, tmp_path / NULLS_FILE)
+
+    found = guided_away(decoders, tmp_path / NULLS_FILE, tmp_path / "scratch")
+
+    changed = PipelineFolder(found[Modality.IMAGE]).saved_null()
+    assert changed is not None
+    torch.testing.assert_close(changed, usual + 1)
+    assert guided_away(decoders, tmp_path / "nothing", tmp_path) is decoders
+    again = PipelineFolder(decoders[Modality.IMAGE]).saved_null()
+    assert again is not None
+    torch.testing.assert_close(again, usual)
 
 
 @pytest.mark.parametrize("kind", ["look", "sound"])
@@ -134,7 +211,8 @@ def test_every_design_has_a_block_for_each_medium_and_conditions_of_the_decoders
             assert isinstance(projection, OutputProjection)
             assert model.llm.tokenizer.signals.count(modality) == way.tokens
             assert projection.config.num_queries == (1 if modality is Modality.AUDIO else CAPTION_TOKENS)
-            assert (projection.config.num_encoder_layers, projection.config.num_decoder_layers) == way.layers
+            config = projection.config
+            assert (config.num_encoder_layers, config.num_decoder_layers) == way.connector
 
 
 def test_a_base_with_another_vocabulary_is_refused() -> None:
@@ -150,10 +228,8 @@ def test_a_run_without_all_its_parts_is_refused(tmp_path: Path) -> None:
 @pytest.fixture
 def run(tiny_preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run with one design of each sort, both the language model of the tiny preset."""
-    monkeypatch.setattr(
-        link_designs, "DESIGNS", {"signal": Maker(), "one linear token": Reader(kind="linear")}
-    )
-    monkeypatch.setattr(link_designs, "SEEDS", (0, 1))
+    monkeypatch.setattr(measuring, "DESIGNS", {"signal": Maker(), "one linear token": Reader(kind="linear")})
+    monkeypatch.setattr(measuring, "SEEDS", (0, 1))
     preset = load_preset(str(tiny_preset))
     for seed in (0, 1):
         for name in ("signal", "one linear token"):
@@ -212,4 +288,4 @@ def test_the_tables_have_means_and_half_the_spread_over_seeds() -> None:
 def test_the_embedded_model_has_designs_that_are_compared() -> None:
     assert MAKERS["signal"].signals == SIGNALS
     assert READERS["resampler, 8 tokens"] == Reader(tokens=8)
-    assert set(DESIGNS) == {*MAKERS, *READERS}
+    assert set(designs.DESIGNS) == {*MAKERS, *READERS}
