@@ -21,7 +21,8 @@ from peft import PeftModel
 from alignment.embedded.language import in_words
 from alignment.shared_work import share
 from alignment.system import MAX_NEW_TOKENS, Folders
-from alignment.toybox.exercises import FreshScenes, make
+from alignment.toybox.directions import make
+from alignment.toybox.exercise import FreshScenes
 from llm.generate import GenerationOptions, TextDelta, generate
 from llm.model import LanguageModel
 from llm.template import Dialogue

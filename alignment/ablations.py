@@ -23,7 +23,7 @@ from alignment.shared_work import share
 from alignment.stages import STAGES, Stage
 from alignment.step_order import run_in_order
 from alignment.system import Folders
-from alignment.toybox.exercises import DIRECTIONS
+from alignment.toybox.directions import DIRECTIONS
 from alignment.training import LORA, Run, TrainOptions, restore, run_of, train_stage, unaligned
 
 READING, MAKING, LAST = STAGES

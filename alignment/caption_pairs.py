@@ -14,7 +14,8 @@ from pathlib import Path
 
 from alignment.embedded.dialogues import dialogue_of, encode_pools, sample_dialogues
 from alignment.embedded.pools import PoolSizes
-from alignment.toybox.exercises import FreshScenes, make
+from alignment.toybox.directions import make
+from alignment.toybox.exercise import FreshScenes
 from encoders.encoder import Encoder
 from encoders.media import MediaError, Modality, read_media
 from llm.template import Dialogue, MediaTokens, Message, SignalPart

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignment.samples import semitones_between
-from alignment.toybox.exercises import Exercise, FreshScenes, judged, make
+from alignment.toybox.directions import make
+from alignment.toybox.exercise import Exercise, FreshScenes, judged
 from alignment.toybox.media import Finding, compare, judge, render, to_bytes
 from alignment.toybox.world import Clip, Look, Scene, Sound
 from encoders.media import Audio, Image, Medium, Modality, Video, read_media

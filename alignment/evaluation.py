@@ -38,7 +38,8 @@ from alignment.samples import (
 from alignment.shared_work import share
 from alignment.system import Folders, System
 from alignment.toybox.cycles import CYCLES, run_cycle
-from alignment.toybox.exercises import DIRECTIONS, FreshScenes, make
+from alignment.toybox.directions import DIRECTIONS, make
+from alignment.toybox.exercise import FreshScenes
 from alignment.toybox.grammar import caption
 from alignment.toybox.media import to_bytes
 

@@ -18,7 +18,8 @@ from alignment.evaluation import CEILINGS, HELD_OUT_SHARE, SPLITS, ceiling
 from alignment.samples import Sample, all_right, converse, decode, prepare
 from alignment.shared_work import share
 from alignment.system import Folders, LinkName, System
-from alignment.toybox.exercises import FreshScenes, make
+from alignment.toybox.directions import make
+from alignment.toybox.exercise import FreshScenes
 
 DIRECTIONS = (*CEILINGS, "beyond-words")
 LINKS: tuple[LinkName, ...] = ("signal", "caption")

@@ -23,7 +23,8 @@ from alignment.chains import OneScene
 from alignment.samples import Sample, converse, findings, prepare
 from alignment.shared_work import share
 from alignment.system import Folders, System
-from alignment.toybox.exercises import Exercise, FreshScenes, Turn, make
+from alignment.toybox.directions import make
+from alignment.toybox.exercise import Exercise, FreshScenes, Turn
 from alignment.toybox.media import lengthened, to_bytes
 from alignment.toybox.world import Scene
 from decoders.mel import HOP, log_mel

@@ -14,7 +14,7 @@ from typing import Any
 
 from alignment.embedded.dialogues import MODALITY
 from alignment.system import LinkName, Spoken, System
-from alignment.toybox.exercises import Exercise, Turn
+from alignment.toybox.exercise import Exercise, Turn
 from alignment.toybox.grammar import read_text
 from alignment.toybox.judge_sound import measure_sound
 from alignment.toybox.judge_visual import measure_look

@@ -15,7 +15,7 @@ from alignment import ablations
 from alignment.ablations import CAPTIONS, GROUPS, VARIANTS, folder_of, main_ablations, table, train
 from alignment.fitting import FitConfig
 from alignment.stages import Aligned, Stage
-from alignment.toybox.exercises import DIRECTIONS
+from alignment.toybox.directions import DIRECTIONS
 from alignment.training import RECIPES, Run, TrainOptions
 from encoders.media import Modality
 from llm.lora import LoraOptions

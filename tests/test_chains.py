@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from alignment.chains import Chain, OneScene, chain_findings, drift, untouched_difference
-from alignment.toybox.exercises import make
+from alignment.toybox.directions import make
 from alignment.toybox.media import render
 from alignment.toybox.world import Clip, Look, Scene, Sound
 from encoders.media import Image, Medium

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from alignment.evaluation import Wish, main_toybox, measure
 from alignment.system import Folders, System
 from alignment.toybox.cycles import CYCLES
-from alignment.toybox.exercises import DIRECTIONS
+from alignment.toybox.directions import DIRECTIONS
 from decoders.settings import DecodeSettings
 from encoders.media import Image, Modality
 from llm.signals import Signal

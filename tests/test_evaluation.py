@@ -10,7 +10,8 @@ import torch
 from alignment.embedded.dialogues import MODALITY
 from alignment.evaluation import asking_of, asking_table, over_seeds, table
 from alignment.samples import Sample, Tally, decode, findings, right_media
-from alignment.toybox.exercises import DIRECTIONS, Exercise, FreshScenes, Turn, make
+from alignment.toybox.directions import DIRECTIONS, make
+from alignment.toybox.exercise import Exercise, FreshScenes, Turn
 from alignment.toybox.grammar import caption
 from alignment.toybox.media import Finding, judge, render, to_bytes
 from alignment.toybox.world import Scene, Sound, attributes

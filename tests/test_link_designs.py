@@ -27,7 +27,8 @@ from alignment.link_designs.measuring import guided_away, heard_again
 from alignment.link_designs.training import denoised, train_maker
 from alignment.samples import converse, prepare
 from alignment.system import Folders, System
-from alignment.toybox.exercises import FreshScenes, make
+from alignment.toybox.directions import make
+from alignment.toybox.exercise import FreshScenes
 from alignment.toybox.world import Scene, sample_look, sample_sound
 from alignment.training import TrainOptions
 from decoders.pipeline_folder import PipelineFolder

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from alignment.phrasings import WORDINGS, after_other_talk, as_array, mean_cosine, wordings_of
-from alignment.toybox.exercises import FreshScenes, make
+from alignment.toybox.directions import make
+from alignment.toybox.exercise import FreshScenes
 from alignment.toybox.media import render
 from alignment.toybox.world import Clip, Look, Scene, Sound
 

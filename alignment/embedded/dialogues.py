@@ -24,7 +24,8 @@ from alignment.embedded.captions import SAMPLERS, Kind
 from alignment.embedded.disguises import OF_DUETS, WITHOUT_COLOUR, greyed, of_no_thing
 from alignment.embedded.own_media import OWN_SHARE, OwnMedia
 from alignment.toybox import world
-from alignment.toybox.exercises import Exercise, Part, make
+from alignment.toybox.directions import make
+from alignment.toybox.exercise import Exercise, Part
 from alignment.toybox.grammar import caption_words
 from alignment.toybox.world import Clip, Look, Scene, Sound, attributes
 from encoders.encoder import Encoder

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alignment.fitting import FitConfig, fit, half_precision, prefer_plain_attention, training_device
-from alignment.toybox.exercises import DIRECTIONS, Exercise, FreshScenes, make
+from alignment.toybox.directions import DIRECTIONS, make
+from alignment.toybox.exercise import Exercise, FreshScenes
 from alignment.toybox.grammar import caption
 from alignment.toybox.world import Clip, Look, Scene
 from llm.model import LanguageModel, mean_loss

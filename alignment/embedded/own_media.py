@@ -23,7 +23,7 @@ from rich.progress import track
 
 from alignment.embedded.captions import Kind
 from alignment.toybox.changes import ask_for_change
-from alignment.toybox.exercises import judged
+from alignment.toybox.exercise import judged
 from alignment.toybox.grammar import caption
 from alignment.toybox.media import compare, judge, to_bytes
 from alignment.toybox.phrases import Speaker

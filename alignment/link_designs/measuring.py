@@ -32,7 +32,8 @@ from alignment.link_designs.folders import NULLS_FILE, folder_of, home
 from alignment.samples import Sample, all_right, converse, decode, prepare
 from alignment.shared_work import share
 from alignment.system import Folders, LinkName, System
-from alignment.toybox.exercises import FreshScenes, make
+from alignment.toybox.directions import make
+from alignment.toybox.exercise import FreshScenes
 from decoders.pipeline_folder import NULL_FILE, PipelineFolder
 from encoders.media import Modality
 from llm.model import LanguageModel

@@ -38,7 +38,8 @@ from alignment.link_designs.designs import (
 from alignment.link_designs.folders import NULLS_FILE, home, step_name
 from alignment.stages import STAGES, CaptionTargets, caption_distance
 from alignment.step_order import run_in_order
-from alignment.toybox.exercises import FreshScenes, make
+from alignment.toybox.directions import make
+from alignment.toybox.exercise import FreshScenes
 from alignment.toybox.grammar import caption
 from alignment.toybox.media import render
 from alignment.toybox.world import Scene

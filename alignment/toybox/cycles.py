@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from alignment.toybox.exercises import FreshScenes
+from alignment.toybox.exercise import FreshScenes
 from alignment.toybox.media import Finding, compare, judge, render, to_bytes
 from alignment.toybox.world import Scene
 from encoders.media import Medium, Modality, read_media

@@ -24,7 +24,7 @@ import numpy as np
 import PIL.Image
 
 from alignment.shared_work import share
-from alignment.toybox.exercises import FreshScenes, judged
+from alignment.toybox.exercise import FreshScenes, judged
 from alignment.toybox.media import Finding, Value, compare, judge, render, to_bytes
 from alignment.toybox.world import Scene, attributes
 from encoders.media import Audio, Image, Medium, Video, read_media, resample

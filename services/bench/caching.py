@@ -15,7 +15,7 @@ from statistics import median
 
 from diffusers import UNet2DConditionModel, UNet3DConditionModel
 
-from alignment.toybox.exercises import FreshScenes, judged
+from alignment.toybox.exercise import FreshScenes, judged
 from alignment.toybox.grammar import caption
 from alignment.toybox.media import judge, to_bytes
 from alignment.toybox.world import Scene

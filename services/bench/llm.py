@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from alignment.toybox.exercises import FreshScenes, make
+from alignment.toybox.directions import make
+from alignment.toybox.exercise import FreshScenes
 from llm.engine import Engine
 from llm.engine_request import Request
 from llm.model import LanguageModel

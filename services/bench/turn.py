@@ -32,7 +32,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from alignment.toybox.exercises import FreshScenes, make
+from alignment.toybox.directions import make
+from alignment.toybox.exercise import FreshScenes
 from decoders.engine import DenoisingEngine
 from decoders.settings import DecodeSettings
 from llm.model import LanguageModel

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 import pytest
 
 from alignment.toybox import changes, talk, wordings
-from alignment.toybox.exercises import DIRECTIONS, Exercise, FreshScenes, make
+from alignment.toybox.directions import DIRECTIONS, make
+from alignment.toybox.exercise import Exercise, FreshScenes
 from alignment.toybox.grammar import read_text
 from alignment.toybox.phrases import Phrases, Speaker, ways
 from alignment.toybox.world import Clip, Look, Sound, attributes

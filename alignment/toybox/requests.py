@@ -1,0 +1,118 @@
+"""How people ask for a scene: in full, leaving things unsaid, with typos, or for what there is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from alignment.toybox import wordings
+from alignment.toybox.exercise import Part, Scenes
+from alignment.toybox.grammar import TYPICAL_COLOUR, describe, with_typos
+from alignment.toybox.phrases import Phrases, Speaker
+from alignment.toybox.world import PITCH_OF_SIZE, Clip, Look, Scene, Sound, changed
+
+
+def typical_look(thing: str, size: str = "medium", count: int = 1) -> Look:
+    """Return the picture that is drawn when only this much was said."""
+    place = "middle" if count == 1 else None
+    colour = TYPICAL_COLOUR[thing]
+    return Look(thing, colour, size, count, place, "grey" if colour == "white" else "white")
+
+
+def typical_clip(thing: str, size: str = "medium", tempo: str = "slow") -> Clip:
+    """Return the video that is made when only this much was said."""
+    colour = TYPICAL_COLOUR[thing]
+    return Clip(thing, colour, size, "grey" if colour == "white" else "white", "still", tempo)
+
+
+def typical_sound(thing: str, size: str = "medium", count: int = 1, tempo: str = "slow") -> Sound:
+    """Return the sound that is made when only this much was said."""
+    return Sound(thing, PITCH_OF_SIZE[size], count, tempo, "loud")
+
+
+def sound_of(scene: Look | Clip) -> tuple[Sound, tuple[str, ...]]:
+    """Return how what is shown sounds, and the attributes of that sound which the scene decides."""
+    count = scene.count if isinstance(scene, Look) else 1
+    tempo = scene.tempo if isinstance(scene, Clip) else "slow"
+    names = ("thing", "pitch", "count" if isinstance(scene, Look) else "tempo")
+    return typical_sound(scene.thing, scene.size, count, tempo), names
+
+
+def said(request: str, rng: Speaker) -> str:
+    """Return a request as it is typed: politely or not, and with typos now and then."""
+    if rng.random() < (0.04 if rng.reserved else 0.15):
+        request = with_typos(request, rng)
+    if request.endswith("?"):
+        return request if rng.random() < 0.7 else request[:-1]
+    return request + rng.say(wordings.POLITE_ENDINGS)
+
+
+def _omitted(rng: Speaker, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return what a person leaves unsaid: mostly nothing, sometimes several attributes."""
+    if rng.random() < 0.7:
+        return ()
+    return tuple(name for name in names if rng.random() < 0.6)
+
+
+def _unsaid(scene: Scene, omit: tuple[str, ...]) -> Scene | None:
+    """Return the scene with everything unsaid at its typical value, or None if there is none."""
+    values: dict[str, str | int | None] = {}
+    if isinstance(scene, Look):
+        typical: Scene = typical_look(scene.thing)
+    elif isinstance(scene, Clip):
+        typical = typical_clip(scene.thing)
+    else:
+        typical = typical_sound(scene.thing)
+    for name in omit:
+        if name == "place" and isinstance(scene, Look) and scene.count > 1:
+            continue
+        values[name] = getattr(typical, name)
+    if values.get("ground") == "white" and values.get("colour", getattr(scene, "colour", "")) == "white":
+        values["ground"] = "grey"
+    if values.get("ground") == "grey" and values.get("colour", getattr(scene, "colour", "")) != "white":
+        values["ground"] = "white"
+    return changed(scene, **values)
+
+
+def _wanted(rng: Speaker, draw: Callable[[], Scene], names: tuple[str, ...]) -> tuple[Scene, tuple[str, ...]]:
+    while True:
+        scene, omit = draw(), _omitted(rng, names)
+        completed = _unsaid(scene, omit)
+        if completed is not None and completed.held_out is scene.held_out:
+            return completed, omit
+
+
+_IMPERATIVES: Mapping[type, Phrases] = {
+    Look: wordings.DRAW,
+    Clip: wordings.FILM,
+    Sound: wordings.PLAY,
+}
+
+
+def asking(scene: Scene, rng: Speaker) -> str:
+    """Return how a request for a scene begins; what is wanted follows."""
+    if rng.random() < 0.3:
+        return rng.say(wordings.WISHES[type(scene)])
+    return rng.say(wordings.OPENINGS) + rng.say(_IMPERATIVES[type(scene)])
+
+
+def wanted_look(rng: Speaker, scenes: Scenes) -> tuple[Scene, str]:
+    """Return a picture and a request for it."""
+    scene, omit = _wanted(rng, scenes.look, ("colour", "size", "place", "ground"))
+    return scene, f"{asking(scene, rng)} {describe(scene, rng, omit)}"
+
+
+def wanted_clip(rng: Speaker, scenes: Scenes) -> tuple[Scene, str]:
+    """Return a video and a request for it."""
+    scene, omit = _wanted(rng, scenes.clip, ("colour", "size", "ground", "motion", "tempo"))
+    return scene, f"{asking(scene, rng)} {describe(scene, rng, omit)}"
+
+
+def wanted_sound(rng: Speaker, scenes: Scenes) -> tuple[Scene, str]:
+    """Return a sound and a request for it."""
+    scene, omit = _wanted(rng, scenes.sound, ("pitch", "count", "tempo", "loudness"))
+    return scene, f"{asking(scene, rng)} {describe(scene, rng, omit)}"
+
+
+def shown(rng: Speaker, text: str, scene: Scene) -> tuple[Part, ...]:
+    """Return a text and what is shown with it, in either order."""
+    return (scene, text) if rng.random() < 0.7 else (text, scene)
