@@ -34,6 +34,7 @@ from alignment.training import TrainOptions
 from decoders.pipeline_folder import PipelineFolder
 from decoders.projection import OutputProjection, OutputProjectionConfig
 from encoders.media import Modality
+from llm.model import LanguageModel
 from llm.signals import Signal, SignalVocabulary
 from llm.template import Message, SignalPart
 from services import cli
@@ -216,9 +217,27 @@ def test_every_design_has_a_block_for_each_medium_and_conditions_of_the_decoders
             assert (config.num_encoder_layers, config.num_decoder_layers) == way.connector
 
 
-def test_a_base_with_another_vocabulary_is_refused() -> None:
+def test_other_signals_leave_the_tokenizer_that_a_base_was_trained_with() -> None:
+    base = LanguageModel.from_pretrained(WEIGHTS / "llm")
+    longer = with_signals(base, SignalVocabulary(image=16, video=16, audio=16))
+
+    assert longer.tokenizer.base_vocabulary == base.tokenizer.base_vocabulary
+    rng = random.Random(0)
+    for _ in range(100):
+        text = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz .,[]<>", k=40))
+        assert longer.tokenizer.encode_text(text) == base.tokenizer.encode_text(text)
+    dialogue = [Message("user", ["a bell"]), Message("assistant", ["a big red bell", SignalPart(MEDIA[0])])]
+    ids, before = longer.encode(dialogue).ids, base.encode(dialogue).ids
+    known = base.tokenizer.base_vocabulary
+    assert [i for i in ids if i < known] == [i for i in before if i < known]
+    assert len(ids) == len(before) + 12
+
+
+def test_a_base_with_more_tokens_than_signals_is_refused() -> None:
+    base = tiny_model()
+    base.tokenizer.added_tokens += ("<|more|>",)
     with pytest.raises(ValueError, match="Only the base that `patchbay train language` makes"):
-        with_signals(tiny_model(), SIGNALS)
+        with_signals(base, SIGNALS)
 
 
 def test_a_run_without_all_its_parts_is_refused(tmp_path: Path) -> None:

@@ -7,11 +7,13 @@ projected features where the bracket was.
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from alignment.fitting import FitConfig, fit, half_precision, prefer_plain_attention, training_device
 from alignment.toybox.directions import DIRECTIONS, make
@@ -55,25 +57,39 @@ def kept_tokenizer(folder: Path) -> ConversationTokenizer:
 
 
 def with_signals(model: LanguageModel, signals: SignalVocabulary) -> LanguageModel:
-    """Return the base of ``model`` with fresh signals of other lengths, and without projectors."""
-    tokenizer = _learnt_tokenizer(signals)
-    given, learnt = model.tokenizer.base_vocabulary, tokenizer.base_vocabulary
-    if given != learnt:
+    """Return the base of ``model`` with fresh signals of other lengths, and without projectors.
+
+    Raises:
+        ValueError: its tokenizer has added tokens beside media and signals, whose ids would shift.
+
+    """
+    own = model.tokenizer
+    if own.added_tokens != own.signals.tokens:
         raise ValueError(
-            f"The model has a vocabulary of {given} tokens; that of the embedded model has {learnt}. Only "
-            "the base that `patchbay train language` makes can get other signals."
+            f"The tokenizer has added {own.added_tokens}; expected media and signal tokens alone. Only the "
+            "base that `patchbay train language` makes can get other signals."
         )
-    return LanguageModel(model.causal_lm, tokenizer, {})
+    described = json.loads(own.backing.backend_tokenizer.to_str())
+    described["added_tokens"] = [
+        token for token in described["added_tokens"] if token["id"] < own.base_vocabulary
+    ]
+    backing = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(described)),
+        bos_token=own.backing.bos_token,
+        eos_token=own.backing.eos_token,
+        pad_token=own.backing.pad_token,
+    )
+    return LanguageModel(model.causal_lm, ConversationTokenizer(backing, signals), {})
 
 
-def _learnt_tokenizer(signals: SignalVocabulary = SIGNALS) -> ConversationTokenizer:
+def _learnt_tokenizer() -> ConversationTokenizer:
     rng = random.Random("llm-vocabulary")
     texts = []
     for _ in range(400):
         for direction in DIRECTIONS:
             dialogue = in_words(make(direction, rng, FreshScenes(rng)))
             texts += [part for message in dialogue for part in message.parts if isinstance(part, str)]
-    return ConversationTokenizer(train_tokenizer(texts, 1200), signals)
+    return ConversationTokenizer(train_tokenizer(texts, 1200), SIGNALS)
 
 
 def build_base(tokenizer: ConversationTokenizer) -> LanguageModel:
