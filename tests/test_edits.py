@@ -17,7 +17,6 @@ from services.session import ReplyPart, Session
 SEED = 8
 TINT = (235, 220, 180)
 ENDS = (slice(0, 8), slice(56, 64))
-MOVIE_LOSS = {Modality.IMAGE: 0, Modality.VIDEO: 4}  # of 255: MP4 keeps fewer colours than a PNG
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +76,16 @@ def test_without_a_word_an_edit_keeps_the_very_pixels_around_what_it_changes(
     said = {"type": kind.value, "caption": before.caption, "file_id": before.file_id}
     messages += [{"role": "assistant", "parts": [said]}, {"role": "user", "content": "make it blue"}]
 
-    edited = made(session, messages, kind)
+    edited, anew = made(session, messages, kind), made(session, messages, kind, strength=1.0)
 
-    kept, was = pixels_of(edited), pixels_of(before)
+    kept, drawn, was = pixels_of(edited), pixels_of(anew), pixels_of(before)
     corners = [(..., rows, columns, slice(None)) for rows in ENDS for columns in ENDS]
-    off = [float(np.abs(kept[corner] - was[corner]).max()) for corner in corners]
-    assert max(off) <= MOVIE_LOSS[kind], off
+    off, off_anew = (
+        np.mean([np.abs(pixels[corner] - was[corner]).mean() for corner in corners])
+        for pixels in (kept, drawn)
+    )
+    assert off < 0.8 * off_anew
+    assert off == 0 or kind is Modality.VIDEO  # whose file loses some of the colours that it was given
     red, _, blue = kept[..., 24:40, 24:40, :].reshape(-1, 3).mean(axis=0)
     assert blue > red
     assert edited.manifest is not None

@@ -233,9 +233,10 @@ def test_other_signals_leave_the_tokenizer_that_a_base_was_trained_with() -> Non
     assert len(ids) == len(before) + 12
 
 
-def test_a_base_with_more_tokens_than_signals_is_refused() -> None:
+def test_a_base_with_more_tokens_than_signals_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     base = tiny_model()
-    base.tokenizer.added_tokens += ("<|more|>",)
+    more = (*base.tokenizer.added_tokens, "<|more|>")
+    monkeypatch.setattr(base.tokenizer, "added_tokens", more)  # other tests have this tokenizer, too
     with pytest.raises(ValueError, match="Only the base that `patchbay train language` makes"):
         with_signals(base, SIGNALS)
 
