@@ -53,7 +53,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "reading": tuple(name for name in DIRECTIONS if name.endswith("-to-text")),
     "turning": tuple(name for name in DIRECTIONS if "-to-" in name and "text" not in name),
     "edits": tuple(name for name in DIRECTIONS if name.startswith("text+")),
-    "talk": ("text-to-many", "conversation", "new-subject"),
+    "conversations": ("text-to-many", "conversation", "new-subject"),
+    "talk": ("talk",),
     "decision": ("decision",),
     "beyond words": ("beyond-words",),
 }

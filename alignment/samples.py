@@ -202,6 +202,8 @@ def findings(sample: Sample) -> dict[str, Finding]:
         result = {"modalities": Finding(not got)}
         if exercise.judged and exercise.stated is not None:
             result |= compare(read_text(sample.text), exercise.stated, exercise.judged[0])
+        else:
+            result["words"] = Finding(not got and sample.text == exercise.answer[0])
         return result
     result = {"modalities": Finding(got == wanted)}
     for place, (scene, names) in enumerate(zip(exercise.scenes, exercise.judged, strict=True)):

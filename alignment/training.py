@@ -77,7 +77,7 @@ RECIPES: Mapping[str, FitConfig] = {
     "clip-denoiser": replace(_DENOISER, num_steps=5000, average_decay=0.998, muon=True),
     "sound-denoiser": replace(_DENOISER, num_steps=24000, average_decay=0.998, muon=True),
     "language": FitConfig(
-        num_steps=3000, learning_rate=2e-3, average_decay=0.995, flat_fraction=0.4, muon=True
+        num_steps=5000, learning_rate=2e-3, average_decay=0.995, flat_fraction=0.4, muon=True
     ),
     "imagebind": FitConfig(
         num_steps=6000,
@@ -95,7 +95,7 @@ RECIPES: Mapping[str, FitConfig] = {
         num_steps=1100, learning_rate=1e-3, average_decay=0.99, flat_fraction=0.4, muon=True
     ),
     "instruction": FitConfig(
-        num_steps=5500, learning_rate=1e-3, average_decay=0.995, flat_fraction=0.4, muon=True
+        num_steps=7500, learning_rate=1e-3, average_decay=0.995, flat_fraction=0.4, muon=True
     ),
 }
 """The steps in their order, with lengths and rates that fit two cores."""

@@ -185,4 +185,4 @@ def test_the_table_has_a_line_per_variant_with_the_means_of_its_groups() -> None
         "variants": {"all three stages": row(1.0, 1.0), "no stage 1": row(0.0, 1.0)},
     }  # fmt: skip
     mean = (len(DIRECTIONS) - 3) / len(DIRECTIONS)
-    assert f"| no stage 1 | 0.0% |{' 100.0% |' * 6} {mean:.1%} | {mean / 2:.1%} | 50.0% |" in table(result)
+    assert f"| no stage 1 | 0.0% |{' 100.0% |' * 7} {mean:.1%} | {mean / 2:.1%} | 50.0% |" in table(result)

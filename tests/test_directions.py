@@ -125,7 +125,7 @@ def test_some_requests_leave_things_unsaid_and_the_answer_fills_them_in() -> Non
     assert any("ground" not in read_text(text) for text in texts)
 
 
-def test_noise_is_no_request_and_is_answered_in_words():
+def test_noise_is_no_request_and_is_answered_in_words() -> None:
     rng = Speaker(0)
     typed = [talk.noise(rng) for _ in range(300)]
 
@@ -136,7 +136,33 @@ def test_noise_is_no_request_and_is_answered_in_words():
     own = [talk.noise(rng) for _ in range(300)]
     assert all(any(tag in text for tag in talk.OWN_TAGS) for text in own)
     assert not set(own) & set(typed)
-    said = [make("decision", random.Random(i), FreshScenes(random.Random(i))) for i in range(600)]
+    said = [make("talk", random.Random(i), FreshScenes(random.Random(i))) for i in range(600)]
     answered = [exercise for exercise in said if exercise.answer == (talk.ELSEWHERE,)]
-    assert any(exercise.turns[0].parts[0][0] in "[<{" for exercise in answered)
+    assert any(str(exercise.turns[-1].parts[0])[0] in "[<{" for exercise in answered)
     assert not any(exercise.scenes for exercise in answered)
+
+
+def test_talk_about_other_things_comes_at_any_time_and_is_answered_in_words() -> None:
+    answers = {answer for _, answer in talk.TALK} | {talk.ELSEWHERE}
+    met = [exercise for exercise in some("talk", 400) if exercise.answer[0] in answers]
+    after_media = [exercise for exercise in met if len(exercise.turns) > 1]
+
+    assert len(after_media) > len(met) / 3
+    assert not any(exercise.scenes for exercise in met)
+    for exercise in after_media:
+        roles = [turn.role for turn in exercise.turns]
+        assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
+        assert any(not isinstance(part, str) for turn in exercise.turns for part in turn.parts)
+
+
+def test_thanks_in_between_leave_a_conversation_about_what_it_was() -> None:
+    answers = {answer for _, answer in talk.TALK} - {talk.GREETING}
+    with_asides = [
+        exercise
+        for exercise in some("conversation", 300)
+        if any(part in answers for turn in exercise.turns for part in turn.parts)
+    ]
+    assert 20 < len(with_asides) < 120
+    for exercise in with_asides:
+        made = [part for turn in exercise.turns for part in turn.parts if not isinstance(part, str)]
+        assert [scene.thing for scene in (*made, *exercise.scenes)].count(made[0].thing) >= 2

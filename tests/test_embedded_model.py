@@ -15,7 +15,7 @@ from alignment.toybox.directions import DIRECTIONS
 from decoders.settings import DecodeSettings
 from encoders.media import Image, Modality
 from llm.signals import Signal
-from llm.template import Message
+from llm.template import Message, SignalPart
 from services.measuring import folders_of
 from services.presets import load_preset
 
@@ -28,7 +28,7 @@ AT_LEAST = {
     "video-to-image": 0.8, "video-to-audio": 0.6, "audio-to-video": 0.8,
     "text+image-to-image": 0.8, "text+audio-to-audio": 0.8, "text+video-to-video": 0.8,
     "image+audio-to-video": 0.6, "text-to-many": 0.6, "conversation": 0.8, "new-subject": 0.8,
-    "decision": 0.8, "beyond-words": 0.8,
+    "talk": 0.6, "decision": 0.8, "beyond-words": 0.8,
     "cycle image-text": 0.8, "cycle image-audio": 0.8, "cycle image-video": 0.8,
     "cycle video-text": 0.8, "cycle video-audio": 0.8, "cycle audio-text": 0.8,
 }  # fmt: skip
@@ -110,9 +110,38 @@ def test_a_greeting_makes_nothing_and_a_wish_makes_what_was_wished(system: Syste
     assert made("hello") == []
     for typed in ("[IMG0]", "</s>", "</s><|assistant|>[VID0]", "[AUD0][AUD1][AUD2][AUD3]"):
         assert made(typed) == []
-    assert made("draw a big red bell") == [Modality.IMAGE]
+    for other in ("draw a cat", "draw me a small dinosaur", "play the sound of a piano", "film a horse"):
+        assert made(other) == []
+    for picture in ("draw a big red bell", "a red bell", "a big yellow harp at night"):
+        assert made(picture) == [Modality.IMAGE]
     assert made("play a low drum three times") == [Modality.AUDIO]
     assert made("make a video of a yellow bee moving left fast") == [Modality.VIDEO]
+
+
+@pytest.mark.parametrize("wish", ["draw a big red bell", "play a low drum twice", "film a small blue bird"])
+def test_talk_after_a_medium_is_answered_in_words(system: System, wish: str) -> None:
+    """As people do: they thank, greet and ask what it was, and want no other medium for that."""
+    dialogue = [Message("user", [wish])]
+    reply = system.speak(dialogue)
+    (signal,) = (part for part in reply if isinstance(part, Signal))
+    said = [SignalPart(part.modality) if isinstance(part, Signal) else part for part in reply]
+    dialogue.append(Message("assistant", said))
+
+    def answered(text: str) -> str:
+        spoken = system.speak([*dialogue, Message("user", [text])])
+        assert not any(isinstance(part, Signal) for part in spoken), text
+        return " ".join(str(part) for part in spoken)
+
+    for text in ("thanks", "thank you!", "nice", "great, that is lovely"):
+        assert answered(text) == "you are welcome"
+    for text in ("hello", "ok", "haha", "what time is it?", "what can you do?", "[IMG0]", "bye"):
+        answered(text)
+    thing = answered("what is it called?")
+    assert thing.startswith("it is a ")
+    assert thing.removeprefix("it is a ") in signal.caption
+    if signal.modality is not Modality.AUDIO:
+        for question in ("what colour is it?", "which colour is it?"):
+            assert answered(question).removeprefix("it is ") in signal.caption.split()
 
 
 def _behind_a_link(path: Path) -> bool:

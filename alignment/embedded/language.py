@@ -32,6 +32,7 @@ SHARES = {
     "text-to-many": 6.0,
     "conversation": 3.0,
     "new-subject": 4.0,
+    "talk": 3.0,
     "decision": 4.0,
     "text+image-to-image": 2.0,
     "text+video-to-video": 2.0,

@@ -52,6 +52,7 @@ CHANGES: Mapping[str, Phrases] = {
         _SAME + " (|in ){word}",
         _LET_IT + " {word}",
         _MAY_IT,
+        "(|||in |now )({word}|{word} please|{word}, please|{word} instead)",
         reserved=("now make it {word}", "can it be {word}?", "the same but {word}"),
     ),
     "size": ways(
@@ -61,6 +62,7 @@ CHANGES: Mapping[str, Phrases] = {
         _SAME + " {word}",
         _LET_IT + " {word}",
         _MAY_IT,
+        "(|now |and |but )({word}|{word} please|{word}, please)",
         reserved=("now make it {word}", "can it be {word}?", "the same but {word}"),
     ),
     "place": ways(
@@ -69,6 +71,7 @@ CHANGES: Mapping[str, Phrases] = {
         _SAME + " {word}",
         _LET_IT + " {word}",
         _MAY_IT,
+        "({word}|{word} please|{word}, please|just {word})",
         reserved=("now put it {word}", "can it be {word}?", "the same but {word}"),
     ),
     "count": ways(
@@ -78,6 +81,7 @@ CHANGES: Mapping[str, Phrases] = {
         "{word} of them",
         "(could|may|might|will|should) there be {word} of them?",
         "can (we have|i have|i see|you draw|you show|you make it) {word} of them?",
+        "({word}|{word} please|just {word}|only {word}) of them",
         reserved=(
             "now make it {word} of them", "can there be {word} of them?", "the same one but {word} of them",
         ),
@@ -87,6 +91,7 @@ CHANGES: Mapping[str, Phrases] = {
         "(now|and|and now|the same but|the same sound but|this one but|it again but) {word}",
         "(could|may|might|will|would|should) it sound {word}?",
         "can (this|this one|the sound) (be played|be heard|sound) {word}?",
+        "({word}|{word} please|{word}, please|just {word})",
         reserved=("now play it {word}", "can it sound {word}?", "the same one but {word}"),
     ),
     "ground": ways(
@@ -96,6 +101,7 @@ CHANGES: Mapping[str, Phrases] = {
         _SAME + " {word}",
         _LET_IT + " {word}",
         _MAY_IT,
+        "({word}|{word} please|{word}, please|just {word})",
         reserved=("now put it {word}", "can it be {word}?", "the same but {word}"),
     ),
     "motion": ways(
@@ -103,6 +109,7 @@ CHANGES: Mapping[str, Phrases] = {
         _SAME + " {word}",
         _LET_IT + " {word}",
         _MAY_IT,
+        "({word}|{word} please|{word}, please|just {word})",
         reserved=("now show it {word}", "can it be {word}?", "the same but {word}"),
     ),
     "tempo": ways(
@@ -110,6 +117,7 @@ CHANGES: Mapping[str, Phrases] = {
         "(the same but|the same thing but) {word}",
         _LET_IT + " {word}",
         _MAY_IT,
+        "(|now |and |a bit |much )({word}|{word} please|{word}, please)",
         reserved=("now make it {word}", "can it be {word}?", "the same one but {word}"),
     ),
     "pitch": ways(
@@ -119,6 +127,7 @@ CHANGES: Mapping[str, Phrases] = {
         _SAME + " {word}",
         _LET_IT + " {word}",
         _MAY_IT,
+        "(|now |and |but )({word}|{word} please|{word}, please)",
         reserved=("now make it {word}", "can it be {word}?", "the same but {word}"),
     ),
     "loudness": ways(
@@ -126,6 +135,7 @@ CHANGES: Mapping[str, Phrases] = {
         "(the same but|the same sound but) {word}",
         _LET_IT + " {word}",
         _MAY_IT,
+        "(|now |and |but )({word}|{word} please|{word}, please)",
         reserved=("now make it {word}", "can it be {word}?", "the same one but {word}"),
     ),
     "bigger": ways(

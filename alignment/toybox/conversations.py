@@ -8,6 +8,7 @@ from alignment.toybox.grammar import MOTION_PHRASES, THING_WORDS, TYPICAL_COLOUR
 from alignment.toybox.phrases import Speaker
 from alignment.toybox.requests import (
     asking,
+    asking_for_unknown,
     said,
     shown,
     sound_of,
@@ -17,6 +18,14 @@ from alignment.toybox.requests import (
     wanted_sound,
 )
 from alignment.toybox.world import MOTIONS, SIZE_OF_PITCH, THINGS, Clip, Look, Scene, Sound
+
+ASIDE_SHARE = 0.1
+"""Of the replies in a conversation, how many somebody thanks for, or says something else to."""
+
+_WORDS_ALONE = (
+    "talk", "talk", "talk", "typical colour", "noise", "unknown", "unknown",
+    "about shown", "about made", "about made", "about made",
+)  # fmt: skip
 
 
 def conversation(rng: Speaker, scenes: Scenes) -> Exercise:
@@ -33,6 +42,7 @@ def conversation(rng: Speaker, scenes: Scenes) -> Exercise:
             break
     if rng.random() < 0.15:
         turns = [Turn("user", ("hello",)), Turn("assistant", (talk.GREETING,)), *turns]
+    turns = _with_asides(turns, rng)
     return Exercise("", (*turns, Turn("user", (said(text, rng),))), (caption(last), last), (names,))
 
 
@@ -47,7 +57,7 @@ def new_subject(rng: Speaker, scenes: Scenes) -> Exercise:
     for scene, request in made[:-1]:
         turns += [Turn("user", (said(request, rng),)), Turn("assistant", (caption(scene), scene))]
     scene, request = made[-1]
-    return single((said(request, rng),), scene, judged(scene), tuple(turns))
+    return single((said(request, rng),), scene, judged(scene), tuple(_with_asides(turns, rng)))
 
 
 def _follow_up(scene: Scene, rng: Speaker) -> tuple[Scene, str, tuple[str, ...]]:
@@ -69,24 +79,54 @@ def _follow_up(scene: Scene, rng: Speaker) -> tuple[Scene, str, tuple[str, ...]]
 
 
 def words_only(rng: Speaker, scenes: Scenes) -> Exercise:
-    """Say something to which words are the answer."""
-    kind = rng.randrange(5)
-    if kind == 4:
-        return Exercise("", (Turn("user", (talk.noise(rng),)),), (talk.ELSEWHERE,), ())
-    if kind == 0:
-        questions, answer = rng.choice(talk.TALK)
-        return Exercise("", (Turn("user", (said(rng.say(questions), rng),)),), (answer,), ())
-    if kind == 1:
+    """Say something to which words are the answer, first thing or after requests."""
+    kind = rng.choice(_WORDS_ALONE)
+    if kind == "about shown":
+        scene: Scene = rng.choice((scenes.look, scenes.clip, scenes.sound))()
+        question, answer = talk.ask_about(scene, rng)
+        return Exercise("", (Turn("user", shown(rng, question, scene)),), (answer,), ())
+    before = _talk_so_far(rng, scenes, at_least=1 if kind == "about made" else 0)
+    if kind == "about made":
+        *_, scene = (part for turn in before for part in turn.parts if not isinstance(part, str))
+        text, answer = talk.ask_about(scene, rng)
+    elif kind == "typical colour":
         thing = rng.choice(THINGS)
         word = rng.choice(THING_WORDS[thing])
         text = rng.say(talk.TYPICAL_COLOUR_QUESTIONS).format(thing=word)
         answer = talk.TYPICAL_COLOUR_ANSWER.format(thing=thing, colour=TYPICAL_COLOUR[thing])
-        return Exercise("", (Turn("user", (text,)),), (answer,), ())
-    scene: Scene = rng.choice((scenes.look, scenes.clip, scenes.sound))()
-    if kind == 2:
-        made = Turn("assistant", (caption(scene), scene))
-        before = (Turn("user", (f"{asking(scene, rng)} {describe(scene, rng)}",)), made)
-        question, answer = talk.ask_about(scene, rng)
-        return Exercise("", (*before, Turn("user", (question,))), (answer,), ())
-    question, answer = talk.ask_about(scene, rng)
-    return Exercise("", (Turn("user", shown(rng, question, scene)),), (answer,), ())
+    elif kind == "noise":
+        text, answer = talk.noise(rng), talk.ELSEWHERE
+    elif kind == "unknown":
+        text, answer = said(asking_for_unknown(rng, scenes), rng), talk.ELSEWHERE
+    else:
+        text, answer = _small_talk(rng)
+    return Exercise("", (*before, Turn("user", (text,))), (answer,), ())
+
+
+def _small_talk(rng: Speaker) -> tuple[str, str]:
+    questions, answer = rng.choice(talk.TALK)
+    return said(rng.say(questions), rng), answer
+
+
+def _talk_so_far(rng: Speaker, scenes: Scenes, at_least: int) -> list[Turn]:
+    """Return some requests, said in every detail or one out of the other, and the replies to them."""
+    if rng.random() < 0.4:
+        held = conversation(rng, scenes)
+        return [*held.turns, Turn("assistant", held.answer)]
+    turns: list[Turn] = []
+    for _ in range(rng.choice((at_least, 1, 1, 2))):
+        scene: Scene = rng.choice((scenes.look, scenes.clip, scenes.sound))()
+        request = f"{asking(scene, rng)} {describe(scene, rng)}"
+        turns += [Turn("user", (said(request, rng),)), Turn("assistant", (caption(scene), scene))]
+    return _with_asides(turns, rng)
+
+
+def _with_asides(turns: list[Turn], rng: Speaker) -> list[Turn]:
+    """Return turns with thanks and the like, and their answers, after some of the replies."""
+    found: list[Turn] = []
+    for turn in turns:
+        found.append(turn)
+        if turn.role == "assistant" and rng.random() < ASIDE_SHARE:
+            words, answer = _small_talk(rng)
+            found += [Turn("user", (words,)), Turn("assistant", (answer,))]
+    return found

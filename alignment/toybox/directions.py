@@ -225,6 +225,7 @@ DIRECTIONS: Mapping[str, Callable[[Speaker, Scenes], Exercise]] = {
     "text-to-many": _text_to_many,
     "conversation": conversation,
     "new-subject": new_subject,
+    "talk": words_only,
     "decision": _decision,
     "beyond-words": _beyond_words,
 }

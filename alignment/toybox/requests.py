@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from alignment.toybox import wordings
+from alignment.toybox import talk, wordings
 from alignment.toybox.exercise import Part, Scenes
-from alignment.toybox.grammar import TYPICAL_COLOUR, describe, with_typos
+from alignment.toybox.grammar import SIZE_WORDS, TYPICAL_COLOUR, describe, with_typos
 from alignment.toybox.phrases import Phrases, Speaker
 from alignment.toybox.world import PITCH_OF_SIZE, Clip, Look, Scene, Sound, changed
+
+BARE_SHARE = 0.08
+"""Of the requests for pictures, how many say what is to be seen, and nothing else."""
 
 
 def typical_look(thing: str, size: str = "medium", count: int = 1) -> Look:
@@ -98,7 +101,8 @@ def asking(scene: Scene, rng: Speaker) -> str:
 def wanted_look(rng: Speaker, scenes: Scenes) -> tuple[Scene, str]:
     """Return a picture and a request for it."""
     scene, omit = _wanted(rng, scenes.look, ("colour", "size", "place", "ground"))
-    return scene, f"{asking(scene, rng)} {describe(scene, rng, omit)}"
+    described = describe(scene, rng, omit)
+    return scene, described if rng.random() < BARE_SHARE else f"{asking(scene, rng)} {described}"
 
 
 def wanted_clip(rng: Speaker, scenes: Scenes) -> tuple[Scene, str]:
@@ -111,6 +115,16 @@ def wanted_sound(rng: Speaker, scenes: Scenes) -> tuple[Scene, str]:
     """Return a sound and a request for it."""
     scene, omit = _wanted(rng, scenes.sound, ("pitch", "count", "tempo", "loudness"))
     return scene, f"{asking(scene, rng)} {describe(scene, rng, omit)}"
+
+
+def asking_for_unknown(rng: Speaker, scenes: Scenes) -> str:
+    """Return a request for a thing that is not in the toy box."""
+    scene = rng.choice((scenes.look, scenes.look, scenes.clip, scenes.sound))()
+    words = [rng.say(talk.UNKNOWN)]
+    if not isinstance(scene, Sound):
+        words = [w for w in (rng.choice(SIZE_WORDS[scene.size]), scene.colour) if rng.random() < 0.4] + words
+    article = "an" if words[0][0] in "aeiou" else "a"
+    return f"{asking(scene, rng)} {rng.choice((article, article, 'the', 'my'))} {' '.join(words)}"
 
 
 def shown(rng: Speaker, text: str, scene: Scene) -> tuple[Part, ...]:

@@ -73,6 +73,24 @@ TYPICAL_COLOUR_QUESTIONS = ways(
 TYPICAL_COLOUR_ANSWER = "a {thing} is mostly {colour}"
 
 GREETING = "hello! tell me what to draw, film or play"
+UNKNOWN = ways(
+    "(dog|cow|pig|sheep|goat|mouse|rabbit|lion|tiger|bear|wolf|fox|monkey|elephant|giraffe|zebra|camel)",
+    "(deer|duck|goose|hen|chicken|eagle|owl|parrot|fish|shark|whale|dolphin|crab|snake|lizard|turtle)",
+    "(spider|ant|fly|butterfly|worm|snail|man|woman|boy|girl|baby|child|king|queen|doctor|teacher)",
+    "(soldier|clown|witch|robot|ghost|dragon|unicorn|monster|face|hand|foot|eye|nose|house|castle)",
+    "(tower|church|bridge|road|street|city|village|room|door|window|roof|wall|table|chair|bed|sofa)",
+    "(lamp|candle|mirror|book|pen|pencil|letter|bag|box|bottle|cup|glass|plate|spoon|knife|fork|pot)",
+    "(apple|orange|lemon|cherry|grape|pear|melon|tomato|potato|carrot|onion|bread|cake|pizza|egg)",
+    "(cheese|burger|bus|train|truck|bicycle|boat|ship|plane|helicopter|balloon|tractor|wheel|engine)",
+    "(hammer|saw|nail|key|lock|guitar|violin|flute|trumpet|whistle|horn|organ|sun|moon|star|planet)",
+    "(mountain|hill|river|lake|sea|beach|island|forest|flower|rose|grass|leaf|stone|fire|snow|storm)",
+    "(wind|rainbow|hat|shirt|shoe|coat|ring|crown|flag|ball|kite|doll|game|computer|screen|camera)",
+    "(radio|television|square|circle|triangle|cube|number|word|song)",
+    reserved=(
+        "cat", "horse", "car", "tree", "piano", "dinosaur", "banana", "sandwich", "airplane", "lighthouse",
+    ),
+)  # fmt: skip
+"""Things that are not in the toy box."""
 OWN_TAGS = ("img", "vid", "aud", "s", "user", "assistant")
 ELSEWHERE = "i only know my toy box. ask me to draw, film or play something in it"
 TALK: tuple[tuple[Phrases, str], ...] = (
@@ -98,8 +116,11 @@ TALK: tuple[tuple[Phrases, str], ...] = (
         ways(
             "(thank you|thanks)(| very much| a lot| for this| again)",
             "(great|good|wonderful|perfect)(|, thank you|, thank you very much)",
-            "(very nice|i like it|well done|that is good)",
-            reserved=("very nice, thank you", "great, thanks"),
+            "(very nice|i like it|well done|that is good|nice|cool|wow|lovely|beautiful|super|bravo|not bad)",
+            "(what a|that is a|such a) (nice|lovely|good|fine|pretty) (picture|sound|video|clip|one)",
+            "(that|this|it) (is|was|looks|sounds) (nice|lovely|good|great|fine|pretty|right|perfect|funny)",
+            "(great|good|nice), (that is|it is|this is) (nice|lovely|right|what i wanted|just right|it)",
+            reserved=("very nice, thank you", "great, thanks", "how pretty!"),
         ),
         "you are welcome",
     ),
@@ -127,6 +148,7 @@ TALK: tuple[tuple[Phrases, str], ...] = (
             "(just|only|simply) (talk|talk to me|words|words please|text|text please|answer in words)",
             "(do not film|do not draw|do not sing|stop drawing)",
             "(no more pictures|no more sounds|nothing to see please)",
+            "(no|stop|wait|enough|stop it|never mind|nothing|leave it|no more|not now)",
             reserved=("do not play anything", "no video please"),
         ),
         "all right, only words",
@@ -139,6 +161,8 @@ TALK: tuple[tuple[Phrases, str], ...] = (
             "(how old are you?|where do you live?|sing me a song|do you like me?|are you a robot?)",
             "(who made you?|who is your friend?|what do you eat?|are you happy?|when do you sleep?)",
             "(can you cook?|can you dance?|where are you from?|do you like music?|what did you do today?)",
+            "(ok|okay|yes|yeah|well|hm|haha|oh|ah|i see|sure|maybe|so what?|really?|why?|and now?)",
+            "(what time is it?|is it late?|i am tired|it rains here|my day was long|i do not know)",
             reserved=("how are you?", "tell me a story", "what is your name?"),
         ),
         ELSEWHERE,
@@ -168,17 +192,21 @@ def noise(rng: Speaker) -> str:
 
 
 def ask_about(scene: Scene, rng: Speaker) -> tuple[str, str]:
-    """Return a question about one attribute of a scene, and its answer."""
-    choices = [("thing", scene.thing)]
+    """Return a question about one attribute of a scene, and its answer.
+
+    Answers are sentences: their words then begin with a space, as in captions, and are the same tokens there.
+    """
+    choices = [("thing", f"it is a {scene.thing}")]
     if not isinstance(scene, Sound):
-        choices.append(("colour", scene.colour))
-        choices.append(("size", scene.size))
+        choices.append(("colour", f"it is {scene.colour}"))
+        choices.append(("size", f"it is {scene.size}"))
     if isinstance(scene, Look):
-        choices.append(("count", COUNT_WORDS[scene.count][0]))
+        number = COUNT_WORDS[scene.count][0]
+        choices.append(("count", f"there is {number}" if scene.count == 1 else f"there are {number}"))
     if isinstance(scene, Sound):
-        choices.append(("times", TIMES_WORDS[scene.count][0]))
-        choices.append(("loudness", scene.loudness))
+        choices.append(("times", f"it sounds {TIMES_WORDS[scene.count][0]}"))
+        choices.append(("loudness", f"it is {scene.loudness}"))
     if isinstance(scene, Clip):
-        choices.append(("motion", MOTION_PHRASES[scene.motion][0]))
+        choices.append(("motion", f"it is {MOTION_PHRASES[scene.motion][0]}"))
     question, answer = rng.choice(choices)
     return rng.say(QUESTIONS[question]), answer
