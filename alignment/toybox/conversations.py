@@ -9,6 +9,7 @@ from alignment.toybox.phrases import Speaker
 from alignment.toybox.requests import (
     asking,
     asking_for_unknown,
+    asking_what,
     said,
     shown,
     sound_of,
@@ -24,7 +25,7 @@ ASIDE_SHARE = 0.1
 
 _WORDS_ALONE = (
     "talk", "talk", "talk", "typical colour", "noise", "unknown", "unknown",
-    "about shown", "about made", "about made", "about made",
+    "about shown", "about made", "about made", "about made", "what was made",
 )  # fmt: skip
 
 
@@ -85,10 +86,12 @@ def words_only(rng: Speaker, scenes: Scenes) -> Exercise:
         scene: Scene = rng.choice((scenes.look, scenes.clip, scenes.sound))()
         question, answer = talk.ask_about(scene, rng)
         return Exercise("", (Turn("user", shown(rng, question, scene)),), (answer,), ())
-    before = _talk_so_far(rng, scenes, at_least=1 if kind == "about made" else 0)
+    before = _talk_so_far(rng, scenes, at_least=1 if kind in ("about made", "what was made") else 0)
+    made = [part for turn in before for part in turn.parts if not isinstance(part, str)]
     if kind == "about made":
-        *_, scene = (part for turn in before for part in turn.parts if not isinstance(part, str))
-        text, answer = talk.ask_about(scene, rng)
+        text, answer = talk.ask_about(made[-1], rng)
+    elif kind == "what was made":
+        text, answer = asking_what(rng, made[-1]), caption(made[-1])
     elif kind == "typical colour":
         thing = rng.choice(THINGS)
         word = rng.choice(THING_WORDS[thing])

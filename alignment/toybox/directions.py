@@ -15,6 +15,7 @@ from alignment.toybox.exercise import Exercise, Part, Scenes, Turn, judged, sing
 from alignment.toybox.grammar import MOTION_PHRASES, SIZE_WORDS, TEMPO_ADVERBS, THING_WORDS, caption
 from alignment.toybox.phrases import Speaker
 from alignment.toybox.requests import (
+    asking_what,
     said,
     shown,
     sound_of,
@@ -59,8 +60,7 @@ def _text_to_audio(rng: Speaker, scenes: Scenes) -> Exercise:
 
 
 def _to_text(rng: Speaker, scene: Scene) -> Exercise:
-    words = wordings.WHAT_IS_HEARD if isinstance(scene, Sound) else wordings.WHAT_IS_SEEN
-    asked = shown(rng, said(rng.say(words), rng), scene)
+    asked = shown(rng, asking_what(rng, scene), scene)
     return Exercise("", (Turn("user", asked),), (caption(scene),), (judged(scene),), stated=scene)
 
 
@@ -148,10 +148,12 @@ def _image_audio_to_video(rng: Speaker, scenes: Scenes) -> Exercise:
 def _text_to_many(rng: Speaker, scenes: Scenes) -> Exercise:
     kinds = list(rng.choice((("image", "audio"), ("video", "audio"), ("image", "video", "audio"))))
     rng.shuffle(kinds)
-    wanted = {"image": wanted_look, "video": wanted_clip, "audio": wanted_sound}
-    requests, made = [], []
+    wanted = {"video": wanted_clip, "audio": wanted_sound}
+    requests: list[str] = []
+    made: list[Scene] = []
     for kind in kinds:
-        scene, request = wanted[kind](rng, scenes)
+        look = kind == "image"
+        scene, request = wanted_look(rng, scenes, first=not made) if look else wanted[kind](rng, scenes)
         made.append(scene)
         requests.append(request)
     joint = rng.say(wordings.JOINTS)

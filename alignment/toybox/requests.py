@@ -49,9 +49,9 @@ def said(request: str, rng: Speaker) -> str:
     return request + rng.say(wordings.POLITE_ENDINGS)
 
 
-def _omitted(rng: Speaker, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return what a person leaves unsaid: mostly nothing, sometimes several attributes."""
-    if rng.random() < 0.7:
+def _omitted(rng: Speaker, names: tuple[str, ...], share: float) -> tuple[str, ...]:
+    """Return what a person leaves unsaid: in ``share`` of all requests some of the attributes."""
+    if rng.random() >= share:
         return ()
     return tuple(name for name in names if rng.random() < 0.6)
 
@@ -76,9 +76,11 @@ def _unsaid(scene: Scene, omit: tuple[str, ...]) -> Scene | None:
     return changed(scene, **values)
 
 
-def _wanted(rng: Speaker, draw: Callable[[], Scene], names: tuple[str, ...]) -> tuple[Scene, tuple[str, ...]]:
+def _wanted(
+    rng: Speaker, draw: Callable[[], Scene], names: tuple[str, ...], omitting: float = 0.3
+) -> tuple[Scene, tuple[str, ...]]:
     while True:
-        scene, omit = draw(), _omitted(rng, names)
+        scene, omit = draw(), _omitted(rng, names, omitting)
         completed = _unsaid(scene, omit)
         if completed is not None and completed.held_out is scene.held_out:
             return completed, omit
@@ -98,11 +100,14 @@ def asking(scene: Scene, rng: Speaker) -> str:
     return rng.say(wordings.OPENINGS) + rng.say(_IMPERATIVES[type(scene)])
 
 
-def wanted_look(rng: Speaker, scenes: Scenes) -> tuple[Scene, str]:
-    """Return a picture and a request for it."""
-    scene, omit = _wanted(rng, scenes.look, ("colour", "size", "place", "ground"))
+def wanted_look(rng: Speaker, scenes: Scenes, *, first: bool = True) -> tuple[Scene, str]:
+    """Return a picture and a request for it, which says that it is one unless it stands ``first``."""
+    bare = first and rng.random() < BARE_SHARE
+    scene, omit = _wanted(rng, scenes.look, ("colour", "size", "place", "ground"), 0.8 if bare else 0.3)
     described = describe(scene, rng, omit)
-    return scene, described if rng.random() < BARE_SHARE else f"{asking(scene, rng)} {described}"
+    if not bare:
+        return scene, f"{asking(scene, rng)} {described}"
+    return scene, described.removeprefix("a ").removeprefix("an ") if rng.random() < 0.4 else described
 
 
 def wanted_clip(rng: Speaker, scenes: Scenes) -> tuple[Scene, str]:
@@ -115,6 +120,12 @@ def wanted_sound(rng: Speaker, scenes: Scenes) -> tuple[Scene, str]:
     """Return a sound and a request for it."""
     scene, omit = _wanted(rng, scenes.sound, ("pitch", "count", "tempo", "loudness"))
     return scene, f"{asking(scene, rng)} {describe(scene, rng, omit)}"
+
+
+def asking_what(rng: Speaker, scene: Scene) -> str:
+    """Return a question that a caption of the scene answers."""
+    words = wordings.WHAT_IS_HEARD if isinstance(scene, Sound) else wordings.WHAT_IS_SEEN
+    return said(rng.say(words), rng)
 
 
 def asking_for_unknown(rng: Speaker, scenes: Scenes) -> str:

@@ -11,10 +11,10 @@ from alignment.toybox.world import COLOURS, THINGS, Clip, Look, Scene, Sound
 
 QUESTIONS: Mapping[str, Phrases] = {
     "thing": ways(
-        "(what|which|what kind of) (thing|object) (is it|is that|is shown|do you notice)?",
-        "(which thing is this?|name the thing|what is it called?|what is its name?|what is that called?)",
-        "(tell me|say) (what thing it is|what it is called|which thing it is)",
-        reserved=("which thing is it?", "what thing is this?"),
+        "(name the thing|what is it called?|what is its name?|what is that called?|how is it called?)",
+        "(tell me|say) (what it is called|its name|the name of it|the name of the thing)",
+        "what (do you|would you|does one) call (it|this|that|the thing)?",
+        reserved=("what is this called?", "what is the name of it?"),
     ),
     "colour": ways(
         "(what|which) colour (does it have|has it|is the thing|is this)?",
@@ -106,9 +106,16 @@ TALK: tuple[tuple[Phrases, str], ...] = (
         ways(
             "what (can|could) you (do|make|draw|show me)?",
             "(what|which things|how many things) do you know?",
-            "(help|help me|who are you?|what are you?|what is this?|how does this work?)",
+            "(help|help me|who are you?|what are you?|how does this work?)",
             "(tell me|say) (who you are|what you know|which things you know|what you do)",
-            reserved=("tell me what you can do", "what things do you know?"),
+            "(draw|paint|show me|make|film|play) (something|a thing|what you like|whatever you want)",
+            "(surprise me|you choose|your choice|do something|make something up|what now?|what next?)",
+            reserved=(
+                "tell me what you can do",
+                "what things do you know?",
+                "draw anything",
+                "show me something",
+            ),
         ),
         "i can draw, film and play twelve things: " + ", ".join(THINGS),
     ),

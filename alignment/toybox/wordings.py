@@ -100,6 +100,8 @@ WHAT_IS_SEEN = ways(
     "put (this|it|what you see) (in|into) words",
     "(give me|write|make) (a caption|a description|the words) (for|of) " + _SEEN,
     "(tell me what is shown here|what can be seen here?|which thing is shown, and how?)",
+    "(what|which|what kind of) (thing|object) (is it|is that|is this|is shown|do you notice)?",
+    "(tell me|say|report) what (thing it is|you recognise|you make out|you notice|it is|is to be seen)",
     reserved=("what is shown here?", "describe what this shows", "tell me what you see", "say what you see"),
 )
 _HEARD = "(this|this sound|it|this noise|the sound|what you hear|what is heard here)"
