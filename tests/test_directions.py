@@ -6,8 +6,9 @@ import pytest
 from alignment.toybox import changes, talk, wordings
 from alignment.toybox.directions import DIRECTIONS, make
 from alignment.toybox.exercise import Exercise, FreshScenes
-from alignment.toybox.grammar import read_text
+from alignment.toybox.grammar import caption, read_text
 from alignment.toybox.phrases import Phrases, Speaker, ways
+from alignment.toybox.requests import wanted_look
 from alignment.toybox.world import Clip, Look, Sound, attributes
 
 
@@ -123,6 +124,35 @@ def test_a_new_subject_owes_nothing_to_what_came_before() -> None:
 def test_some_requests_leave_things_unsaid_and_the_answer_fills_them_in() -> None:
     texts = [str(exercise.turns[0].parts[0]) for exercise in some("text-to-image", 200)]
     assert any("ground" not in read_text(text) for text in texts)
+
+
+def test_a_picture_may_be_asked_for_by_what_is_on_it_alone_if_it_comes_first() -> None:
+    """Elsewhere a bare noun would belong to the request before it: "play a bell and a red frog"."""
+
+    def bare(first: bool) -> list[tuple[Look, str]]:
+        rng = Speaker(0)
+        made = [wanted_look(rng, FreshScenes(rng), first=first) for _ in range(1500)]
+        nouns = [(scene, text) for scene, text in made if len(text.split()) <= 2]
+        return [(scene, text) for scene, text in nouns if isinstance(scene, Look)]
+
+    assert len(bare(first=True)) > 20
+    assert not bare(first=False)
+    for scene, text in bare(first=True):
+        assert read_text(text)["thing"] == scene.thing
+    assert any(" " not in text for _, text in bare(first=True))
+
+
+def test_what_was_made_is_told_in_its_caption_or_in_one_word_of_it() -> None:
+    asked = [e for e in some("talk", 1200) if len(e.turns) > 1 and e.turns[-2].role == "assistant"]
+    told = [(e, scene) for e in asked for scene in e.turns[-2].parts[-1:] if not isinstance(scene, str)]
+    captions = [e for e, scene in told if e.answer == (caption(scene),)]
+
+    assert len(captions) > 20
+    for exercise, scene in told:
+        (answer,) = exercise.answer
+        assert isinstance(answer, str)
+        if answer.startswith("it is a "):
+            assert answer.removeprefix("it is a ") == scene.thing
 
 
 def test_noise_is_no_request_and_is_answered_in_words() -> None:
