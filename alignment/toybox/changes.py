@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from alignment.toybox.grammar import (
@@ -68,10 +69,11 @@ CHANGES: Mapping[str, Phrases] = {
     "place": ways(
         "(move it to be|put it|please put it|place it|draw it|set it|move it so it is|and now put it) {word}",
         "(now|and|and now|but now) {word}",
+        "(||please |now |and |can you )(move|shift|bring|push) it {there}",
         _SAME + " {word}",
         _LET_IT + " {word}",
         _MAY_IT,
-        "({word}|{word} please|{word}, please|just {word})",
+        "({word}|{word} please|{word}, please|just {word}|{there}|{there} please|now {there})",
         reserved=("now put it {word}", "can it be {word}?", "the same but {word}"),
     ),
     "count": ways(
@@ -162,7 +164,7 @@ CHANGES: Mapping[str, Phrases] = {
     ),
 }  # fmt: skip
 """How to ask for another value of an attribute; ``times`` is the count of a sound, ``bigger`` and ``louder``
-are for the next value of what is seen and heard."""
+are for the next value of what is seen and heard. ``{there}`` is a place that something is moved to."""
 
 _CHANGED: Mapping[type, tuple[str, ...]] = {
     Look: ("colour", "size", "place", "count", "ground"),
@@ -197,7 +199,8 @@ def ask_for_change(scene: Scene, rng: Speaker) -> tuple[Scene, str]:
             continue
         result = changed(scene, **values)
         if result is not None and result != scene:
-            return result, rng.say(CHANGES[wording]).format(word=word)
+            there = re.sub("^(at|in|on) ", "to ", word)
+            return result, rng.say(CHANGES[wording]).format(word=word, there=there)
 
 
 def _other_value(scene: Scene, name: str, rng: Speaker) -> tuple[dict[str, str | int | None], str, str]:

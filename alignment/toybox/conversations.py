@@ -25,7 +25,7 @@ ASIDE_SHARE = 0.1
 
 _WORDS_ALONE = (
     "talk", "talk", "talk", "typical colour", "noise", "unknown", "unknown",
-    "about shown", "about made", "about made", "about made", "what was made",
+    "about shown", "about made", "about made", "about made", "what was made", "what was made",
 )  # fmt: skip
 
 
@@ -62,6 +62,8 @@ def new_subject(rng: Speaker, scenes: Scenes) -> Exercise:
 
 
 def _follow_up(scene: Scene, rng: Speaker) -> tuple[Scene, str, tuple[str, ...]]:
+    if rng.random() < 0.04:
+        return scene, rng.say(wordings.AGAIN), judged(scene)
     if rng.random() < 0.5:
         last, text = changes.ask_for_change(scene, rng)
         return last, text, judged(last)
