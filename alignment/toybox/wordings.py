@@ -261,10 +261,6 @@ SAME_PICTURE_AGAIN = ways(
     reserved=("draw the same picture again", "paint exactly this again"),
 )
 
-AGAIN = ways(
-    "(again|once more|one more time|do it again|and again|the same again|repeat it)(| please|, please)",
-    reserved=("do that again", "one more, please"),
-)
 NOW_AS_PICTURE_OF_SOUND = ways(
     "(and |now |so |)what (does|would) it look like?",
     "(now |and now |please |)(draw|paint|sketch) it",
