@@ -2,8 +2,9 @@
 
 Analysis by synthesis: every thing, pitch and tempo is rendered as a single event with several jitters,
 and the events are laid over the log-mel picture of the samples, one after another, as long as each
-explains more of the picture than silence does. The event that leaves the least unexplained gives
-thing, pitch and tempo, the number laid gives the count, its level gives the loudness.
+explains more of the picture than silence does. The picture is as loud as the event for that, as its peak may
+be a single spot. The event that leaves the least unexplained gives thing, pitch and tempo, the number laid
+gives the count, its level gives the loudness.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ SILENCE_PEAK = 2e-3
 JITTERS_PER_EVENT = 8
 LEAD_FRAMES = 3  # of silence kept before the onset of an event
 SLACK = 0.12  # how far the gap between two events may be off
+MOST_OFF_NEPERS = 1.5  # that the rest of a sound may lie below what its peak promises
 CANDIDATES_PER_TEMPO = 5
 BROAD = frozenset({"frog"})  # tuned by resonances; its partials belong to the pulses
 
@@ -74,10 +76,12 @@ def judge_sound(samples: Array, rate: int) -> dict[str, str | int]:
     at_rate = _at_world_rate(samples, rate)
     if np.abs(at_rate).max() < SILENCE_PEAK:
         return dict(SILENCE)
-    picture, peak = _picture(at_rate)
+    nepers = _nepers(at_rate)
+    peak = float(nepers.max())
+    picture = _picture(nepers, peak)
     onset = _onset(picture)
     events = _nearest_events(picture, onset)
-    fits = [_lay(event, picture, onset) for event in events]
+    fits = [_fit(event, nepers, onset) for event in events]
     best = max(range(len(fits)), key=lambda index: fits[index].explained)
     event, fit = events[best], fits[best]
     gain_db = 20 / np.log(10) * (peak - event.peak + fit.level)
@@ -133,12 +137,16 @@ def _at_world_rate(samples: Array, rate: int) -> Array:
     return samples[: len(samples) // HOP * HOP].astype(np.float32)
 
 
-def _picture(samples: Array) -> tuple[Array, float]:
-    """Log-mel frames (N, 64) between 0 and 1, one at the peak, zero ``RANGE_NEPERS`` below; and the peak."""
+def _nepers(samples: Array) -> Array:
+    """Log-mel frames (N, 64), softened a little."""
     magnitude = log_mel(torch.from_numpy(samples)).exp()
-    smooth = F.avg_pool2d(magnitude[None], 3, stride=1, padding=1)[0].log().numpy()
-    peak = float(smooth.max())
-    return np.clip(1 + (smooth - peak) / RANGE_NEPERS, 0, 1), peak
+    smooth: Array = F.avg_pool2d(magnitude[None], 3, stride=1, padding=1)[0].log().numpy()
+    return smooth
+
+
+def _picture(nepers: Array, top: float) -> Array:
+    """Frames (N, 64) between 0 and 1: one at ``top`` and above, zero ``RANGE_NEPERS`` below."""
+    return np.clip(1 + (nepers - top) / RANGE_NEPERS, 0, 1)
 
 
 def _onset(picture: Array) -> int:
@@ -159,7 +167,9 @@ def _events() -> tuple[_Event, ...]:
     bank = []
     for thing, pitch, tempo in itertools.product(THINGS, PITCHES, TEMPOS):
         for _ in range(JITTERS_PER_EVENT):
-            picture, peak = _picture(synthesise(Sound(thing, pitch, 1, tempo, "loud"), rng))
+            nepers = _nepers(synthesise(Sound(thing, pitch, 1, tempo, "loud"), rng))
+            peak = float(nepers.max())
+            picture = _picture(nepers, peak)
             first = _onset(picture) - LEAD_FRAMES
             bank.append(_Event(thing, pitch, tempo, picture[first : first + _event_frames(tempo)], peak))
     return tuple(bank)
@@ -173,14 +183,14 @@ def _beginnings() -> Array:
 
 
 def _nearest_events(picture: Array, onset: int) -> list[_Event]:
-    """The events of the bank whose beginning is most like what follows the onset, of either tempo."""
+    """The events of the bank whose beginning is most like what follows the onset, louder or not."""
     bank = _beginnings()
     frames = _event_frames("fast")
     padded = np.pad(picture, ((LEAD_FRAMES + 2, frames), (0, 0)))
     starts = [onset + shift for shift in range(5)]  # onset - LEAD_FRAMES - 2 .. + 2 in the picture
     heard = np.stack([padded[start : start + frames].ravel() for start in starts])
-    distance = (bank**2).sum(1)[:, None] - 2 * bank @ heard.T + (heard**2).sum(1)
-    ranked = [_events()[index] for index in np.argsort(distance.min(axis=1))]
+    cosine = bank @ heard.T / (np.linalg.norm(bank, axis=1)[:, None] * np.linalg.norm(heard, axis=1))
+    ranked = [_events()[index] for index in np.argsort(-cosine.max(axis=1))]
     return [
         event
         for tempo in TEMPOS
@@ -192,11 +202,23 @@ def _nearest_events(picture: Array, onset: int) -> list[_Event]:
 class _Fit:
     """How much of a picture's energy some events explain, how many there are and how far, in nepers,
     the picture lies above them on average.
+
+    The energy is a sum of squares, or in the end a share of the picture's.
     """
 
     explained: float
     count: int
     level: float
+
+
+def _fit(event: _Event, nepers: Array, onset: int) -> _Fit:
+    """Lay an event over log-mel frames: once to find out how loud they are beside it, and once to compare."""
+    peak = float(nepers.max())
+    off = _lay(event, _picture(nepers, peak), onset).level
+    off = min(max(off, -MOST_OFF_NEPERS), MOST_OFF_NEPERS)
+    picture = _picture(nepers, peak + off)
+    laid = _lay(event, picture, onset)
+    return _Fit(laid.explained / float((picture**2).sum()), laid.count, off + laid.level)
 
 
 def _lay(event: _Event, picture: Array, onset: int) -> _Fit:
