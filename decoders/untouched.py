@@ -2,8 +2,9 @@
 
 A decoder draws a whole picture anew, so what nobody asked to change comes back a little off: grounds by a
 shade, things softer and a pixel or two aside. Here the two pictures are compared, and where they agree the
-original's own pixels are taken. Nothing is known of words: a new subject on a new ground agrees with what was
-there before in next to nothing, and is left alone.
+original's own pixels are taken; on a new ground, inside the things that were drawn again
+(:mod:`decoders.matting`). Nothing is known of words: a new subject on a new ground agrees with what was there
+before in next to nothing, and is left alone.
 
 Shape letters in this file:
     N pictures, or the frames of a video   H, W rows and columns   ... any number of dimensions
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from decoders.matting import on_new_ground
 from decoders.tuning import keep_tuning
 from encoders.media import Audio, Image, Medium, Video
 
@@ -90,8 +92,12 @@ def keep_untouched(original: Pixels, edited: Pixels) -> Pixels:
         changed = ~_spread(~_spread(changed, 4 * reach), 3 * reach)
         after = _in_shade_of(before, after, ~changed, 3 * reach)
     else:
-        changed &= ~_redrawn(before, after, reach)
-        changed = _mean_around(changed.float(), reach) > 0.5  # nor is a speck of a kept thing the edit's
+        alike = ~changed | _redrawn(before, after, reach)
+        old, new = (pixels.movedim(1, -1).double().numpy() for pixels in (before, after))  # (N, H, W, 3)
+        laid = on_new_ground(old, new, alike[:, 0].numpy(), reach)
+        if laid is not None:
+            return laid.round().astype(np.uint8).reshape(original.shape)
+        changed = _mean_around((~alike).float(), reach) > 0.5  # no speck of a kept thing is the edit's
     share = _mean_around(changed.float(), reach // 2)
     made: Pixels = (before + share * (after - before)).round().movedim(1, -1).to(torch.uint8).numpy()
     return made.reshape(original.shape)
