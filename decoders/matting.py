@@ -3,8 +3,9 @@
 The rim of a thing is part thing and part ground, so on another ground a rim cut out of the old picture is a
 halo, or, where the old ground was as dark as a thing's outline, missing. What was drawn anew has a rim that
 suits its ground, but is soft inside and a pixel or two aside. So it is moved to where the thing was, keeps
-its rim, and gets the thing's own pixels inside. That takes grounds from which things can be told: it is done
-where both are plain or shaded evenly, and nowhere else.
+its rim, and gets the thing's own pixels inside. The old picture may be soft, too: what is half ground there,
+and nothing like what was drawn, does not count as inside. All this takes grounds from which things can be
+told: it is done where both are plain or shaded evenly, and nowhere else.
 
 Shape letters in this file:
     N pictures, or the frames of a video   H, W rows and columns
@@ -27,6 +28,8 @@ _FRAME_SHARE = 0.5
 """How much of a picture's edges its ground must be seen at."""
 _COVERED, _WITHIN, _ALIKE = 0.95, 0.9, 0.6
 """How much of a thing, of what was drawn there, and of the colours inside must have come again."""
+_SOLID = 0.5
+"""How opaque a pixel is that belongs to the inside even if what was drawn is not like it."""
 _AROUND = np.stack([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))])
 """The pixels around one, in its own frame."""
 _BESIDE = _AROUND * ndimage.generate_binary_structure(3, 1)
@@ -59,6 +62,7 @@ def on_new_ground(before: Floats, after: Floats, alike: Mask, reach: int) -> Flo
     smeared = _wider(things, 4 * reach) & ~_wider(things, 2 * rim)
     laid += _soft(smeared, rim)[..., None] * (new - laid)
     inside = ndimage.binary_erosion(things, _BESIDE, iterations=rim, border_value=1)
+    inside &= alike | (_opacity(before, old, reach) >= _SOLID)
     return np.where(inside[..., None], before, laid).clip(0, 255)
 
 
@@ -146,6 +150,13 @@ def _aside(pixels: Floats, offset: tuple[int, int], reach: int) -> Floats:
     (down, right), (height, width, _) = offset, pixels.shape
     padded = np.pad(pixels, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
     return padded[reach - down : reach - down + height, reach - right : reach - right + width]
+
+
+def _opacity(pixels: Floats, ground: Floats, reach: int) -> Floats:
+    """Return how far ``(N, H, W)`` pixels are from their ground, as a share of the farthest around."""
+    far = _off(pixels, ground)
+    opacity: Floats = far / np.maximum(ndimage.maximum_filter(far, (1, 4 * reach + 1, 4 * reach + 1)), 1)
+    return opacity
 
 
 def _off(pixels: Floats, others: Floats) -> Floats:

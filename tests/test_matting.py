@@ -1,6 +1,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter, zoom
 
@@ -64,6 +65,20 @@ def test_an_outline_as_dark_as_the_old_ground_is_not_lost() -> None:
     assert made is not None
     outline = (disc(15) == 1) & (disc(13) == 0)
     assert made[0, outline].mean() < 100
+
+
+def test_a_soft_old_picture_gives_nothing_of_its_ground() -> None:
+    """What decoders make is soft itself, and edited once more all the same."""
+    soft = gaussian_filter(picture(NIGHT, (disc(14), RED)), (0, 2.5, 2.5, 0))
+    true = picture(WHITE, (disc(14), RED))
+    careless = redrawn(true)
+    alike = np.abs(soft - careless).max(axis=-1) < 60
+
+    made = on_new_ground(soft, careless, alike, reach=2)
+
+    assert made is not None
+    assert made[0, disc(10) == 1] == pytest.approx(soft[0, disc(10) == 1])
+    assert (made - careless)[0].min() > -150  # -228 with all that is half night
 
 
 def test_what_was_drawn_aside_is_moved_to_where_it_was() -> None:
