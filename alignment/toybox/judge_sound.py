@@ -146,7 +146,8 @@ def _nepers(samples: Array) -> Array:
 
 def _picture(nepers: Array, top: float) -> Array:
     """Frames (N, 64) between 0 and 1: one at ``top`` and above, zero ``RANGE_NEPERS`` below."""
-    return np.clip(1 + (nepers - top) / RANGE_NEPERS, 0, 1)
+    picture: Array = np.clip(1 + (nepers - top) / RANGE_NEPERS, 0, 1)
+    return picture
 
 
 def _onset(picture: Array) -> int:
