@@ -145,6 +145,16 @@ def test_what_is_made_once_is_not_made_again(tmp_path: Path, monkeypatch):
     made(nothing_to_load, "look", scenes, tmp_path)
 
 
+def test_what_media_show_does_not_change_with_how_changes_are_asked_for(tmp_path: Path, monkeypatch):
+    scenes: list[Scene] = [sample_look(random.Random(i)) for i in range(4)]
+    first = made(Renderer("look", scenes).loaded, "look", scenes, tmp_path)
+    monkeypatch.setattr(own_media, "edited", lambda scene, name, most: [sample_look(random.Random(99))])
+
+    again = made(nothing_to_load, "look", scenes, tmp_path)
+
+    assert again.scenes == first.scenes
+
+
 def test_a_decoder_that_makes_nothing_right_leaves_an_empty_pool(tmp_path: Path):
     scenes: list[Scene] = [sample_look(random.Random(i)) for i in range(2)]
 

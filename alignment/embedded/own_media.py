@@ -11,9 +11,10 @@ Shape letters in this file:
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from alignment.toybox.exercise import judged
 from alignment.toybox.grammar import caption
 from alignment.toybox.media import compare, judge, to_bytes
 from alignment.toybox.phrases import Speaker
-from alignment.toybox.world import AUDIO_SAMPLES, Scene
+from alignment.toybox.world import AUDIO_SAMPLES, Clip, Look, Scene, Sound
 from decoders.latent_decoder import LatentDecoder
 from decoders.settings import DecodeSettings
 from encoders.media import Audio, Image, Medium, Video, read_media
@@ -37,6 +38,7 @@ MOST_EDITS: Mapping[Kind, int] = {"look": 2, "clip": 2, "sound": 0}
 """An edited sound is a new one, as the preset has it, but for its tuning."""
 OWN_SHARE = 0.35
 """Of the media that are met in training, those that the decoders made."""
+SCENES: Mapping[Kind, type[Scene]] = {"look": Look, "clip": Clip, "sound": Sound}
 _BATCH = 20
 
 
@@ -60,7 +62,8 @@ def made(load: Callable[[], LatentDecoder], kind: Kind, scenes: Sequence[Scene],
         load: gives the decoder of this kind, if there is anything left to make.
         kind: which kind of scene.
         scenes: what is to be made first.
-        cache: keeps what is done, :data:`CHUNK` scenes to a file.
+        cache: keeps what is done, :data:`CHUNK` scenes to a file. Each file tells what its media show, as
+            the changes that are drawn for a scene depend on how changes are asked for.
 
     """
     decoder: LatentDecoder | None = None
@@ -68,12 +71,12 @@ def made(load: Callable[[], LatentDecoder], kind: Kind, scenes: Sequence[Scene],
     for start in track(range(0, len(scenes), CHUNK), description=f"own {kind}s"):
         some = scenes[start : start + CHUNK]
         ways = [edited(scene, f"{kind}-{start + i}", MOST_EDITS[kind]) for i, scene in enumerate(some)]
-        path = cache / f"own-{kind}-{start}-{start + len(ways)}-edits.npz"
+        path = cache / f"own-{kind}-{start}-{start + len(ways)}.npz"
         if not path.exists():
             decoder = decoder or load()
             _make(decoder, ways, start, path)
         with np.load(path) as file:
-            kept += [ways[i][-1] for i in file["places"]]
+            kept += [SCENES[kind](**json.loads(str(told))) for told in file["scenes"]]
             rows.append(file["rows"])
     return OwnMedia(kept, np.concatenate(rows))
 
@@ -111,7 +114,8 @@ def _make(decoder: LatentDecoder, ways: Sequence[Sequence[Scene]], first_seed: i
             right.append(all(finding.right for finding in found.values()))
             rows.append(_row(medium))
     partial = path.with_suffix(".partial.npz")
-    np.savez(partial, places=np.flatnonzero(right), rows=np.stack(rows)[right])
+    told = [json.dumps(asdict(way[-1])) for way, fine in zip(ways, right, strict=True) if fine]
+    np.savez(partial, scenes=np.array(told, dtype=np.str_), rows=np.stack(rows)[right])
     partial.replace(path)
 
 
