@@ -80,7 +80,7 @@ RECIPES: Mapping[str, FitConfig] = {
         num_steps=9000, learning_rate=2e-3, average_decay=0.995, flat_fraction=0.4, muon=True
     ),
     "imagebind": FitConfig(
-        num_steps=6000,
+        num_steps=7000,
         learning_rate=1e-3,
         average_decay=0.998,
         flat_fraction=0.4,
