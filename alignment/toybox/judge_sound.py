@@ -81,7 +81,7 @@ def judge_sound(samples: Array, rate: int) -> dict[str, str | int]:
     picture = _picture(nepers, peak)
     onset = _onset(picture)
     events = _nearest_events(picture, onset)
-    fits = [_fit(event, nepers, onset) for event in events]
+    fits = [_fit(event, nepers, picture, onset) for event in events]
     best = max(range(len(fits)), key=lambda index: fits[index].explained)
     event, fit = events[best], fits[best]
     gain_db = 20 / np.log(10) * (peak - event.peak + fit.level)
@@ -212,14 +212,13 @@ class _Fit:
     level: float
 
 
-def _fit(event: _Event, nepers: Array, onset: int) -> _Fit:
+def _fit(event: _Event, nepers: Array, picture: Array, onset: int) -> _Fit:
     """Lay an event over log-mel frames: once to find out how loud they are beside it, and once to compare."""
-    peak = float(nepers.max())
-    off = _lay(event, _picture(nepers, peak), onset).level
+    off = _lay(event, picture, onset).level
     off = min(max(off, -MOST_OFF_NEPERS), MOST_OFF_NEPERS)
-    picture = _picture(nepers, peak + off)
-    laid = _lay(event, picture, onset)
-    return _Fit(laid.explained / float((picture**2).sum()), laid.count, off + laid.level)
+    as_loud = _picture(nepers, float(nepers.max()) + off)
+    laid = _lay(event, as_loud, onset)
+    return _Fit(laid.explained / float((as_loud**2).sum()), laid.count, off + laid.level)
 
 
 def _lay(event: _Event, picture: Array, onset: int) -> _Fit:
