@@ -131,25 +131,34 @@ def _moved(after: Floats, ground: Floats, before: Floats, things: Mask, reach: i
     groups, number = ndimage.label(_wider(things, reach), _AROUND)
     drawn = after - ground
     moved = drawn.copy()
-    steps = range(-reach, reach + 1)
-    offsets = sorted(
-        ((down, right) for down in steps for right in steps), key=lambda offset: math.hypot(*offset)
-    )
     for group in range(1, number + 1):
         frame = int(np.flatnonzero((groups == group).any(axis=(1, 2)))[0])
         thing = (things[frame] & (groups[frame] == group))[None]
-        aside = [_aside(drawn[frame], offset, reach) for offset in offsets]  # the first wins a tie
-        wanted = (before[frame] - ground[frame])[thing[0]]
-        nearest = min(aside, key=lambda pixels: float(np.abs(pixels[thing[0]] - wanted).sum()))
-        moved[frame] = np.where(_wider(thing, 3 * reach)[0, ..., None], nearest, moved[frame])
+        offset = _offset(drawn[frame], before[frame] - ground[frame], thing[0], reach)
+        around = _wider(thing, 3 * reach)[0, ..., None]
+        moved[frame] = np.where(around, _aside(drawn[frame], offset), moved[frame])
     return ground + moved
 
 
-def _aside(pixels: Floats, offset: tuple[int, int], reach: int) -> Floats:
-    """Return ``(H, W, 3)`` moved by at most ``reach``; what comes in is as the edge is."""
-    (down, right), (height, width, _) = offset, pixels.shape
-    padded = np.pad(pixels, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
-    return padded[reach - down : reach - down + height, reach - right : reach - right + width]
+def _offset(drawn: Floats, wanted: Floats, thing: Mask, reach: int) -> tuple[int, int]:
+    """Return how far down and right a drawing is to be moved, at most ``reach``: first in long strides."""
+    best, stride, strides = (0, 0), max(1, reach // 2), 2
+    while stride:
+        steps = [stride * step for step in range(-strides, strides + 1)]
+        near = [(best[0] + down, best[1] + right) for down in steps for right in steps]
+        within = [offset for offset in near if max(map(abs, offset)) <= reach]
+        within.sort(key=lambda offset: math.hypot(*offset))  # the nearest wins a tie
+        best = min(within, key=lambda offset: float(np.abs(_aside(drawn, offset) - wanted)[thing].sum()))
+        stride, strides = stride // 2, 1
+    return best
+
+
+def _aside(pixels: Floats, offset: tuple[int, int]) -> Floats:
+    """Return ``(H, W, 3)`` moved down and right; what comes in is as the edge is."""
+    rows, columns = (np.arange(size) - by for size, by in zip(pixels.shape, offset, strict=False))
+    height, width, _ = pixels.shape
+    aside: Floats = pixels[rows.clip(0, height - 1)[:, None], columns.clip(0, width - 1)]
+    return aside
 
 
 def _opacity(pixels: Floats, ground: Floats, reach: int) -> Floats:
