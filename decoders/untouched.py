@@ -135,8 +135,11 @@ def _spread(marked: Tensor, reach: int) -> Tensor:
 
 
 def _most_around(values: Tensor, reach: int) -> Tensor:
-    return F.max_pool2d(values, 2 * reach + 1, 1, reach)
+    """Return the largest value in the square around each; along columns and rows in turn, for speed."""
+    columns = F.max_pool2d(values, (2 * reach + 1, 1), 1, (reach, 0))
+    return F.max_pool2d(columns, (1, 2 * reach + 1), 1, (0, reach))
 
 
 def _mean_around(values: Tensor, reach: int) -> Tensor:
-    return F.avg_pool2d(values, 2 * reach + 1, 1, reach, count_include_pad=False)
+    columns = F.avg_pool2d(values, (2 * reach + 1, 1), 1, (reach, 0), count_include_pad=False)
+    return F.avg_pool2d(columns, (1, 2 * reach + 1), 1, (0, reach), count_include_pad=False)
