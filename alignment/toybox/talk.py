@@ -74,7 +74,7 @@ TYPICAL_COLOUR_ANSWER = "a {thing} is mostly {colour}"
 
 GREETING = "hello! tell me what to draw, film or play"
 UNKNOWN = ways(
-"unknown",
+    "unknown",
     "(dog|cow|pig|sheep|goat|mouse|rabbit|lion|tiger|bear|wolf|fox|monkey|elephant|giraffe|zebra|camel)",
     "(deer|duck|goose|hen|chicken|eagle|owl|parrot|fish|shark|whale|dolphin|crab|snake|lizard|turtle)",
     "(spider|ant|fly|butterfly|worm|snail|man|woman|boy|girl|baby|child|king|queen|doctor|teacher)",

@@ -18,18 +18,18 @@ OPENINGS = ways(
 )
 """What may stand before a request in the imperative."""
 DRAW = ways(
-"draw",
+    "draw",
     "(draw|draw|paint|sketch)( me|)",
     "(make|create|produce|show|give|draw|paint)( me|) (a picture|an image|a drawing|a painting|a sketch) of",
     "(show me|let me see|let us see|get me a picture of)",
 )  # fmt: skip
 FILM = ways(
-"film",
+    "film",
     "(animate|animate|film)( for me|)",
     "(make|create|produce|show|give|film|record)( me|) (a video|a clip|a film|a movie|an animation) of",
 )  # fmt: skip
 PLAY = ways(
-"play",
+    "play",
     "(play|play)( me|)",
     "(let me hear|let us hear|let me listen to)",
     "(play|make|create|produce|give|record)( me|) (the sound|a recording|the noise|a sound) of",
@@ -141,7 +141,7 @@ AUDIO_TO_IMAGE = ways(
     "(draw|paint|sketch) (the thing that|whatever) (sounds here|you hear|makes this noise|makes it)",
 )
 IMAGE_TO_VIDEO = ways(
-"image to video",
+    "image to video",
     "(make|create|show me|give me|i want) (a video|a clip|a film) of (this|it|this picture) {motion} {tempo}",
     "(animate|film) (this|it|this picture|the picture) {motion} {tempo}",
     "(show|let me see) (it|this|the picture) {motion} {tempo} in a (video|film)",
