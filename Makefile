@@ -83,7 +83,8 @@ $(STAMP):
 			if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then break; fi
 		done
 		if [ "$$python" = none ]; then
-			echo "make: found $$($(lastword $(PYTHON_CANDIDATES)) --version 2> /dev/null || echo 'no $(lastword $(PYTHON_CANDIDATES))'); Patchbay needs Python 3.11 or newer. Install it, or say where it is: make run PYTHON=/path/to/python3.11" >&2
+			last=$(lastword $(PYTHON_CANDIDATES))
+			echo "make: found $$(command -v "$$last" > /dev/null && "$$last" --version 2>&1 || echo "no $$last"); Patchbay needs Python 3.11 or newer. Install it, or say where it is: make run PYTHON=/path/to/python3.11" >&2
 			exit 1
 		fi
 		if ! "$$python" -c 'import ensurepip, venv' 2> /dev/null; then
