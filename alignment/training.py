@@ -95,7 +95,7 @@ RECIPES: Mapping[str, FitConfig] = {
         num_steps=1100, learning_rate=1e-3, average_decay=0.99, flat_fraction=0.4, muon=True
     ),
     "instruction": FitConfig(
-        num_steps=7300, learning_rate=1e-3, average_decay=0.995, flat_fraction=0.4, muon=True
+        num_steps=5800, learning_rate=1e-3, average_decay=0.995, flat_fraction=0.4, muon=True
     ),
 }
 """The steps in their order, with lengths and rates that fit two cores."""
