@@ -74,13 +74,13 @@ RECIPES: Mapping[str, FitConfig] = {
     "clip-captions": _CAPTIONS,
     "sound-captions": _CAPTIONS,
     "look-denoiser": replace(_DENOISER, num_steps=8000, average_decay=0.998, muon=True),
-    "clip-denoiser": replace(_DENOISER, num_steps=5000, average_decay=0.998, muon=True),
+    "clip-denoiser": replace(_DENOISER, num_steps=6500, average_decay=0.998, muon=True),
     "sound-denoiser": replace(_DENOISER, num_steps=24000, average_decay=0.998, muon=True),
     "language": FitConfig(
-        num_steps=5000, learning_rate=2e-3, average_decay=0.995, flat_fraction=0.4, muon=True
+        num_steps=9000, learning_rate=2e-3, average_decay=0.995, flat_fraction=0.4, muon=True
     ),
     "imagebind": FitConfig(
-        num_steps=6000,
+        num_steps=7000,
         learning_rate=1e-3,
         average_decay=0.998,
         flat_fraction=0.4,
@@ -95,7 +95,7 @@ RECIPES: Mapping[str, FitConfig] = {
         num_steps=1100, learning_rate=1e-3, average_decay=0.99, flat_fraction=0.4, muon=True
     ),
     "instruction": FitConfig(
-        num_steps=7300, learning_rate=1e-3, average_decay=0.995, flat_fraction=0.4, muon=True
+        num_steps=5800, learning_rate=1e-3, average_decay=0.995, flat_fraction=0.4, muon=True
     ),
 }
 """The steps in their order, with lengths and rates that fit two cores."""

@@ -1,3 +1,4 @@
+import json
 import random
 from collections.abc import Sequence
 
@@ -7,7 +8,7 @@ from alignment.toybox import changes, talk, wordings
 from alignment.toybox.directions import DIRECTIONS, make
 from alignment.toybox.exercise import Exercise, FreshScenes
 from alignment.toybox.grammar import caption, read_text
-from alignment.toybox.phrases import Phrases, Speaker, ways
+from alignment.toybox.phrases import PHRASE_BOOK, TYPED_SHARE, Phrases, Speaker, spelled_out, ways
 from alignment.toybox.requests import wanted_look
 from alignment.toybox.world import Clip, Look, Sound, attributes
 
@@ -98,10 +99,37 @@ def test_bigger_and_louder_ask_for_the_next_value() -> None:
     assert met == set(steps)
 
 
-def test_patterns_spell_out_all_their_ways_but_the_reserved_ones() -> None:
-    phrases = ways("(draw|draw|paint)( me|)", "show", reserved=("draw me", "sketch"))
-    assert phrases.training == ("draw", "draw", "paint me", "paint", "show")
-    assert phrases.reserved == ("draw me", "sketch")
+def test_patterns_spell_out_all_their_ways() -> None:
+    assert spelled_out("(draw|draw|paint)( me|)") == [
+        "draw me",
+        "draw",
+        "draw me",
+        "draw",
+        "paint me",
+        "paint",
+    ]
+    assert spelled_out("show") == ["show"]
+
+
+def test_what_is_reserved_is_not_said_in_training_whatever_spells_it_out() -> None:
+    first = wordings.DRAW.reserved[0]
+    phrases = ways("draw", f"({first}|show)")
+    assert phrases.spelled == ("show",)
+    assert phrases.typed == wordings.DRAW.typed
+    assert phrases.reserved == wordings.DRAW.reserved
+
+
+def test_the_phrase_book_has_what_is_used_and_nothing_else() -> None:
+    book = json.loads(PHRASE_BOOK.read_text(encoding="utf-8"))
+    reserved = [tuple(kinds["reserved"]) for kinds in book.values()]
+    assert sorted(reserved) == sorted(phrases.reserved for phrases in every_kind_of_phrase())
+
+
+def test_what_people_type_is_said_in_training_as_often_as_it_should_be() -> None:
+    speaker = Speaker(0)
+    typed = set(wordings.WHAT_IS_SEEN.typed) - set(wordings.WHAT_IS_SEEN.spelled)
+    share = sum(speaker.say(wordings.WHAT_IS_SEEN) in typed for _ in range(2000)) / 2000
+    assert share == pytest.approx(TYPED_SHARE, abs=0.05)
 
 
 @pytest.mark.parametrize("direction", ["image-to-audio", "text+image-to-image", "conversation", "decision"])
@@ -131,7 +159,7 @@ def test_a_picture_may_be_asked_for_by_what_is_on_it_alone_if_it_comes_first() -
 
     def bare(first: bool) -> list[tuple[Look, str]]:
         rng = Speaker(0)
-        made = [wanted_look(rng, FreshScenes(rng), first=first) for _ in range(1500)]
+        made = [wanted_look(rng, FreshScenes(rng), first=first) for _ in range(2500)]
         nouns = [(scene, text) for scene, text in made if len(text.split()) <= 2]
         return [(scene, text) for scene, text in nouns if isinstance(scene, Look)]
 

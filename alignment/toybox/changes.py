@@ -46,6 +46,7 @@ _A_BIT, _A_BIT_OR_NOT = " (||a bit |a little |much |even )", "(||a bit |a little
 
 CHANGES: Mapping[str, Phrases] = {
     "colour": ways(
+        "change: colour",
         "(||now |please |and now )(make|turn|paint|colour) it {word}",
         "(now |and |and now |)a {word} one",
         "(change|set|switch) (the|its) colour to {word}",
@@ -54,9 +55,9 @@ CHANGES: Mapping[str, Phrases] = {
         _LET_IT + " {word}",
         _MAY_IT,
         "(|||in |now )({word}|{word} please|{word}, please|{word} instead)",
-        reserved=("now make it {word}", "can it be {word}?", "the same but {word}"),
     ),
     "size": ways(
+        "change: size",
         "(||please |and now )(make|let) it( be|) {word}",
         "(now |and |and now |)a {word} one",
         "(change|set|switch) (the|its) size to {word}",
@@ -64,9 +65,9 @@ CHANGES: Mapping[str, Phrases] = {
         _LET_IT + " {word}",
         _MAY_IT,
         "(|now |and |but )({word}|{word} please|{word}, please)",
-        reserved=("now make it {word}", "can it be {word}?", "the same but {word}"),
     ),
     "place": ways(
+        "change: place",
         "(move it to be|put it|please put it|place it|draw it|set it|move it so it is|and now put it) {word}",
         "(now|and|and now|but now) {word}",
         "(||please |now |and |can you )(move|shift|bring|push) it {there}",
@@ -74,9 +75,9 @@ CHANGES: Mapping[str, Phrases] = {
         _LET_IT + " {word}",
         _MAY_IT,
         "({word}|{word} please|{word}, please|just {word}|{there}|{there} please|now {there})",
-        reserved=("now put it {word}", "can it be {word}?", "the same but {word}"),
     ),
     "count": ways(
+        "change: count",
         "(make it|now|and now|please make it) {word}( of them|)",
         "(the same but|i want|show|show me|draw|let there be|there should be|i would like) {word} of them",
         "(this one|this very one|the same thing|the very same|it again|just this)(,|, but| but) "
@@ -84,19 +85,17 @@ CHANGES: Mapping[str, Phrases] = {
         "(could|may|might|will|should) there be {word} of them?",
         "can (we have|i have|i see|you draw|you show|you make it) {word} of them?",
         "({word}|{word} please|just {word}|only {word}) of them",
-        reserved=(
-            "now make it {word} of them", "can there be {word} of them?", "the same one but {word} of them",
-        ),
     ),
     "times": ways(
+        "change: times",
         "(make it sound|let it sound|play it|please play it|it should sound|i want to hear it) {word}",
         "(now|and|and now|the same but|the same sound but|this one but|it again but) {word}",
         "(could|may|might|will|would|should) it sound {word}?",
         "can (this|this one|the sound) (be played|be heard|sound) {word}?",
         "({word}|{word} please|{word}, please|just {word})",
-        reserved=("now play it {word}", "can it sound {word}?", "the same one but {word}"),
     ),
     "ground": ways(
+        "change: ground",
         "(put it|please put it|place it|draw it|set it|and now put it) {word}",
         "(now|and|and now|but now) {word}",
         "(change the background so it is|the background should be) {word}",
@@ -104,25 +103,25 @@ CHANGES: Mapping[str, Phrases] = {
         _LET_IT + " {word}",
         _MAY_IT,
         "({word}|{word} please|{word}, please|just {word})",
-        reserved=("now put it {word}", "can it be {word}?", "the same but {word}"),
     ),
     "motion": ways(
+        "change: motion",
         "(now|and|and now|but now|show it|please show it|film it|make it go, i mean) {word}",
         _SAME + " {word}",
         _LET_IT + " {word}",
         _MAY_IT,
         "({word}|{word} please|{word}, please|just {word})",
-        reserved=("now show it {word}", "can it be {word}?", "the same but {word}"),
     ),
     "tempo": ways(
+        "change: tempo",
         "(make it|now|and|and now|please make it|let it go|do it|play it) {word}",
         "(the same but|the same thing but) {word}",
         _LET_IT + " {word}",
         _MAY_IT,
         "(|now |and |a bit |much )({word}|{word} please|{word}, please)",
-        reserved=("now make it {word}", "can it be {word}?", "the same one but {word}"),
     ),
     "pitch": ways(
+        "change: pitch",
         "(make it|please make it|and now make it|let it sound) {word}",
         "(now |and |and now |)a {word} one",
         "(change|set|switch) (the|its) pitch to {word}",
@@ -130,17 +129,17 @@ CHANGES: Mapping[str, Phrases] = {
         _LET_IT + " {word}",
         _MAY_IT,
         "(|now |and |but )({word}|{word} please|{word}, please)",
-        reserved=("now make it {word}", "can it be {word}?", "the same but {word}"),
     ),
     "loudness": ways(
+        "change: loudness",
         "(make it|now|and|and now|please make it|play it) {word}",
         "(the same but|the same sound but) {word}",
         _LET_IT + " {word}",
         _MAY_IT,
         "(|now |and |but )({word}|{word} please|{word}, please)",
-        reserved=("now make it {word}", "can it be {word}?", "the same one but {word}"),
     ),
     "bigger": ways(
+        "change: bigger",
         "(||now |please |and now |but )(make|let|draw|show) it" + _A_BIT + "{word}",
         "(now |and |and now |but |)" + _A_BIT_OR_NOT + "{word}(| please)",
         "(now |and |and now |)a {word} one",
@@ -149,9 +148,9 @@ CHANGES: Mapping[str, Phrases] = {
         _LET_IT + _A_BIT + "{word}",
         _MAY_IT,
         "(can|could) you make it" + _A_BIT + "{word}?",
-        reserved=("now make it {word}", "can it be {word}?", "the same but {word}"),
     ),
     "louder": ways(
+        "change: louder",
         "(||now |please |and now |but )(make|let|play|play) it" + _A_BIT + "{word}",
         "(now |and |and now |but |)" + _A_BIT_OR_NOT + "{word}(| please)",
         "(now |and |and now |)a {word} one",
@@ -160,7 +159,6 @@ CHANGES: Mapping[str, Phrases] = {
         _LET_IT + _A_BIT + "{word}",
         _MAY_IT,
         "(can|could) you (make|play) it" + _A_BIT + "{word}?",
-        reserved=("now make it {word}", "can it be {word}?", "the same but {word}"),
     ),
 }  # fmt: skip
 """How to ask for another value of an attribute; ``times`` is the count of a sound, ``bigger`` and ``louder``

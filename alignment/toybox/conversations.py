@@ -62,6 +62,8 @@ def new_subject(rng: Speaker, scenes: Scenes) -> Exercise:
 
 
 def _follow_up(scene: Scene, rng: Speaker) -> tuple[Scene, str, tuple[str, ...]]:
+    if rng.random() < 0.08:
+        return scene, rng.say(wordings.ONCE_MORE), judged(scene)
     if rng.random() < 0.5:
         last, text = changes.ask_for_change(scene, rng)
         return last, text, judged(last)

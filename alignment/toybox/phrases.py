@@ -1,38 +1,64 @@
 """Ways to say one thing, and who says them.
 
-Every kind of phrase comes in two groups (:class:`Phrases`): those that training says, and reserved ones that
-only tests say, so that a test shows what was understood and not what was learnt by heart.
+Every kind of phrase comes in three groups (:class:`Phrases`): patterns, which spell out many phrases that are
+alike, and what people would type, which is in the phrase book; training says both. The third group is
+reserved for tests, so that a test shows what was understood and not what was learnt by heart. It was written
+without knowing how the model does, or what else training says.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
+from pathlib import Path
+
+PHRASE_BOOK = Path(__file__).with_name("phrase_book.json")
+TYPED_SHARE = 0.6
+"""How much of what training says is as people would type it, where the phrase book has it."""
 
 
 @dataclass(frozen=True)
 class Phrases:
-    """Ways to say one thing: those that training uses, and those that are kept for tests alone."""
+    """Ways to say one thing: two groups that training uses, and those that are kept for tests alone."""
 
-    training: tuple[str, ...]
-    reserved: tuple[str, ...] = ()
+    spelled: tuple[str, ...]
+    typed: tuple[str, ...]
+    reserved: tuple[str, ...]
+
+    @property
+    def training(self) -> tuple[str, ...]:
+        """All that training says."""
+        return self.spelled + self.typed
 
 
-def ways(*patterns: str, reserved: Sequence[str]) -> Phrases:
-    """Return all that the patterns spell out, without what is reserved.
+def ways(name: str, *patterns: str) -> Phrases:
+    """Return all that the patterns spell out, and what the phrase book has under a name.
 
     ``(a|b)`` in a pattern stands for either; an alternative that is written twice is said twice as often.
+    Nothing that is reserved is said in training, whatever spells it out.
     """
-    spelled = [phrase for pattern in patterns for phrase in _spelled_out(pattern)]
+    typed, reserved = (tuple(phrases) for phrases in _book()[name].values())
+    spelled = [phrase for pattern in patterns for phrase in spelled_out(pattern)]
+    kept = {phrase for phrase in reserved if phrase}
     return Phrases(
-        tuple(phrase for phrase in spelled if not phrase or phrase not in reserved), tuple(reserved)
+        tuple(phrase for phrase in spelled if phrase not in kept),
+        tuple(phrase for phrase in typed if phrase not in kept),
+        reserved,
     )
 
 
-def _spelled_out(pattern: str) -> list[str]:
+@cache
+def _book() -> dict[str, dict[str, list[str]]]:
+    book: dict[str, dict[str, list[str]]] = json.loads(PHRASE_BOOK.read_text(encoding="utf-8"))
+    return book
+
+
+def spelled_out(pattern: str) -> list[str]:
+    """Return every phrase that a pattern spells out, in order."""
     literals_and_choices = re.split(r"\(([^()]*)\)", pattern)
     alternatives = [piece.split("|") if i % 2 else [piece] for i, piece in enumerate(literals_and_choices)]
     return ["".join(pieces) for pieces in product(*alternatives)]
@@ -52,4 +78,8 @@ class Speaker(random.Random):
 
     def say(self, phrases: Phrases) -> str:
         """Choose one phrase."""
-        return self.choice(phrases.reserved if self.reserved and phrases.reserved else phrases.training)
+        if self.reserved:
+            return self.choice(phrases.reserved)
+        if phrases.typed and self.random() < TYPED_SHARE:
+            return self.choice(phrases.typed)
+        return self.choice(phrases.spelled)

@@ -323,6 +323,7 @@ _NECK = smooth(
 
 def _harp(pen: Pen, phase: float | None) -> None:
     paint = pen.paint
+    pen = pen.turned(0.2 * _wave(phase), -0.55, 0.97)  # strings alone are too thin to be seen swinging
     bow = 0.22 * _wave(phase)
     for x, top, bottom in ((-0.5, -0.6, 0.6), (-0.17, -0.56, 0.34), (0.16, -0.6, 0.06), (0.48, -0.8, -0.2)):
         bend = bow * (1 if bottom - top > 0.5 else 0.7)

@@ -8,45 +8,31 @@ from alignment.toybox.phrases import Phrases, ways
 from alignment.toybox.world import Clip, Look, Sound
 
 OPENINGS = ways(
+    "openings",
     "(||||hey, |hi, |ok, |well, |so, |now |and now |good, )"
     "(|||||please |can you |could you |would you |will you |could you please |i want you to |just )",
     "(hello, |i would like you to |can i ask you to |next, |oh, and )",
     "(|||hello, |dear box, |listen, |hm, |my dear, )"
     "(i ask you to |i beg you to |i wish you to |you should |you could |try to |go ahead and |be so kind and "
     "|do me a favour and |let me ask you to |it is time to |would you mind to |how about you )",
-    reserved=(
-        "",
-        "",
-        "would you please ",
-        "can you please ",
-        "i need you to ",
-        "hello, could you ",
-        "go on and ",
-    ),
 )
 """What may stand before a request in the imperative."""
 DRAW = ways(
+    "draw",
     "(draw|draw|paint|sketch)( me|)",
     "(make|create|produce|show|give|draw|paint)( me|) (a picture|an image|a drawing|a painting|a sketch) of",
     "(show me|let me see|let us see|get me a picture of)",
-    reserved=(
-        "make a drawing of", "paint a picture of", "show me an image of", "give me a picture of", "draw me",
-    ),
 )  # fmt: skip
 FILM = ways(
+    "film",
     "(animate|animate|film)( for me|)",
     "(make|create|produce|show|give|film|record)( me|) (a video|a clip|a film|a movie|an animation) of",
-    reserved=(
-        "create a clip of", "make me a video of", "record a video of", "give me a clip of", "film me",
-    ),
 )  # fmt: skip
 PLAY = ways(
+    "play",
     "(play|play)( me|)",
     "(let me hear|let us hear|let me listen to)",
     "(play|make|create|produce|give|record)( me|) (the sound|a recording|the noise|a sound) of",
-    reserved=(
-        "let me hear the sound of", "create a recording of", "play me the sound of", "make me the sound of",
-    ),
 )  # fmt: skip
 _I_WANT = (
     "(i want |i would like |i wish for |we want |how about ||||i could use |i am looking for |i ask for "
@@ -55,41 +41,42 @@ _I_WANT = (
 )
 WISHES: Mapping[type, Phrases] = {
     Look: ways(
+        "wish for a picture",
         _I_WANT + "(a picture|an image|a drawing) of",
         "(i want to see|i would like to see|picture:|image:)",
-        reserved=("i would like a picture of", "an image of", "i need a picture of"),
     ),
     Clip: ways(
+        "wish for a video",
         _I_WANT + "(a video|a clip|a film) of",
         "(i want to watch|video:|clip:)",
-        reserved=("i would like a video of", "i need a clip of", "i want a clip of"),
     ),
     Sound: ways(
+        "wish for a sound",
         _I_WANT + "(the sound|a sound|a recording) of",
         "(i want to hear|i would like to hear|we want to hear|sound:|audio:)",
-        reserved=("i need the sound of", "i would like the sound of"),
     ),
 }
 """Requests that are no imperatives."""
 POLITE_ENDINGS = ways(
+    "polite endings",
     "(||||||| please| for me| now| today| for my friend| for them| if you can)(||||.|!)",
     "(, please|, please.|, thank you|, ok?|, will you?|, if you like)",
     " for (her|him|my mother|the children|our party|my class|everyone|you and me|this evening|a change)"
     "(|.|!)",
     "(, that would be nice|, i beg you|, many thanks|, cheers|, my dear|, if that is possible|, as we said)",
-    reserved=("", "", " for us", ", thanks", " please!"),
 )
 JOINTS = ways(
+    "joints",
     "(,|) (and|and|then|and then|and also|and after that|plus|as well as|and finally) ",
     "(.|;) (and|then|and then|next,|after that,|now|finally,|i also want you to) ",
     "(, next |, also |, after that |. |. |, )",
     "(. besides |, and besides |; furthermore |. in addition |, along with that | and furthermore )",
     "(. when done, |; as soon as you can |, on top of that )",
-    reserved=(". also ", ", and then ", " and next "),
 )
 
 _SEEN = "(this|this|it|this picture|the picture|what you see|what is here|what can be seen)"
 WHAT_IS_SEEN = ways(
+    "what is seen",
     "what is (this|it|that|in it|here|to be seen here)?",
     "(describe|caption|explain|name) " + _SEEN,
     "(tell me|say|write|write down|report) "
@@ -102,10 +89,10 @@ WHAT_IS_SEEN = ways(
     "(tell me what is shown here|what can be seen here?|which thing is shown, and how?)",
     "(what|which|what kind of) (thing|object) (is it|is that|is this|is shown|do you notice)?",
     "(tell me|say|report) what (thing it is|you recognise|you make out|you notice|it is|is to be seen)",
-    reserved=("what is shown here?", "describe what this shows", "tell me what you see", "say what you see"),
 )
 _HEARD = "(this|this sound|it|this noise|the sound|what you hear|what is heard here)"
 WHAT_IS_HEARD = ways(
+    "what is heard",
     "what is (this sound|this noise|it|that|that sound|to be heard here)?",
     "(describe|caption|explain|name) " + _HEARD,
     "(tell me|say|write|write down|report) (what this is|what this sound is|what sounds here|what is heard)",
@@ -117,12 +104,6 @@ WHAT_IS_HEARD = ways(
     "what can be heard here?",
     "put (this sound|it|what you hear) (in|into) words",
     "(give me|write|make) (a caption|a description|the words) (for|of) " + _HEARD,
-    reserved=(
-        "tell me what you hear",
-        "which sound is this?",
-        "say what you hear",
-        "describe what can be heard",
-    ),
 )
 
 _PLAY_WHAT = "(play|play me|make|create|give me|let us hear|i want to hear) what "
@@ -130,6 +111,7 @@ _SOUNDS_LIKE = " (sounds like|would sound like)"
 _A_SOUND = "(play |make |create |let me hear |)(the sound|the noise|a sound) (of|for|that belongs to) "
 _PICTURE = "(this|this|it|this picture|the picture|this image|what you see)"
 IMAGE_TO_AUDIO = ways(
+    "image to audio",
     "what (does|would) " + _PICTURE + " sound like?",
     "how (does|would) (it|this|that|the picture) sound?",
     "(play|make|create|give me) (its sound|the sound of this|the sound of it|the sound of this picture)",
@@ -142,11 +124,11 @@ IMAGE_TO_AUDIO = ways(
     "(how|tell me how) (this image|this thing|the thing in the picture|what you see) (sounds|would sound)"
     "(, play it|, let me hear)",
     "(play|let me hear|give me) (this picture|the picture|this image|it) as (a sound|sound|audio)",
-    reserved=("how does this picture sound?", "let me hear this picture", "play what this sounds like"),
 )
 _SHOW_WHAT = "(show me|draw|paint|sketch|let me see) what (it|this|the thing that sounds|this noise)"
 _SOUND = "(this sound|this sound|it|this|this noise|what you hear)"
 AUDIO_TO_IMAGE = ways(
+    "audio to image",
     "(draw|paint|sketch|show me) (what you hear|this sound|what makes this sound|what sounds here)",
     "what does (this|this sound|it|the thing that you hear) look like?",
     "(make|create|draw|show me|give me) (a picture|an image|a drawing) of "
@@ -157,9 +139,9 @@ AUDIO_TO_IMAGE = ways(
     _SHOW_WHAT + " (looks like|would look like)",
     "(a picture|an image|a drawing|a sketch) (of|for) (this sound|this noise|what you hear|what sounds here)",
     "(draw|paint|sketch) (the thing that|whatever) (sounds here|you hear|makes this noise|makes it)",
-    reserved=("paint what you hear", "draw what makes this sound", "make a picture of this sound"),
 )
 IMAGE_TO_VIDEO = ways(
+    "image to video",
     "(make|create|show me|give me|i want) (a video|a clip|a film) of (this|it|this picture) {motion} {tempo}",
     "(animate|film) (this|it|this picture|the picture) {motion} {tempo}",
     "(show|let me see) (it|this|the picture) {motion} {tempo} in a (video|film)",
@@ -169,12 +151,9 @@ IMAGE_TO_VIDEO = ways(
     "{motion} {tempo}",
     "(i want|i would like) to (see|watch) (this|it|this picture|the thing here) {motion} {tempo}",
     "(let it move in a video,|now in a video,|as a video,|bring it to life,) {motion} {tempo}",
-    reserved=(
-        "make a clip of it {motion} {tempo}", "show this {motion} {tempo} in a clip",
-        "film this {motion} {tempo}",
-    ),
 )  # fmt: skip
 VIDEO_TO_IMAGE = ways(
+    "video to image",
     "(draw|sketch|paint) (this|what is in this video|what is in it|what you see here|what you see|this clip)",
     "(make|create|draw|show me|give me) (a picture|an image|a drawing) of "
     "(this|it|this video|this clip|what you see|what is in the video)",
@@ -183,9 +162,9 @@ VIDEO_TO_IMAGE = ways(
     "(draw|paint|sketch) (the thing in|what moves in|what is to be seen in) (this video|the clip|this film)",
     "(show me|give me|let me see) (this video|this clip|it|the film) as (a picture|an image|a drawing)",
     "(a picture|an image|a drawing) (of|for) (this video|the clip|this film|what moves here)",
-    reserved=("draw what you see in this video", "make an image of this clip", "paint this"),
 )
 VIDEO_TO_AUDIO = ways(
+    "video to audio",
     "what (does|would) (this|it|this video|this clip|the video) sound like?",
     "how (does|would) (it|this|that|the video) sound?",
     "(play|make|create|add|give me) (its sound|the sound of this|the sound of it|the sound of this video)",
@@ -201,9 +180,9 @@ VIDEO_TO_AUDIO = ways(
     "(play|let me hear|give me) (this video|the clip|this film|it) as (a sound|sound|audio)",
     "how (does|would) (this film|the clip|this clip|what you see) sound?",
     "(let me hear|i want to hear|let us hear) (the video|the clip|this film|the film)",
-    reserved=("how does this video sound?", "let me hear this clip", "play what this video sounds like"),
 )
 AUDIO_TO_VIDEO = ways(
+    "audio to video",
     "(make|create|show me|give me) (a video|a clip|a film) (of|for) (what you hear|this sound|this noise)",
     "(film|animate) (this sound|what sounds here|what makes this sound|this noise)",
     "(animate what you hear|show me a clip of what makes this sound|a clip of what you hear)",
@@ -212,7 +191,6 @@ AUDIO_TO_VIDEO = ways(
     "(a video|a clip|a film|an animation) (of|for) (this sound|this noise|what you hear|what sounds here)",
     "(film|animate) (the thing that|whatever) (sounds here|you hear|makes this noise|makes it)",
     "(show me|let me see) what (you hear|makes this sound|sounds here) in a (video|clip|film)",
-    reserved=("film what you hear", "make a clip for this sound", "animate this sound"),
 )
 _IN_TIME_WITH = (
     "(with the tempo of|at the tempo of|at the pace of|in the rhythm of|as quick or slow as"
@@ -220,72 +198,75 @@ _IN_TIME_WITH = (
     "(this sound|the sound|this noise|what you hear)"
 )
 IMAGE_AUDIO_TO_VIDEO = ways(
+    "image audio to video",
     "(make|create|show me|give me|i want) a (video|film|clip) of (this picture|the picture|this|it)(,|) "
     + _IN_TIME_WITH,
     "(animate|film) (the picture|this picture|this|it|what you see)(,|) " + _IN_TIME_WITH,
     "a (video|clip|film) of (this|this picture), " + _IN_TIME_WITH,
     "turn (the picture|this picture|this) into a (video|clip)(,|) " + _IN_TIME_WITH,
-    reserved=(
-        "animate this with the tempo of the sound",
-        "make a clip of the picture, as fast or slow as the sound",
-    ),
 )
 ABOUT_THING = ways(
+    "about thing",
     "(draw|paint|sketch|show me) a {thing}(, then| and|, and then) (play its sound|play the sound of it)",
     "(show me|paint) a {thing} and (let me hear it|let me hear its sound)",
     "(i want |give me |)(a picture|an image) and the sound of a {thing}",
     "(a picture|an image) of a {thing}, (and|then|and also) its sound",
-    reserved=("draw a {thing} and let me hear it", "show me a picture of a {thing} and play its sound"),
 )
 AND_ITS_SOUND = ways(
+    "and its sound",
     "(,|) and (|then |also |now )(play|play me|let me hear|give me|make|add|i want to hear) "
     "(its sound|the sound of it|the noise of it)",
     "(,|) (and|with|plus|then|and also) (its sound|the sound of it|its noise)",
     "(. then|. and|. and then|; then|. also) (play its sound|let me hear it|play the sound of it|its sound)",
     "(,|) and (|then )(let me hear it|i want to hear it|play it)",
-    reserved=(", and let me hear its sound", " and the sound of it", ", then let me hear it"),
 )
 """What follows the request for a picture or a video whose sound is wanted too."""
 SAME_SOUND_AGAIN = ways(
+    "same sound again",
     "(play|make|repeat|let me hear) "
     "(exactly this|this very sound|the very same one|the very same sound) again",
     "the (same|very same) (sound|one) again, (at|with|in) exactly (this|the same) pitch",
     "(repeat|copy) (this sound|it) exactly",
-    reserved=("play the same sound again", "let me hear exactly this again"),
 )
 SAME_PICTURE_AGAIN = ways(
+    "same picture again",
     "(draw|make|repeat) (exactly this|this very picture|the very same one|the very same picture) again",
     "the (same|very same) (picture|one|image) again, in exactly (this|the same) (shade|colour)",
     "(draw|paint) it again (exactly there|just there|in exactly this shade|in the very same place)",
     "(the very same picture again|copy this picture exactly|repeat this picture exactly)",
-    reserved=("draw the same picture again", "paint exactly this again"),
 )
 
+ONCE_MORE = ways(
+    "once more",
+    "(|and |now |please )(again|once more|one more time|once again)(|!|, please)",
+    "(do|make|try|repeat) (it|that|this)( again| once more|)",
+)
+"""After something was made: make it once more."""
 NOW_AS_PICTURE_OF_SOUND = ways(
+    "now as picture of sound",
     "(and |now |so |)what (does|would) it look like?",
     "(now |and now |please |)(draw|paint|sketch) it",
     "(now |and |)(show me|make|draw|give me) (a picture|an image|a drawing) of it",
     "(now|and now) a (picture|drawing) of it",
-    reserved=("and a picture of it", "now paint it", "draw me a picture of it"),
 )
 NOW_AS_SOUND = ways(
+    "now as sound",
     "(and |now |so |)what (does|would) (it|this) sound like?",
     "(now |and now |please |)(play|make|give me) (its sound|the sound of it)",
     "(and |)let me hear (it|its sound)",
     "(and its sound|now its sound|how does it sound?|how would it sound?|i want to hear it|and the sound?)",
-    reserved=("and how does it sound?", "now let me hear it", "now the sound of it"),
 )
 NOW_AS_VIDEO = ways(
+    "now as video",
     "(now |and |and now |)(a video|a film) of it {motion}",
     "(please |and now |and |)(animate|film) it {motion}",
     "(show|let me see) it {motion} in a video",
     "(now |)(make|create|show me) a (video|film) of it {motion}",
     "(and|now) a clip of it {motion}",
-    reserved=("now animate it {motion}", "and a video of it {motion}", "make a clip of it {motion}"),
 )
 NOW_AS_PICTURE = ways(
+    "now as picture",
     "(now |and now |please |)(draw|sketch) it( as a picture|)",
     "(now |and |)(show me|make|draw|give me) (a picture|an image|a drawing) of it",
     "(now|and now) a (picture|drawing) of it",
-    reserved=("and a picture of it", "paint it as a picture"),
 )
