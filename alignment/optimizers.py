@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm.model import SignalRows
+
+TABLES = (nn.Embedding, SignalRows)
+"""Their rows are looked up, each for its own token: matrices in shape alone, and left to AdamW."""
 LEAST_SIDE = 32
 """A matrix with a shorter side than this is left to AdamW: its few rows are features of their own."""
 
@@ -41,7 +45,9 @@ class Optimizer:
         weight_decay: float,
     ) -> None:
         groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-        tables = {id(table.weight) for table in module.modules() if isinstance(table, nn.Embedding)}
+        tables = {
+            id(row) for part in module.modules() if isinstance(part, TABLES) for row in part.parameters()
+        }
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 matches = [factor for prefix, factor in factors.items() if name.startswith(prefix)]

@@ -319,7 +319,7 @@ class Survey:
         }
 
     def table(self) -> str:
-        """Return everything as lines of text."""
+        """Return everything but what to type next as lines of text."""
         rows = [("part", "files", "parameters", "in memory", "as")]
         for box in self.boxes:
             for part in box.parts:
@@ -363,7 +363,6 @@ class Survey:
             )
         if self.downloads:
             lines.append(_in_all(self.preset, self.downloads))
-        lines += [f"next: {step}" for step in self.next_steps]
         return "\n".join(line.rstrip() for line in lines)
 
 

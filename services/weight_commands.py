@@ -206,6 +206,10 @@ def doctor_command(args: argparse.Namespace) -> int:
             print(f"{'ok ' if check.ok else 'BAD'} {check.name:16} {check.detail}", flush=True)
     if args.json:
         print(json.dumps({**found.to_json(), "checks": checks}, indent=2))
+    elif bad and found.next_steps[0].startswith("patchbay serve"):
+        print(f"next: mend what is marked BAD, then {found.next_steps[0]}")
+    else:
+        print("\n".join(f"next: {step}" for step in found.next_steps))
     if bad:
         print(f"patchbay: {bad} of the checks failed; the lines marked BAD say why.", file=sys.stderr)
     return 1 if bad else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -181,6 +182,20 @@ def test_a_preset_that_does_not_fit_is_not_loaded(
     assert "to fit: no image decoder" in out
     assert "which is still too much" in out
     assert f"next: patchbay doctor --preset {tiny_preset} --table  # and choose a machine with more" in out
+
+
+def test_doctor_does_not_send_to_serve_where_a_check_fails(
+    tiny_preset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert main(["doctor", "--preset", str(tiny_preset), "--port", port]) == 1
+
+    said = capsys.readouterr().out.splitlines()
+    assert [line[:8] for line in said if line.startswith("BAD")] == ["BAD port"]
+    assert said[-1] == f"next: mend what is marked BAD, then patchbay serve --preset {tiny_preset}"
 
 
 def test_doctor_says_what_the_published_preset_lacks_and_what_to_type(

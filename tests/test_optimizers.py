@@ -1,8 +1,11 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from alignment.optimizers import Optimizer
+from llm.model import SignalRows
 
 
 def network() -> nn.Sequential:
@@ -56,6 +59,20 @@ def test_tables_and_thin_matrices_are_left_to_adamw() -> None:
         if torch.equal(a, b)
     ]
     assert same == ["0.weight", "1.bias", "3.bias", "5.weight", "5.bias"]
+
+
+def test_rows_of_many_signals_are_a_table_and_no_matrix() -> None:
+    """Else a step turns all of them alike, and 16 tokens a signal hardly learn when to begin."""
+    rows = [
+        SignalRows(50, torch.randn(64, 48, generator=torch.Generator().manual_seed(1)), torch.ones(64, 48))
+    ]
+    rows.append(copy.deepcopy(rows[0]))
+    for table, muon in zip(rows, (True, False), strict=True):
+        (table.embedding[3].sum() + table.head[:7].square().sum()).backward()
+        optimizer_of(table, muon=muon).step()
+
+    for ours, theirs in zip(rows[0].parameters(), rows[1].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("muon", [False, True])
