@@ -219,7 +219,7 @@ def test_every_design_has_a_block_for_each_medium_and_conditions_of_the_decoders
 
 def test_other_signals_leave_the_tokenizer_that_a_base_was_trained_with() -> None:
     base = LanguageModel.from_pretrained(WEIGHTS / "llm")
-    longer = with_signals(base, SignalVocabulary(image=16, video=16, audio=16))
+    longer = with_signals(base, SignalVocabulary(image=32, video=32, audio=32))
 
     assert longer.tokenizer.base_vocabulary == base.tokenizer.base_vocabulary
     rng = random.Random(0)
@@ -230,7 +230,7 @@ def test_other_signals_leave_the_tokenizer_that_a_base_was_trained_with() -> Non
     ids, before = longer.encode(dialogue).ids, base.encode(dialogue).ids
     known = base.tokenizer.base_vocabulary
     assert [i for i in ids if i < known] == [i for i in before if i < known]
-    assert len(ids) == len(before) + 12
+    assert len(ids) == len(before) + 32 - base.tokenizer.signals.image
 
 
 def test_a_base_with_more_tokens_than_signals_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,6 +307,6 @@ def test_the_tables_have_means_and_half_the_spread_over_seeds() -> None:
 
 
 def test_the_embedded_model_has_designs_that_are_compared() -> None:
-    assert MAKERS["signal"].signals == SIGNALS
+    assert MAKERS["signal, 16 tokens"].signals == SIGNALS
     assert READERS["resampler, 8 tokens"] == Reader(tokens=8)
     assert set(designs.DESIGNS) == {*MAKERS, *READERS}

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from alignment.embedded.captions import Kind
 from alignment.embedded.export import MODALITIES
-from alignment.embedded.language import SIGNALS
 from alignment.fitting import begin_from
 from alignment.stages import STAGES, Aligned
 from decoders.patch_autoencoder import PatchAutoencoderKL
@@ -27,6 +26,7 @@ from encoders.media import Modality
 from llm import checkpoint
 from llm.lora import LoraOptions
 from llm.model import LanguageModel
+from llm.signals import SignalVocabulary
 from llm.tokenizer import ConversationTokenizer
 
 _UNET, _TEXT_ENCODER = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
@@ -58,8 +58,13 @@ def adopt(
         _adopt_decoder(kind, weights / str(modality), folder)
     encoder = ImageBindEncoder.from_pretrained(weights / "encoder")
     encoder.save_pretrained(folder / "imagebind" / "encoder", torch.float32)
-    _adopt_language(weights / "llm" / checkpoint.BASE, folder / "language")
-    _adopt_stages(weights, folder, untrained_bridges(folder / "language" / "llm"), lora)
+    shipped = LanguageModel.from_pretrained(weights / "llm")
+    _adopt_language(weights / "llm" / checkpoint.BASE, shipped.tokenizer.signals, folder / "language")
+    projections = {
+        m: OutputProjection.from_pretrained(weights / "projections" / str(m)) for m in MODALITIES.values()
+    }
+    model = untrained_bridges(folder / "language" / "llm")
+    _adopt_stages(Aligned(shipped, projections), folder, model, lora)
 
 
 def _adopt_autoencoders(weights: Path, folder: Path) -> None:
@@ -80,8 +85,8 @@ def _adopt_decoder(kind: Kind, pipeline: Path, folder: Path) -> None:
     shutil.copy(pipeline / "text_encoder" / "config.json", captions / "config.json")
 
 
-def _adopt_language(base: Path, folder: Path) -> None:
-    tokenizer = ConversationTokenizer.load(base, SIGNALS)
+def _adopt_language(base: Path, signals: SignalVocabulary, folder: Path) -> None:
+    tokenizer = ConversationTokenizer.load(base, signals)
     tokenizer.save(folder / "tokenizer")
     model = LanguageModel(checkpoint.load_base(base, torch.float32), tokenizer, {})
     model.save_pretrained(folder / "llm")
@@ -89,12 +94,8 @@ def _adopt_language(base: Path, folder: Path) -> None:
     begin_from(folder, _trainable(model))
 
 
-def _adopt_stages(weights: Path, folder: Path, model: Aligned, lora: LoraOptions) -> None:
+def _adopt_stages(shipped: Aligned, folder: Path, model: Aligned, lora: LoraOptions) -> None:
     model.llm.add_lora(lora)
-    shipped = Aligned(
-        LanguageModel.from_pretrained(weights / "llm"),
-        {m: OutputProjection.from_pretrained(weights / "projections" / str(m)) for m in MODALITIES.values()},
-    )
     values = dict(shipped.named_parameters())
     for name, stage in STAGES.items():
         model.train_only(stage)

@@ -25,7 +25,8 @@ from llm.signals import SignalVocabulary
 from llm.template import Dialogue, Message
 from llm.tokenizer import ConversationTokenizer, train_tokenizer
 
-SIGNALS = SignalVocabulary(image=4, video=8, audio=4)
+SIGNALS = SignalVocabulary(image=16, video=16, audio=16)
+"""The lengths that ``patchbay train link-designs`` found best."""
 WIDTH = 192
 BATCH = 32
 SHARES = {
@@ -36,6 +37,7 @@ SHARES = {
     "decision": 4.0,
     "text+image-to-image": 2.0,
     "text+video-to-video": 2.0,
+    "beyond-words": 3.0,
 }
 """How often a direction is met where that is not once: the more there is to keep apart, the more often."""
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from alignment.embedded.captions import CAPTION_TOKENS, WIDTH
 from alignment.embedded.export import MODALITIES
-from alignment.embedded.language import SIGNALS, with_signals
+from alignment.embedded.language import with_signals
 from alignment.stages import STAGES, Aligned
 from alignment.training import GRIDS
 from decoders.projection import OutputProjection, OutputProjectionConfig
@@ -32,6 +32,8 @@ READING, MAKING, _ = STAGES
 MADE = tuple(STAGES[MAKING].directions)
 READ = tuple(STAGES[READING].directions)
 SEEDS = (0, 1, 2)
+USUAL = SignalVocabulary(image=4, video=8, audio=4)
+"""The signal blocks of a design that is not about their length."""
 LAST_LAYER = -1
 
 
@@ -39,7 +41,7 @@ LAST_LAYER = -1
 class Maker:
     """A way from a reply to the conditions of decoders.
 
-    ``tokens`` is the length of every signal block, None that of the embedded model. ``distance`` and
+    ``tokens`` is the length of every signal block, None stands for :data:`USUAL`. ``distance`` and
     ``denoising`` weigh the losses; ``connector`` are the layers of the connector's encoder and decoder.
     ``heard`` are the layers of the language model whose states at the signals are averaged, and
     ``learned_null`` has the decoders guide away from a condition that is learned, in place of the empty
@@ -57,7 +59,7 @@ class Maker:
     def signals(self) -> SignalVocabulary:
         """The signal blocks."""
         n = self.tokens
-        return SIGNALS if n is None else SignalVocabulary(image=n, video=n, audio=n)
+        return USUAL if n is None else SignalVocabulary(image=n, video=n, audio=n)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -160,9 +160,28 @@ CHANGES: Mapping[str, Phrases] = {
         _MAY_IT,
         "(can|could) you (make|play) it" + _A_BIT + "{word}?",
     ),
+    "background": ways(
+        "change: background",
+        "(make|let|change) the background (be |)(to |){word}",
+        "(now |and |)(with|on|against) {word}( background| backdrop| behind it| as the background|)",
+        "(i want|give it|put|draw) {word} (behind it|as its background|as the background|in the background)",
+        "(the |)background: {word}",
+        "(turn|paint|set) the (background|backdrop|ground) (to |){word}",
+    ),
+    "one more": ways(
+        "one more",
+        "(add|draw|give me|i want|put in|show) (one more|another one|another|one more of them)",
+        "(now |and |)(one more|one more of them|another one)(, please| please|)",
+    ),
+    "one fewer": ways(
+        "one fewer",
+        "(remove|take away|erase|delete|drop|leave out) one( of them|)(, please|)",
+        "(now |and |)(one fewer|one less|one of them less)(, please|)",
+    ),
 }  # fmt: skip
 """How to ask for another value of an attribute; ``times`` is the count of a sound, ``bigger`` and ``louder``
-are for the next value of what is seen and heard. ``{there}`` is a place that something is moved to."""
+are for the next value of what is seen and heard, ``one more`` and ``one fewer`` are of a picture.
+``{there}`` is a place that something is moved to."""
 
 _CHANGED: Mapping[type, tuple[str, ...]] = {
     Look: ("colour", "size", "place", "count", "ground"),
@@ -186,6 +205,14 @@ STEP_WORDS: Mapping[str, tuple[Sequence[str], Sequence[str], Sequence[str]]] = {
 }
 """Attributes whose values have an order: the values, and words for the one before and the one after."""
 _STEP_SHARE = 0.4
+BACKGROUNDS: Mapping[str, Sequence[str]] = {
+    "white": ("white", "a white one", "plain white"),
+    "grey": ("grey", "gray", "a grey one"),
+    "sky": ("a sky", "the sky", "a blue sky"),
+    "night": ("a night sky", "the night sky", "the night"),
+}
+"""What a background is called where it is asked for by that word."""
+_BACKGROUND_SHARE = 0.4
 
 
 def ask_for_change(scene: Scene, rng: Speaker) -> tuple[Scene, str]:
@@ -206,8 +233,12 @@ def _other_value(scene: Scene, name: str, rng: Speaker) -> tuple[dict[str, str |
     if name == "count":
         count = rng.choice(COUNTS)
         if isinstance(scene, Look):
-            return {"count": count, "place": "middle" if count == 1 else None}, "count", COUNT_WORDS[count][0]
-        return {"count": count}, "times", rng.choice(TIMES_WORDS[count])
+            values: dict[str, str | int | None] = {"count": count, "place": "middle" if count == 1 else None}
+            apart = count - scene.count
+            if abs(apart) == 1 and rng.random() < _STEP_SHARE:
+                return values, "one more" if apart > 0 else "one fewer", ""
+            return values, "count", COUNT_WORDS[count][0]
+        return {"count": count}, "times", rng.name("times", count, TIMES_WORDS[count])
     if name == "tempo":
         tempo = rng.choice(TEMPOS)
         return {"tempo": tempo}, "tempo", "slower" if tempo == "slow" else "faster"
@@ -220,4 +251,6 @@ def _other_value(scene: Scene, name: str, rng: Speaker) -> tuple[dict[str, str |
         if abs(apart) == 1 and (last or not rng.reserved):
             wording = "louder" if isinstance(scene, Sound) else "bigger"
             return {name: value}, wording, rng.choice(less if apart < 0 else more)
-    return {name: value}, name, rng.choice(words[value])
+    if name == "ground" and rng.random() < _BACKGROUND_SHARE:
+        return {name: value}, "background", rng.choice(BACKGROUNDS[value])
+    return {name: value}, name, rng.name(name, value, words[value])

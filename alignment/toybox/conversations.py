@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 from alignment.toybox import changes, talk, wordings
+from alignment.toybox.describing import described, thing_name
 from alignment.toybox.exercise import Exercise, Scenes, Turn, judged, single
-from alignment.toybox.grammar import MOTION_PHRASES, THING_WORDS, TYPICAL_COLOUR, caption, describe
+from alignment.toybox.grammar import COUNT_WORDS, MOTION_PHRASES, TYPICAL_COLOUR, caption
 from alignment.toybox.phrases import Speaker
 from alignment.toybox.requests import (
+    animated,
     asking,
     asking_for_unknown,
     asking_what,
@@ -22,6 +26,10 @@ from alignment.toybox.world import MOTIONS, SIZE_OF_PITCH, THINGS, Clip, Look, S
 
 ASIDE_SHARE = 0.1
 """Of the replies in a conversation, how many somebody thanks for, or says something else to."""
+HEARD_SHARE = 0.25
+"""Of the conversations about a picture, those in which its sound is heard before something else is wanted."""
+NAMED_SHARE = 0.3
+"""How often what was made is called by its name when something is made of it, and not "it"."""
 
 _WORDS_ALONE = (
     "talk", "talk", "talk", "typical colour", "noise", "unknown", "unknown",
@@ -35,16 +43,21 @@ def conversation(rng: Speaker, scenes: Scenes) -> Exercise:
         wanted = rng.choice((wanted_look, wanted_look, wanted_clip, wanted_sound))
         scene, request = wanted(rng, scenes)
         turns = [Turn("user", (said(request, rng),)), Turn("assistant", (caption(scene), scene))]
-        middle, text = changes.ask_for_change(scene, rng)
+        if isinstance(scene, Look) and rng.random() < HEARD_SHARE:
+            middle: Scene = sound_of(scene)[0]
+            text = _of_the_thing(rng.say(wordings.NOW_AS_SOUND), scene, rng)
+            last, wish, names = _after_its_sound(scene, middle, rng)
+        else:
+            middle, text = changes.ask_for_change(scene, rng)
+            last, wish, names = _follow_up(middle, rng)
         turns += [Turn("user", (said(text, rng),)), Turn("assistant", (caption(middle), middle))]
-        last, text, names = _follow_up(middle, rng)
         found = [scene.held_out, middle.held_out, last.held_out]
         if len(set(found)) == 1 or scene.held_out:
             break
     if rng.random() < 0.15:
         turns = [Turn("user", ("hello",)), Turn("assistant", (talk.GREETING,)), *turns]
     turns = _with_asides(turns, rng)
-    return Exercise("", (*turns, Turn("user", (said(text, rng),))), (caption(last), last), (names,))
+    return Exercise("", (*turns, Turn("user", (said(wish, rng),))), (caption(last), last), (names,))
 
 
 def new_subject(rng: Speaker, scenes: Scenes) -> Exercise:
@@ -69,16 +82,48 @@ def _follow_up(scene: Scene, rng: Speaker) -> tuple[Scene, str, tuple[str, ...]]
         return last, text, judged(last)
     if isinstance(scene, Sound):
         look = typical_look(scene.thing, SIZE_OF_PITCH[scene.pitch], scene.count)
-        return look, rng.say(wordings.NOW_AS_PICTURE_OF_SOUND), ("thing", "size", "count")
+        text = _of_the_thing(rng.say(wordings.NOW_AS_PICTURE_OF_SOUND), scene, rng)
+        return look, text, ("thing", "size", "count")
     if rng.random() < 0.6:
         sound, names = sound_of(scene)
-        return sound, rng.say(wordings.NOW_AS_SOUND), names
+        return sound, _of_the_thing(rng.say(wordings.NOW_AS_SOUND), scene, rng), names
     if isinstance(scene, Look):
-        clip = Clip(scene.thing, scene.colour, scene.size, scene.ground, rng.choice(MOTIONS), "slow")
-        motion = rng.choice(MOTION_PHRASES[clip.motion])
-        return clip, rng.say(wordings.NOW_AS_VIDEO).format(motion=motion), judged(clip, ("tempo",))
+        return _now_as_video(scene, rng)
     look = Look(scene.thing, scene.colour, scene.size, 1, "middle", scene.ground)
-    return look, rng.say(wordings.NOW_AS_PICTURE), ("thing", "colour", "size", "ground")
+    text = _of_the_thing(rng.say(wordings.NOW_AS_PICTURE), scene, rng)
+    return look, text, ("thing", "colour", "size", "ground")
+
+
+def _after_its_sound(look: Look, sound: Scene, rng: Speaker) -> tuple[Scene, str, tuple[str, ...]]:
+    """Go on after a picture and its sound: with the picture, or with the sound."""
+    if rng.random() < 0.5:
+        return _now_as_video(look, rng)
+    last, text = changes.ask_for_change(look if rng.random() < 0.6 else sound, rng)
+    return last, text, judged(last)
+
+
+def _now_as_video(look: Look, rng: Speaker) -> tuple[Scene, str, tuple[str, ...]]:
+    if rng.random() < 0.3:
+        clip = animated(look)
+        return clip, _of_the_thing(rng.say(wordings.ANIMATE), look, rng), judged(clip, ("motion", "tempo"))
+    clip = Clip(look.thing, look.colour, look.size, look.ground, rng.choice(MOTIONS), "slow")
+    motion = rng.name("motion", clip.motion, MOTION_PHRASES[clip.motion])
+    text = _of_the_thing(rng.say(wordings.NOW_AS_VIDEO), look, rng).format(motion=motion)
+    return clip, text, judged(clip, ("tempo",))
+
+
+def _of_the_thing(text: str, scene: Scene, rng: Speaker) -> str:
+    """Return a text with a thing, or several, named in place of "it" now and then; in training alone."""
+    if rng.reserved or rng.random() >= NAMED_SHARE:
+        return text
+    count = 1 if isinstance(scene, Sound) else rng.choice((1, 1, 2, 3))
+    thing = thing_name(scene.thing, rng, count)
+    if count == 1:
+        named = rng.choice((f"the {thing}", f"this {thing}", f"that {thing}"))
+    else:
+        number = rng.choice(COUNT_WORDS[count])
+        named = rng.choice((f"{number} of them", f"{number} {thing}", f"{number} such {thing}"))
+    return re.sub(r"\b(it|that|this)\b", named, text, count=1)
 
 
 def words_only(rng: Speaker, scenes: Scenes) -> Exercise:
@@ -93,11 +138,12 @@ def words_only(rng: Speaker, scenes: Scenes) -> Exercise:
     if kind == "about made":
         text, answer = talk.ask_about(made[-1], rng)
     elif kind == "what was made":
-        text, answer = asking_what(rng, made[-1]), caption(made[-1])
+        made_now = rng.random() < 0.5
+        text = said(rng.say(wordings.WHAT_WAS_MADE), rng) if made_now else asking_what(rng, made[-1])
+        answer = caption(made[-1])
     elif kind == "typical colour":
         thing = rng.choice(THINGS)
-        word = rng.choice(THING_WORDS[thing])
-        text = rng.say(talk.TYPICAL_COLOUR_QUESTIONS).format(thing=word)
+        text = rng.say(talk.TYPICAL_COLOUR_QUESTIONS).format(thing=thing_name(thing, rng))
         answer = talk.TYPICAL_COLOUR_ANSWER.format(thing=thing, colour=TYPICAL_COLOUR[thing])
     elif kind == "noise":
         text, answer = talk.noise(rng), talk.ELSEWHERE
@@ -121,7 +167,7 @@ def _talk_so_far(rng: Speaker, scenes: Scenes, at_least: int) -> list[Turn]:
     turns: list[Turn] = []
     for _ in range(rng.choice((at_least, 1, 1, 2))):
         scene: Scene = rng.choice((scenes.look, scenes.clip, scenes.sound))()
-        request = f"{asking(scene, rng)} {describe(scene, rng)}"
+        request = f"{asking(scene, rng)} {described(scene, rng)}"
         turns += [Turn("user", (said(request, rng),)), Turn("assistant", (caption(scene), scene))]
     return _with_asides(turns, rng)
 

@@ -11,10 +11,12 @@ from dataclasses import replace
 
 from alignment.toybox import changes, wordings
 from alignment.toybox.conversations import conversation, new_subject, words_only
+from alignment.toybox.describing import thing_name
 from alignment.toybox.exercise import Exercise, Part, Scenes, Turn, judged, single
-from alignment.toybox.grammar import MOTION_PHRASES, SIZE_WORDS, TEMPO_ADVERBS, THING_WORDS, caption
+from alignment.toybox.grammar import MOTION_PHRASES, SIZE_WORDS, TEMPO_ADVERBS, caption
 from alignment.toybox.phrases import Speaker
 from alignment.toybox.requests import (
+    animated,
     asking_what,
     said,
     shown,
@@ -27,6 +29,9 @@ from alignment.toybox.requests import (
     wanted_sound,
 )
 from alignment.toybox.world import MOTIONS, SIZE_OF_PITCH, SIZES, TEMPOS, THINGS, Clip, Look, Scene, Sound
+
+ALIKE_SHARE = 0.2
+"""Of the requests for several media, those for several of one kind; in training alone."""
 
 
 def make(direction: str, rng: random.Random, scenes: Scenes, *, reserved_wordings: bool = False) -> Exercise:
@@ -86,8 +91,13 @@ def _audio_to_image(rng: Speaker, scenes: Scenes) -> Exercise:
 
 def _image_to_video(rng: Speaker, scenes: Scenes) -> Exercise:
     look = scenes.look(count=1)
+    if rng.random() < 0.15:
+        clip = animated(look)
+        asked = shown(rng, said(rng.say(wordings.ANIMATE), rng), look)
+        return single(asked, clip, judged(clip, ("motion", "tempo")))
     clip = Clip(look.thing, look.colour, look.size, look.ground, rng.choice(MOTIONS), rng.choice(TEMPOS))
-    motion, tempo = rng.choice(MOTION_PHRASES[clip.motion]), rng.choice(TEMPO_ADVERBS[clip.tempo])
+    motion = rng.name("motion", clip.motion, MOTION_PHRASES[clip.motion])
+    tempo = rng.name("tempo", clip.tempo, TEMPO_ADVERBS[clip.tempo])
     text = rng.say(wordings.IMAGE_TO_VIDEO).format(motion=motion, tempo=tempo)
     return single(shown(rng, said(text, rng), look), clip, judged(clip))
 
@@ -148,6 +158,8 @@ def _image_audio_to_video(rng: Speaker, scenes: Scenes) -> Exercise:
 def _text_to_many(rng: Speaker, scenes: Scenes) -> Exercise:
     kinds = list(rng.choice((("image", "audio"), ("video", "audio"), ("image", "video", "audio"))))
     rng.shuffle(kinds)
+    if not rng.reserved and rng.random() < ALIKE_SHARE:
+        kinds = [rng.choice(kinds)] * rng.choice((2, 2, 3))
     wanted = {"video": wanted_clip, "audio": wanted_sound}
     requests: list[str] = []
     made: list[Scene] = []
@@ -170,7 +182,7 @@ def _about_thing(rng: Speaker, scenes: Scenes) -> Exercise:
         made: list[Scene] = [typical_look(thing, size), typical_sound(thing, size)]
         if not any(scene.held_out for scene in made):
             break
-    word = f"{rng.choice(SIZE_WORDS[size])} {rng.choice(THING_WORDS[thing])}"
+    word = f"{rng.name('size', size, SIZE_WORDS[size])} {thing_name(thing, rng)}"
     text = rng.say(wordings.ABOUT_THING).format(thing=word)
     answer = tuple(part for scene in made for part in (caption(scene), scene))
     return Exercise("", (Turn("user", (said(text, rng),)),), answer, tuple(judged(scene) for scene in made))

@@ -99,7 +99,7 @@ TYPICAL_COLOUR: Mapping[str, str] = {
     "phone": "black",
     "rain cloud": "blue",
 }
-_PLURALS = {word: f"{word}s" for words in THING_WORDS.values() for word in words}
+PLURALS = {word: f"{word}s" for words in THING_WORDS.values() for word in words}
 
 
 def caption(scene: Scene) -> str:
@@ -110,7 +110,7 @@ def caption(scene: Scene) -> str:
 def caption_words(scene: Scene) -> list[tuple[str, str]]:
     """Return the words of a caption, each with the attribute that it tells; "" where it tells none."""
     if isinstance(scene, Look):
-        noun = scene.thing if scene.count == 1 else _PLURALS[scene.thing]
+        noun = scene.thing if scene.count == 1 else PLURALS[scene.thing]
         number = COUNT_WORDS[scene.count][0] if scene.count > 1 else "a"
         words = [("count", number), ("size", scene.size), ("colour", scene.colour), ("thing", noun)]
         if scene.place is not None:
@@ -207,7 +207,7 @@ def read_text(text: str) -> dict[str, str | int]:
             found[name] = value
             words = words.replace(f" {phrase} ", " ; ", 1)
 
-    plural = {thing: tuple(_PLURALS[w] for w in forms) for thing, forms in THING_WORDS.items()}
+    plural = {thing: tuple(PLURALS[w] for w in forms) for thing, forms in THING_WORDS.items()}
     take("ground", GROUND_PHRASES)
     take("motion", MOTION_PHRASES)
     take("tempo", {tempo: (*TEMPO_ADVERBS[tempo], *TEMPO_ADJECTIVES[tempo]) for tempo in TEMPO_ADVERBS})
@@ -259,7 +259,7 @@ _NAMES = (
 def _noun_phrase(scene: Look | Clip, rng: random.Random, said: Mapping[str, bool], count: int) -> str:
     noun = rng.choice(THING_WORDS[scene.thing])
     if count > 1:
-        noun = _PLURALS[noun]
+        noun = PLURALS[noun]
     size = rng.choice(SIZE_WORDS[scene.size]) if said["size"] else ""
     colour = rng.choice(COLOUR_WORDS[scene.colour]) if said["colour"] else ""
     if size and colour and rng.random() < 0.12:

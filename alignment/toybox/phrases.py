@@ -11,14 +11,18 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
 
 PHRASE_BOOK = Path(__file__).with_name("phrase_book.json")
+NAMES = Path(__file__).with_name("names.json")
 TYPED_SHARE = 0.6
 """How much of what training says is as people would type it, where the phrase book has it."""
+OTHER_NAMES_SHARE = 0.4
+"""How often training calls a value by one of its many names, in place of the few that all else uses."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,12 @@ def _book() -> dict[str, dict[str, list[str]]]:
     return book
 
 
+@cache
+def _names() -> dict[str, dict[str, list[str]]]:
+    names: dict[str, dict[str, list[str]]] = json.loads(NAMES.read_text(encoding="utf-8"))
+    return names
+
+
 def spelled_out(pattern: str) -> list[str]:
     """Return every phrase that a pattern spells out, in order."""
     literals_and_choices = re.split(r"\(([^()]*)\)", pattern)
@@ -83,3 +93,12 @@ class Speaker(random.Random):
         if phrases.typed and self.random() < TYPED_SHARE:
             return self.choice(phrases.typed)
         return self.choice(phrases.spelled)
+
+    def name(self, attribute: str, value: str | int, usual: Sequence[str]) -> str:
+        """Choose what to call a value: one of the ``usual`` names, or in training one of many others.
+
+        ``attribute`` is a key of ``names.json``.
+        """
+        if not self.reserved and self.random() < OTHER_NAMES_SHARE:
+            return self.choice(_names()[attribute][str(value)])
+        return self.choice(usual)

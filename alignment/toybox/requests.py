@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from alignment.toybox import talk, wordings
+from alignment.toybox.describing import described
 from alignment.toybox.exercise import Part, Scenes
-from alignment.toybox.grammar import SIZE_WORDS, TYPICAL_COLOUR, describe, with_typos
+from alignment.toybox.grammar import SIZE_WORDS, TYPICAL_COLOUR, with_typos
 from alignment.toybox.phrases import Phrases, Speaker
 from alignment.toybox.world import PITCH_OF_SIZE, Clip, Look, Scene, Sound, changed
 
@@ -30,6 +31,11 @@ def typical_clip(thing: str, size: str = "medium", tempo: str = "slow") -> Clip:
 def typical_sound(thing: str, size: str = "medium", count: int = 1, tempo: str = "slow") -> Sound:
     """Return the sound that is made when only this much was said."""
     return Sound(thing, PITCH_OF_SIZE[size], count, tempo, "loud")
+
+
+def animated(look: Look) -> Clip:
+    """Return the video of a picture when nothing is said of how it moves."""
+    return Clip(look.thing, look.colour, look.size, look.ground, "still", "slow")
 
 
 def sound_of(scene: Look | Clip) -> tuple[Sound, tuple[str, ...]]:
@@ -104,22 +110,22 @@ def wanted_look(rng: Speaker, scenes: Scenes, *, first: bool = True) -> tuple[Sc
     """Return a picture and a request for it, which says that it is one unless it stands ``first``."""
     bare = first and rng.random() < BARE_SHARE
     scene, omit = _wanted(rng, scenes.look, ("colour", "size", "place", "ground"), 0.8 if bare else 0.3)
-    described = describe(scene, rng, omit)
+    words = described(scene, rng, omit)
     if not bare:
-        return scene, f"{asking(scene, rng)} {described}"
-    return scene, described.removeprefix("a ").removeprefix("an ") if rng.random() < 0.4 else described
+        return scene, f"{asking(scene, rng)} {words}"
+    return scene, words.removeprefix("a ").removeprefix("an ") if rng.random() < 0.4 else words
 
 
 def wanted_clip(rng: Speaker, scenes: Scenes) -> tuple[Scene, str]:
     """Return a video and a request for it."""
     scene, omit = _wanted(rng, scenes.clip, ("colour", "size", "ground", "motion", "tempo"))
-    return scene, f"{asking(scene, rng)} {describe(scene, rng, omit)}"
+    return scene, f"{asking(scene, rng)} {described(scene, rng, omit)}"
 
 
 def wanted_sound(rng: Speaker, scenes: Scenes) -> tuple[Scene, str]:
     """Return a sound and a request for it."""
     scene, omit = _wanted(rng, scenes.sound, ("pitch", "count", "tempo", "loudness"))
-    return scene, f"{asking(scene, rng)} {describe(scene, rng, omit)}"
+    return scene, f"{asking(scene, rng)} {described(scene, rng, omit)}"
 
 
 def asking_what(rng: Speaker, scene: Scene) -> str:

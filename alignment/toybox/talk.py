@@ -178,7 +178,8 @@ def noise(rng: Speaker) -> str:
     """
     kind = 2 if rng.reserved else rng.randrange(3)
     if kind == 0:
-        keys = string.ascii_lowercase + string.digits
+        rows = ("qwertyuiop", "asdfghjkl", "zxcvbnm", string.ascii_lowercase + string.digits)
+        keys = rng.choice((*rows, rows[-1], rows[-1]))
         return " ".join("".join(rng.choices(keys, k=rng.randint(2, 12))) for _ in range(rng.randint(1, 3)))
     if kind == 1:
         return "".join(rng.choices(string.punctuation, k=rng.randint(2, 14)))

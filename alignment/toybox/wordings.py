@@ -264,6 +264,20 @@ NOW_AS_VIDEO = ways(
     "(now |)(make|create|show me) a (video|film) of it {motion}",
     "(and|now) a clip of it {motion}",
 )
+ANIMATE = ways(
+    "animate",
+    "(|now |and now |please )(animate|film) (it|this|that)",
+    "(now |and now |)(a video|a clip|a film) (of it|of that|of this|of this one)(, please|)",
+    "(make|create|show me|give me|i want) (a video|a clip|a film) (of it|of this|of that)",
+    "(now |and |)(let it move|bring it to life|make it move|turn it into a video|as a video|as a clip)",
+)
+"""A video of what is shown or was made, with no word about how it moves."""
+WHAT_WAS_MADE = ways(
+    "what was made",
+    "what (was that|did you make|did you just make|have you made|was it|is that now)?",
+    "(tell me|say) what (that was|you made|it was|you have just made)",
+    "(describe|name) (what you made|what you just made|your last one)",
+)
 NOW_AS_PICTURE = ways(
     "now as picture",
     "(now |and now |please |)(draw|sketch) it( as a picture|)",
