@@ -17,7 +17,7 @@ VALUES = {
     "thing": world.THINGS, "things": world.THINGS, "colour": world.COLOURS, "size": world.SIZES,
     "place": world.PLACES, "ground": world.GROUNDS, "motion": world.MOTIONS, "motion clause": world.MOTIONS,
     "tempo": world.TEMPOS, "tempo adjective": world.TEMPOS, "pitch": world.PITCHES,
-    "loudness": world.LOUDNESSES, "count": tuple(map(str, world.COUNTS)), "times": tuple(map(str, world.COUNTS)),
+    "loudness": world.LOUDNESSES, "count": ("1", "2", "3"), "times": ("1", "2", "3"),
 }  # fmt: skip
 SCENES: tuple[Scene, ...] = (
     Look("bell", "red", "big", 1, "top left", "night"),
@@ -79,7 +79,8 @@ def test_a_picture_whose_sound_was_heard_is_what_goes_on() -> None:
         if isinstance(made[0], Look) and len(made) > 1 and isinstance(made[1], Sound):
             found.append((made[0], exercise.scenes[0]))
     clips = [(look, last) for look, last in found if isinstance(last, Clip)]
-    assert len(found) > 20 and len(clips) > 10
+    assert len(found) > 20
+    assert len(clips) > 10
     for look, clip in clips:
         assert (clip.thing, clip.colour, clip.size, clip.ground) == (
             look.thing,
