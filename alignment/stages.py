@@ -73,7 +73,7 @@ STAGES: Mapping[str, Stage] = {
             "image-to-audio": 2.5, "audio-to-image": 2, "image-to-video": 2, "video-to-image": 3,
             "video-to-audio": 3, "audio-to-video": 2, "image+audio-to-video": 2,
             "text+image-to-image": 3, "text+audio-to-audio": 3, "text+video-to-video": 3,
-            "text-to-many": 5, "conversation": 4, "new-subject": 3, "talk": 9, "decision": 6,
+            "text-to-many": 5, "conversation": 6, "new-subject": 3, "talk": 9, "decision": 6,
             "beyond-words": 3.5,
         },
     ),
