@@ -77,7 +77,7 @@ RECIPES: Mapping[str, FitConfig] = {
     "clip-denoiser": replace(_DENOISER, num_steps=6500, average_decay=0.998, muon=True),
     "sound-denoiser": replace(_DENOISER, num_steps=24000, average_decay=0.998, muon=True),
     "language": FitConfig(
-        num_steps=9000, learning_rate=2e-3, average_decay=0.995, flat_fraction=0.4, muon=True
+        num_steps=15000, learning_rate=2e-3, average_decay=0.995, flat_fraction=0.4, muon=True
     ),
     "imagebind": FitConfig(
         num_steps=7000,
