@@ -26,9 +26,9 @@ AT_LEAST = {
     "image-to-text": 0.8, "video-to-text": 0.8, "audio-to-text": 0.8,
     "image-to-audio": 0.8, "audio-to-image": 0.8, "image-to-video": 0.8,
     "video-to-image": 0.8, "video-to-audio": 0.8, "audio-to-video": 0.8,
-    "text+image-to-image": 0.8, "text+audio-to-audio": 0.6, "text+video-to-video": 0.6,
-    "image+audio-to-video": 0.6, "text-to-many": 0.8, "conversation": 0.5, "new-subject": 0.8,
-    "talk": 0.8, "decision": 0.8, "beyond-words": 0.8,
+    "text+image-to-image": 0.6, "text+audio-to-audio": 0.8, "text+video-to-video": 0.8,
+    "image+audio-to-video": 0.6, "text-to-many": 0.8, "conversation": 0.6, "new-subject": 0.8,
+    "talk": 0.6, "decision": 0.8, "beyond-words": 0.8,
     "cycle image-text": 0.8, "cycle image-audio": 0.8, "cycle image-video": 0.8,
     "cycle video-text": 0.8, "cycle video-audio": 0.8, "cycle audio-text": 0.8,
 }  # fmt: skip
