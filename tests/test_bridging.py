@@ -139,8 +139,8 @@ def test_another_decoder_films_or_sounds_after_one_line_and_one_command(
 
 def _expect_only_the_signal_of(modality: Modality, former: Path, bridges: Path) -> None:
     old, new = bridge_tensors(former), bridge_tensors(bridges / "llm")
-    tokens = list(SignalVocabulary().tokens)
-    trained = [tokens.index(name) for name in SignalVocabulary().names(modality)]
+    signals = SignalVocabulary(**json.loads((former / "bridge.json").read_text())["signals"])
+    trained = [signals.tokens.index(name) for name in signals.names(modality)]
     assert old.keys() == new.keys()
     for name in old:
         differing = (

@@ -42,7 +42,7 @@ from services.presets import Preset
 
 DIRECTIONS = ("text-to-image", "text-to-video", "text-to-audio", "text-to-many", "decision")
 STREAMS = (1, 8, 32)
-MAX_NEW_TOKENS = 64
+MAX_NEW_TOKENS = 128
 ALONE, PADDED = "transformers generate(), one at a time", "transformers generate(), padded batches"
 
 
