@@ -45,7 +45,7 @@ def ways(name: str, *patterns: str) -> Phrases:
     ``(a|b)`` in a pattern stands for either; an alternative that is written twice is said twice as often.
     Nothing that is reserved is said in training, whatever spells it out.
     """
-    typed, reserved = (tuple(phrases) for phrases in _book()[name].values())
+    typed, reserved = (tuple(phrases) for phrases in _read(PHRASE_BOOK)[name].values())
     spelled = [phrase for pattern in patterns for phrase in spelled_out(pattern)]
     kept = {phrase for phrase in reserved if phrase}
     return Phrases(
@@ -56,15 +56,9 @@ def ways(name: str, *patterns: str) -> Phrases:
 
 
 @cache
-def _book() -> dict[str, dict[str, list[str]]]:
-    book: dict[str, dict[str, list[str]]] = json.loads(PHRASE_BOOK.read_text(encoding="utf-8"))
-    return book
-
-
-@cache
-def _names() -> dict[str, dict[str, list[str]]]:
-    names: dict[str, dict[str, list[str]]] = json.loads(NAMES.read_text(encoding="utf-8"))
-    return names
+def _read(path: Path) -> dict[str, dict[str, list[str]]]:
+    listed: dict[str, dict[str, list[str]]] = json.loads(path.read_text(encoding="utf-8"))
+    return listed
 
 
 def spelled_out(pattern: str) -> list[str]:
@@ -100,5 +94,5 @@ class Speaker(random.Random):
         ``attribute`` is a key of ``names.json``.
         """
         if not self.reserved and self.random() < OTHER_NAMES_SHARE:
-            return self.choice(_names()[attribute][str(value)])
+            return self.choice(_read(NAMES)[attribute][str(value)])
         return self.choice(usual)

@@ -278,6 +278,7 @@ WHAT_WAS_MADE = ways(
     "(tell me|say) what (that was|you made|it was|you have just made)",
     "(describe|name) (what you made|what you just made|your last one)",
 )
+"""A question about the newest medium, which its caption answers."""
 NOW_AS_PICTURE = ways(
     "now as picture",
     "(now |and now |please |)(draw|sketch) it( as a picture|)",
