@@ -31,7 +31,7 @@ from llm.template import Dialogue, MediaTokens, Message
 LinkName = Literal["signal", "caption"]
 Spoken = str | Signal
 DECODE_BATCH = 32
-MAX_NEW_TOKENS = 96
+MAX_NEW_TOKENS = 160
 DECODERS: Mapping[Modality, type[LatentDecoder]] = {
     Modality.IMAGE: ImageDecoder,
     Modality.VIDEO: VideoDecoder,

@@ -188,7 +188,11 @@ _CHANGED: Mapping[type, tuple[str, ...]] = {
     Clip: ("colour", "motion", "tempo", "ground"),
     Sound: ("pitch", "count", "tempo", "loudness"),
 }
-_CHANGED_IN_TRAINING: Mapping[type, tuple[str, ...]] = {**_CHANGED, Clip: (*_CHANGED[Clip], "size")}
+_CHANGED_IN_TRAINING: Mapping[type, tuple[str, ...]] = {
+    **_CHANGED,
+    Look: (*_CHANGED[Look], "count"),
+    Clip: (*_CHANGED[Clip], "size"),
+}
 _NAMED: Mapping[str, tuple[tuple[str, ...], Mapping[str, Sequence[str]]]] = {
     "colour": (COLOURS, COLOUR_WORDS),
     "size": (SIZES, SIZE_WORDS),
@@ -225,7 +229,8 @@ def ask_for_change(scene: Scene, rng: Speaker) -> tuple[Scene, str]:
         result = changed(scene, **values)
         if result is not None and result != scene:
             there = re.sub("^(at|in|on) ", "to ", word)
-            return result, rng.say(CHANGES[wording]).format(word=word, there=there)
+            text = rng.say(CHANGES[wording]).format(word=word, there=there)
+            return result, re.sub(r"\ba (?=[aeiou])", "an ", text)
 
 
 def _other_value(scene: Scene, name: str, rng: Speaker) -> tuple[dict[str, str | int | None], str, str]:

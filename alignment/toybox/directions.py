@@ -6,7 +6,7 @@ The same generator feeds training and evaluation; only the sampler (which scenes
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from alignment.toybox import changes, wordings
@@ -25,6 +25,7 @@ from alignment.toybox.requests import (
     typical_look,
     typical_sound,
     wanted_clip,
+    wanted_list,
     wanted_look,
     wanted_sound,
 )
@@ -32,6 +33,8 @@ from alignment.toybox.world import MOTIONS, SIZE_OF_PITCH, SIZES, TEMPOS, THINGS
 
 ALIKE_SHARE = 0.2
 """Of the requests for several media, those for several of one kind; in training alone."""
+LISTED_SHARE = 0.35
+"""Of the requests for several media, those that list them after one verb; in training alone."""
 
 
 def make(direction: str, rng: random.Random, scenes: Scenes, *, reserved_wordings: bool = False) -> Exercise:
@@ -160,6 +163,13 @@ def _text_to_many(rng: Speaker, scenes: Scenes) -> Exercise:
     rng.shuffle(kinds)
     if not rng.reserved and rng.random() < ALIKE_SHARE:
         kinds = [rng.choice(kinds)] * rng.choice((2, 2, 3))
+    if not rng.reserved and rng.random() < LISTED_SHARE:
+        draws: Mapping[str, Callable[[], Scene]] = {
+            "image": scenes.look,
+            "video": scenes.clip,
+            "audio": scenes.sound,
+        }
+        return _several(*wanted_list(rng, [draws[kind] for kind in kinds]), rng)
     wanted = {"video": wanted_clip, "audio": wanted_sound}
     requests: list[str] = []
     made: list[Scene] = []
@@ -168,10 +178,13 @@ def _text_to_many(rng: Speaker, scenes: Scenes) -> Exercise:
         scene, request = wanted_look(rng, scenes, first=not made) if look else wanted[kind](rng, scenes)
         made.append(scene)
         requests.append(request)
-    joint = rng.say(wordings.JOINTS)
+    return _several(made, rng.say(wordings.JOINTS).join(requests), rng)
+
+
+def _several(made: Sequence[Scene], request: str, rng: Speaker) -> Exercise:
     answer = tuple(part for scene in made for part in (caption(scene), scene))
-    asked = said(joint.join(requests), rng)
-    return Exercise("", (Turn("user", (asked,)),), answer, tuple(judged(scene) for scene in made))
+    asked = Turn("user", (said(request, rng),))
+    return Exercise("", (asked,), answer, tuple(judged(scene) for scene in made))
 
 
 def _about_thing(rng: Speaker, scenes: Scenes) -> Exercise:

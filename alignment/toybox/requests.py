@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from alignment.toybox import talk, wordings
 from alignment.toybox.describing import described
 from alignment.toybox.exercise import Part, Scenes
-from alignment.toybox.grammar import SIZE_WORDS, TYPICAL_COLOUR, with_typos
+from alignment.toybox.grammar import SIZE_WORDS, TYPICAL_COLOUR, describe, with_typos
 from alignment.toybox.phrases import Phrases, Speaker
 from alignment.toybox.world import PITCH_OF_SIZE, Clip, Look, Scene, Sound, changed
 
@@ -82,6 +82,13 @@ def _unsaid(scene: Scene, omit: tuple[str, ...]) -> Scene | None:
     return changed(scene, **values)
 
 
+_MAY_BE_UNSAID: Mapping[type, tuple[str, ...]] = {
+    Look: ("colour", "size", "place", "ground"),
+    Clip: ("colour", "size", "ground", "motion", "tempo"),
+    Sound: ("pitch", "count", "tempo", "loudness"),
+}
+
+
 def _wanted(
     rng: Speaker, draw: Callable[[], Scene], names: tuple[str, ...], omitting: float = 0.3
 ) -> tuple[Scene, tuple[str, ...]]:
@@ -109,7 +116,7 @@ def asking(scene: Scene, rng: Speaker) -> str:
 def wanted_look(rng: Speaker, scenes: Scenes, *, first: bool = True) -> tuple[Scene, str]:
     """Return a picture and a request for it, which says that it is one unless it stands ``first``."""
     bare = first and rng.random() < BARE_SHARE
-    scene, omit = _wanted(rng, scenes.look, ("colour", "size", "place", "ground"), 0.8 if bare else 0.3)
+    scene, omit = _wanted(rng, scenes.look, _MAY_BE_UNSAID[Look], 0.8 if bare else 0.3)
     words = described(scene, rng, omit)
     if not bare:
         return scene, f"{asking(scene, rng)} {words}"
@@ -118,14 +125,43 @@ def wanted_look(rng: Speaker, scenes: Scenes, *, first: bool = True) -> tuple[Sc
 
 def wanted_clip(rng: Speaker, scenes: Scenes) -> tuple[Scene, str]:
     """Return a video and a request for it."""
-    scene, omit = _wanted(rng, scenes.clip, ("colour", "size", "ground", "motion", "tempo"))
+    scene, omit = _wanted(rng, scenes.clip, _MAY_BE_UNSAID[Clip])
     return scene, f"{asking(scene, rng)} {described(scene, rng, omit)}"
 
 
 def wanted_sound(rng: Speaker, scenes: Scenes) -> tuple[Scene, str]:
     """Return a sound and a request for it."""
-    scene, omit = _wanted(rng, scenes.sound, ("pitch", "count", "tempo", "loudness"))
+    scene, omit = _wanted(rng, scenes.sound, _MAY_BE_UNSAID[Sound])
     return scene, f"{asking(scene, rng)} {described(scene, rng, omit)}"
+
+
+def wanted_list(rng: Speaker, draws: Sequence[Callable[[], Scene]]) -> tuple[list[Scene], str]:
+    """Return several scenes, and one request that lists them.
+
+    Args:
+        rng: who speaks.
+        draws: for each scene, where it comes from.
+
+    """
+    found: list[Scene] = []
+    items: list[str] = []
+    for draw in draws:
+        scene, omit = _wanted(rng, draw, _MAY_BE_UNSAID[type(draw())])
+        words = described(scene, rng, omit)
+        while ", " in words:
+            words = describe(scene, rng, omit)
+        found.append(scene)
+        items.append(words)
+    if len({type(scene) for scene in found}) == 1 and rng.random() < 0.7:
+        opening = asking(found[0], rng)
+    else:
+        wished = rng.random() < 0.5
+        verb = rng.choice(wordings.LISTED_WISHES if wished else wordings.LISTED_IMPERATIVES)
+        opening = verb if wished else f"{rng.say(wordings.OPENINGS)}{verb}"
+        nouns = [rng.choice(wordings.NOUNS[type(scene)]) for scene in found]
+        items = [f"{noun} {item}" for noun, item in zip(nouns, items, strict=True)]
+    between, last = rng.choice(wordings.BETWEEN_LISTED)
+    return found, f"{opening} {between.join(items[:-1])}{last}{items[-1]}".strip()
 
 
 def asking_what(rng: Speaker, scene: Scene) -> str:

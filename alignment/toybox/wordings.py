@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from alignment.toybox.phrases import Phrases, ways
 from alignment.toybox.world import Clip, Look, Sound
@@ -205,6 +205,23 @@ IMAGE_AUDIO_TO_VIDEO = ways(
     "a (video|clip|film) of (this|this picture), " + _IN_TIME_WITH,
     "turn (the picture|this picture|this) into a (video|clip)(,|) " + _IN_TIME_WITH,
 )
+LISTED_IMPERATIVES: Sequence[str] = (
+    "give me", "make", "make me", "create", "show me", "produce", "let me have", "get me", "bring me",
+)  # fmt: skip
+LISTED_WISHES: Sequence[str] = (
+    "i want", "i would like", "i'd like", "i need", "can i have", "could i get", "we need", "may i have", "",
+)  # fmt: skip
+"""What may stand before a list of media, each with its noun."""
+NOUNS: Mapping[type, Sequence[str]] = {
+    Look: ("a picture of", "an image of", "a drawing of", "a pic of", "a sketch of", "a painting of"),
+    Clip: ("a video of", "a clip of", "a film of", "an animation of", "a movie of"),
+    Sound: ("the sound of", "a recording of", "the noise of", "a sound clip of", "the sound made by"),
+}
+BETWEEN_LISTED: Sequence[tuple[str, str]] = (
+    (", ", " and "), (", ", " and "), (", ", ", and "), (" and ", " and "), (", ", ", "),
+    (", then ", ", then "), (", ", " plus "), (", ", " and also "), (", ", ", and then "),
+)  # fmt: skip
+"""What stands between the things of a list, and before its last."""
 ABOUT_THING = ways(
     "about thing",
     "(draw|paint|sketch|show me) a {thing}(, then| and|, and then) (play its sound|play the sound of it)",
