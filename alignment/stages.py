@@ -17,8 +17,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alignment.fitting import FitConfig, fit, half_precision, prefer_plain_attention
@@ -37,7 +39,8 @@ class Stage:
     """What one stage trains, and on which directions of Toybox.
 
     ``directions`` gives each direction its share of the data. ``words`` and ``distance`` weigh the
-    cross-entropy of the reply and the caption distance.
+    cross-entropy of the reply and the caption distance; ``copying`` that of the copy gates, where there are
+    any.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Stage:
     directions: Mapping[str, float]
     words: float = 1.0
     distance: float = 1.0
+    copying: float = 0.0
 
 
 _MAKES = {"text-to-image": 1.0, "text-to-video": 1.0, "text-to-audio": 1.0}
@@ -75,8 +79,9 @@ STAGES: Mapping[str, Stage] = {
             "video-to-audio": 3, "audio-to-video": 2, "image+audio-to-video": 2,
             "text+image-to-image": 5, "text+audio-to-audio": 4, "text+video-to-video": 4,
             "text-to-many": 7, "conversation": 7, "new-subject": 3, "talk": 10, "decision": 6,
-            "beyond-words": 3.5,
+            "beyond-words": 4,
         },
+        copying=0.3,
     ),
 }  # fmt: skip
 
@@ -98,33 +103,59 @@ class Aligned(nn.Module):
         self, dialogues: Sequence[Dialogue], stage: Stage, targets: CaptionTargets
     ) -> dict[str, Tensor]:
         """Return the weighted losses of a batch by name."""
-        words, asked = self.speak(dialogues)
-        losses = {"words": stage.words * words}
+        outputs, spoken = self._run(dialogues)
+        losses = {"words": stage.words * mean_loss(outputs)}
         if stage.distance:
-            for modality, (captions, made) in asked.items():
+            for modality, (captions, made) in self._asked(spoken).items():
                 with torch.no_grad():
                     wanted = targets[modality](captions).to(self.llm.device)  # (N, Q, E)
                 losses[f"{modality} distance"] = stage.distance * caption_distance(made, wanted)
+        gated = [modality for modality in spoken if self._projection(modality).config.copy_gate]
+        if stage.copying and gated:
+            losses["copying"] = stage.copying * self._copying({m: spoken[m] for m in gated})
         return losses
+
+    def _copying(self, spoken: Mapping[Modality, Sequence[SignalStates]]) -> Tensor:
+        """Return the cross-entropy of all copy gates."""
+        logits: list[Tensor] = []
+        wanted: list[bool] = []
+        for modality, parts in spoken.items():
+            for states in parts:
+                logits.append(self._projection(modality).copy_logits(states.hidden))  # (N,)
+                wanted += states.copied
+        given = torch.cat(logits).float()
+        return F.binary_cross_entropy_with_logits(given, given.new_tensor(wanted))
+
+    def _projection(self, modality: Modality) -> OutputProjection:
+        return cast(OutputProjection, self.projections[str(modality)])
 
     def speak(self, dialogues: Sequence[Dialogue]) -> tuple[Tensor, dict[Modality, tuple[list[str], Tensor]]]:
         """Return the mean loss of the replies' words, and what their signals ask of the decoders.
 
         For each modality that is asked for: the captions, and the conditions ``(N, Q, E)``.
         """
+        outputs, spoken = self._run(dialogues)
+        return mean_loss(outputs), self._asked(spoken)
+
+    def _run(self, dialogues: Sequence[Dialogue]) -> tuple[list[Output], dict[Modality, list[SignalStates]]]:
         batches = [batch.to(self.llm.device) for batch in self.llm.collate_by_length(dialogues)]
         outputs = self.run_batches(batches)
         spoken: dict[Modality, list[SignalStates]] = {}
         for output, batch in zip(outputs, batches, strict=True):
             for modality, states in self.llm.signal_states(output, batch).items():
                 spoken.setdefault(modality, []).append(states)
+        return outputs, spoken
+
+    def _asked(
+        self, spoken: Mapping[Modality, Sequence[SignalStates]]
+    ) -> dict[Modality, tuple[list[str], Tensor]]:
         asked: dict[Modality, tuple[list[str], Tensor]] = {}
         for modality, parts in spoken.items():
             captions = [caption for states in parts for caption in states.captions]
             hidden = torch.cat([states.hidden for states in parts])  # (N, k, D)
             embeddings = torch.cat([states.embeddings for states in parts])
             asked[modality] = captions, self.projections[str(modality)](hidden, embeddings)
-        return mean_loss(outputs), asked
+        return asked
 
     def run_batches(self, batches: Sequence[Batch]) -> list[Output]:
         """Run the language model; the outputs' ``hidden`` states are what output projections get."""

@@ -169,8 +169,10 @@ class System:
         if (link or self.links[signal.modality]) == "caption":
             return self.decoders[signal.modality].encode_caption(signal.caption)
         with torch.inference_mode():
-            projected = self.projections[signal.modality](signal.hidden[None], signal.embeddings[None])
-        return Condition(projected[0].clone())
+            projection = self.projections[signal.modality]
+            projected = projection(signal.hidden[None], signal.embeddings[None])
+            copied = bool(projection.copy_logits(signal.hidden[None]) > 0)
+        return Condition(projected[0].clone(), copied=copied)
 
     def make(
         self,

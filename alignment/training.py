@@ -334,7 +334,7 @@ def untrained_bridges(base: Path) -> Aligned:
             OutputProjectionConfig(
                 llm_width=llm.width, out_width=WIDTH, hidden_width=96, ffn_width=256,
                 num_encoder_layers=1, num_decoder_layers=2,
-                num_queries=1 if modality is Modality.AUDIO else CAPTION_TOKENS,
+                num_queries=1 if modality is Modality.AUDIO else CAPTION_TOKENS, copy_gate=True,
             )
         )
         for modality in MODALITIES.values()

@@ -40,12 +40,14 @@ class Condition:
     """Embeddings for one request: ``(tokens, width)`` floating point.
 
     ``named`` are further tensors without a batch dimension, and ``caption`` are words, for pipelines that
-    take such (see :mod:`decoders.whole_pipeline`); the latent decoders need the embeddings alone.
+    take such (see :mod:`decoders.whole_pipeline`); the latent decoders need the embeddings alone. ``copied``
+    says that nothing like the original is wanted, where there is one to keep anything of, but that very one.
     """
 
     embeddings: Tensor
     named: Mapping[str, Tensor] = field(default_factory=dict)
     caption: str | None = None
+    copied: bool = False
 
     def __post_init__(self) -> None:
         if self.embeddings.ndim != 2:

@@ -404,7 +404,10 @@ class LatentDecoder(ABC):
         settings = [plan.settings for plan in plans]
         with self._vae_with(thrift) as sliced:
             media = self._media(latents.to(self.folder.dtype), settings, sliced=sliced)
-        media = [with_kept(medium, plan.original) for medium, plan in zip(media, plans, strict=True)]
+        media = [
+            with_kept(medium, plan.original, copied=plan.condition.copied)
+            for medium, plan in zip(media, plans, strict=True)
+        ]
         return [
             Decoded(medium, self._manifest(medium, plan)) for medium, plan in zip(media, plans, strict=True)
         ]

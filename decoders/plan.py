@@ -82,4 +82,6 @@ class Plan:
             manifest |= {"source": digest(self.source), "strength": self.strength}
         if self.original is not None:
             manifest["original"] = digest(torch.tensor(values_of(self.original)))
+            if self.condition.copied:
+                manifest["copied"] = True
         return manifest

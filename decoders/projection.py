@@ -3,6 +3,9 @@
 The layout (names and shapes of all parameters) is that of NExT-GPT's released checkpoint, so that its
 three ``gen_text_hidden_fcs*.0`` modules load unchanged.
 
+A copy gate may stand beside it: one number that says whether no medium like the last is wanted, but that very
+one. What a caption cannot say of a picture, its shade and its spot, need not be drawn again then.
+
 A decoder may want more than one tensor (a pooled vector besides the text states, say). Then the queries of
 all of them go through one transformer, and each tensor has a last layer of its own.
 
@@ -14,6 +17,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,6 +32,7 @@ class OutputProjectionConfig:
     """Sizes of an :class:`OutputProjection`. Immutable; checked when it is made.
 
     ``named`` are the tensors that the decoder takes besides the first: name to (tokens, width).
+    ``copy_gate`` is whether there is one.
     """
 
     llm_width: int
@@ -39,10 +44,12 @@ class OutputProjectionConfig:
     num_heads: int = 4
     ffn_width: int = 2048
     named: dict[str, tuple[int, int]] = field(default_factory=dict)
+    copy_gate: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "named", {name: tuple(sizes) for name, sizes in self.named.items()})
-        numbers = {name: value for name, value in asdict(self).items() if name != "named"}
+        others = ("named", "copy_gate")
+        numbers = {name: value for name, value in asdict(self).items() if name not in others}
         for name, sizes in self.named.items():
             if len(sizes) != 2 or "." in name:
                 raise ValueError(f"named has {name!r}: {sizes!r}; expected a name and (tokens, width).")
@@ -58,7 +65,7 @@ class OutputProjectionConfig:
 
     @classmethod
     def for_decoder(
-        cls, specs: Mapping[str, ConditionSpec], llm_width: int, **sizes: int
+        cls, specs: Mapping[str, ConditionSpec], llm_width: int, **sizes: Any
     ) -> "OutputProjectionConfig":
         """Return the configuration of a projection to what a decoder takes; the first spec is the main."""
         (_, first), *rest = specs.items()
@@ -71,11 +78,8 @@ class OutputProjectionConfig:
         )
 
     def to_json(self) -> dict[str, object]:
-        """Return plain values; without further tensors, those of a projection that knows none."""
-        values = asdict(self)
-        if not self.named:
-            del values["named"]
-        return values
+        """Return plain values, without those of what is not there."""
+        return {name: value for name, value in asdict(self).items() if value}
 
 
 class OutputProjection(nn.Module):
@@ -114,6 +118,9 @@ class OutputProjection(nn.Module):
         for name, (tokens, out_width) in config.named.items():
             self.named_query_embs[name] = nn.Parameter(torch.randn(1, tokens, width))
             self.named_models[name] = nn.Linear(width, out_width)
+        if config.copy_gate:
+            self.copy_gate = nn.Linear(config.llm_width, 1)
+            nn.init.zeros_(self.copy_gate.weight)
 
     def forward(self, hidden: Tensor, input_embeddings: Tensor) -> Tensor:
         """Project signal blocks to the main tensor of their conditions; see :meth:`project`."""
@@ -153,6 +160,21 @@ class OutputProjection(nn.Module):
             for name, states in zip(self.config.named, others, strict=True)
         }
         return self.model(main), named  # (B, Q, O)
+
+    def copy_logits(self, hidden: Tensor) -> Tensor:
+        """Return how clearly signal blocks ask for the very medium that was there last.
+
+        Args:
+            hidden: ``(B, K, D)`` final hidden states at the signal tokens.
+
+        Returns:
+            Log-odds ``(B,)``, above 0 where a copy is wanted; minus infinity where there is no gate.
+
+        """
+        if not self.config.copy_gate:
+            return hidden.new_full((len(hidden),), -torch.inf)
+        logits: Tensor = self.copy_gate(hidden.mean(dim=1))[:, 0]
+        return logits
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` into ``folder``, in this module's dtype."""

@@ -34,18 +34,20 @@ _FAINT = 0.02
 """Where fewer of the pixels around were kept, what is new keeps its own shade."""
 
 
-def with_kept(medium: Medium, original: Medium | None) -> Medium:
+def with_kept(medium: Medium, original: Medium | None, *, copied: bool = False) -> Medium:
     """Return a medium with what is kept of an original of its kind, if there is one.
 
     Of pictures and videos that is pixels, see :func:`keep_untouched`; of sounds their tuning, see
-    :func:`decoders.tuning.keep_tuning`.
+    :func:`decoders.tuning.keep_tuning`. With ``copied`` it is everything.
     """
     if original is None:
         return medium
     if isinstance(medium, Audio):
         assert isinstance(original, Audio)
-        return keep_tuning(original, medium)
+        return original if copied else keep_tuning(original, medium)
     assert not isinstance(original, Audio)
+    if copied:
+        return Video(pixels_of(original), medium.fps) if isinstance(medium, Video) else original
     if isinstance(medium, Image):
         return Image(keep_untouched(pixels_of(original), medium.pixels))
     assert isinstance(medium, Video)

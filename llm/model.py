@@ -63,13 +63,14 @@ class SignalStates:
     """All blocks of one modality in a batch, in the order of :attr:`Batch.signals`.
 
     ``hidden`` and ``embeddings`` ``(N, k, D)`` float32 are taken at the signal tokens; ``rows`` says in
-    which row of the batch each block is.
+    which row of the batch each block is, ``copied`` of which a copy is wanted.
     """
 
     hidden: Tensor
     embeddings: Tensor
     captions: list[str]
     rows: list[int]
+    copied: list[bool]
 
 
 class SignalRows(nn.Module):
@@ -297,6 +298,7 @@ class LanguageModel(nn.Module):
                 embeddings=output.embeddings[rows, starts + steps],  # (N, k, D)
                 captions=[span.caption for _, span in placed],
                 rows=[row for row, _ in placed],
+                copied=[span.copied for _, span in placed],
             )
         return states
 

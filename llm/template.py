@@ -70,9 +70,13 @@ class MediaTokens:
 
 @dataclass(frozen=True, slots=True)
 class SignalPart:
-    """A medium that the assistant makes (in training) or made earlier (in a history)."""
+    """A medium that the assistant makes (in training) or made earlier (in a history).
+
+    ``copied`` is for training: the very medium of its kind that was there last is wanted, as it is.
+    """
 
     modality: Modality
+    copied: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +125,15 @@ class MediaSlot:
 
 @dataclass(frozen=True, slots=True)
 class SignalSpan:
-    """Where a signal block starts in a row, and the text of the reply since the previous medium."""
+    """Where a signal block starts in a row, and the text of the reply since the previous medium.
+
+    ``copied`` is that of its :class:`SignalPart`.
+    """
 
     modality: Modality
     start: int
     caption: str
+    copied: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -260,7 +268,7 @@ def _add_parts(
         if isinstance(part, SignalPart):
             block = list(tokenizer.signal_ids(part.modality))
             row.signals.append(
-                SignalSpan(part.modality, len(row.ids), tokenizer.decode_text(caption).strip())
+                SignalSpan(part.modality, len(row.ids), tokenizer.decode_text(caption).strip(), part.copied)
             )
             row.add(block[:1], trained)
             row.add(block[1:], False)

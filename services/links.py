@@ -53,8 +53,9 @@ class SignalLink:
         embeddings = torch.tensor(signal.embeddings, device=self.device)[None]
         with torch.inference_mode():
             main, others = self.projection.project(hidden, embeddings)
+            copied = bool(self.projection.copy_logits(hidden) > 0)
         named = {name: self._fitted(name, tensor[0].clone()) for name, tensor in others.items()}
-        return Condition(main[0].clone(), named)
+        return Condition(main[0].clone(), named, copied=copied)
 
     def _fitted(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name.endswith("mask"):

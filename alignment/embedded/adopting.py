@@ -96,7 +96,7 @@ def _adopt_language(base: Path, signals: SignalVocabulary, folder: Path) -> None
 
 def _adopt_stages(shipped: Aligned, folder: Path, model: Aligned, lora: LoraOptions) -> None:
     model.llm.add_lora(lora)
-    values = dict(shipped.named_parameters())
+    values = dict(model.named_parameters()) | dict(shipped.named_parameters())  # what is new begins afresh
     for name, stage in STAGES.items():
         model.train_only(stage)
         begin_from(folder / name, {parameter: values[parameter] for parameter in _trainable(model)})

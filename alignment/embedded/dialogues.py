@@ -116,13 +116,13 @@ class PoolScenes:
 def dialogue_of(exercise: Exercise, media: Mapping[Scene, MediaTokens]) -> Dialogue:
     """Return the exercise with its answer; a scene of a person becomes its medium, of the agent a signal."""
 
-    def part(given: Part, role: str) -> str | MediaTokens | SignalPart:
+    def part(given: Part, role: str, copied: bool = False) -> str | MediaTokens | SignalPart:
         if isinstance(given, str):
             return given
-        return media[given] if role == "user" else SignalPart(MODALITY[type(given)])
+        return media[given] if role == "user" else SignalPart(MODALITY[type(given)], copied)
 
     dialogue = [Message(turn.role, [part(p, turn.role) for p in turn.parts]) for turn in exercise.turns]
-    return [*dialogue, Message("assistant", [part(p, "assistant") for p in exercise.answer])]
+    return [*dialogue, Message("assistant", [part(p, "assistant", exercise.copied) for p in exercise.answer])]
 
 
 def sample_dialogues(

@@ -30,6 +30,8 @@ HEARD_SHARE = 0.25
 """Of the conversations about a picture, those in which its sound is heard before something else is wanted."""
 NAMED_SHARE = 0.3
 """How often what was made is called by its name when something is made of it, and not "it"."""
+SAME_SHARE = 0.06
+"""How often a conversation ends with the very same medium once more; in training alone."""
 
 _WORDS_ALONE = (
     "talk", "talk", "talk", "typical colour", "noise", "unknown", "unknown",
@@ -43,13 +45,15 @@ def conversation(rng: Speaker, scenes: Scenes) -> Exercise:
         wanted = rng.choice((wanted_look, wanted_look, wanted_clip, wanted_sound))
         scene, request = wanted(rng, scenes)
         turns = [Turn("user", (said(request, rng),)), Turn("assistant", (caption(scene), scene))]
+        copied = False
         if isinstance(scene, Look) and rng.random() < HEARD_SHARE:
             middle: Scene = sound_of(scene)[0]
             text = _of_the_thing(rng.say(wordings.NOW_AS_SOUND), scene, rng)
             last, wish, names = _after_its_sound(scene, middle, rng)
         else:
             middle, text = changes.ask_for_change(scene, rng)
-            last, wish, names = _follow_up(middle, rng)
+            copied = not rng.reserved and rng.random() < SAME_SHARE
+            last, wish, names = _same(middle, rng) if copied else _follow_up(middle, rng)
         turns += [Turn("user", (said(text, rng),)), Turn("assistant", (caption(middle), middle))]
         found = [scene.held_out, middle.held_out, last.held_out]
         if len(set(found)) == 1 or scene.held_out:
@@ -57,7 +61,8 @@ def conversation(rng: Speaker, scenes: Scenes) -> Exercise:
     if rng.random() < 0.15:
         turns = [Turn("user", ("hello",)), Turn("assistant", (talk.GREETING,)), *turns]
     turns = _with_asides(turns, rng)
-    return Exercise("", (*turns, Turn("user", (said(wish, rng),))), (caption(last), last), (names,))
+    asked = Turn("user", (said(wish, rng),))
+    return Exercise("", (*turns, asked), (caption(last), last), (names,), copied=copied)
 
 
 def new_subject(rng: Speaker, scenes: Scenes) -> Exercise:
@@ -72,6 +77,10 @@ def new_subject(rng: Speaker, scenes: Scenes) -> Exercise:
         turns += [Turn("user", (said(request, rng),)), Turn("assistant", (caption(scene), scene))]
     scene, request = made[-1]
     return single((said(request, rng),), scene, judged(scene), tuple(_with_asides(turns, rng)))
+
+
+def _same(scene: Scene, rng: Speaker) -> tuple[Scene, str, tuple[str, ...]]:
+    return scene, wordings.same_again(scene, rng), judged(scene)
 
 
 def _follow_up(scene: Scene, rng: Speaker) -> tuple[Scene, str, tuple[str, ...]]:

@@ -33,6 +33,8 @@ from alignment.toybox.world import MOTIONS, SIZE_OF_PITCH, SIZES, TEMPOS, THINGS
 
 ALIKE_SHARE = 0.2
 """Of the requests for several media, those for several of one kind; in training alone."""
+SAME_VIDEO_SHARE = 0.15
+"""Of the requests for the very same once more, those for a video; in training alone."""
 LISTED_SHARE = 0.35
 """Of the requests for several media, those that list them after one verb; in training alone."""
 
@@ -142,12 +144,13 @@ def _edit(rng: Speaker, draw: Callable[[], Scene]) -> Exercise:
 
 def _beyond_words(rng: Speaker, scenes: Scenes) -> Exercise:
     """Ask for the very same medium again; its shade, spot and tuning are measured, not named."""
-    scene: Scene = scenes.sound() if rng.random() < 0.4 else scenes.look(count=1)
-    if isinstance(scene, Sound):
-        text = rng.say(wordings.SAME_SOUND_AGAIN)
-        return single(shown(rng, said(text, rng), scene), scene, ("thing", "fundamental"))
-    text = rng.say(wordings.SAME_PICTURE_AGAIN)
-    return single(shown(rng, said(text, rng), scene), scene, ("thing", "hue", "centre"))
+    if not rng.reserved and rng.random() < SAME_VIDEO_SHARE:
+        scene: Scene = scenes.clip()
+    else:
+        scene = scenes.sound() if rng.random() < 0.4 else scenes.look(count=1)
+    names = ("thing", "fundamental") if isinstance(scene, Sound) else ("thing", "hue", "centre")
+    text = said(wordings.same_again(scene, rng), rng)
+    return replace(single(shown(rng, text, scene), scene, names), copied=True)
 
 
 def _image_audio_to_video(rng: Speaker, scenes: Scenes) -> Exercise:

@@ -29,7 +29,8 @@ class Exercise:
     """A conversation, its right answer, and which attributes of each part of the answer are judged.
 
     ``judged`` has one entry for each scene of the answer; for an answer in words alone it has one
-    entry for the text when the text states a scene (``stated``), and is empty for small talk.
+    entry for the text when the text states a scene (``stated``), and is empty for small talk. ``copied``
+    is whether the medium of the answer is to be the very one of its kind that was there last.
     """
 
     direction: str
@@ -37,6 +38,7 @@ class Exercise:
     answer: tuple[Part, ...]
     judged: tuple[tuple[str, ...], ...]
     stated: Scene | None = None
+    copied: bool = False
 
     @property
     def scenes(self) -> tuple[Scene, ...]:

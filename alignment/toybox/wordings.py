@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
-from alignment.toybox.phrases import Phrases, ways
-from alignment.toybox.world import Clip, Look, Sound
+from alignment.toybox.phrases import Phrases, Speaker, ways
+from alignment.toybox.world import Clip, Look, Scene, Sound
 
 OPENINGS = ways(
     "openings",
@@ -252,6 +253,18 @@ SAME_PICTURE_AGAIN = ways(
     "(draw|paint) it again (exactly there|just there|in exactly this shade|in the very same place)",
     "(the very same picture again|copy this picture exactly|repeat this picture exactly)",
 )
+
+
+def same_again(scene: Scene, rng: Speaker) -> str:
+    """Ask for the very medium that was there last. For a video as for a picture, which only training does."""
+    if isinstance(scene, Sound):
+        return rng.say(SAME_SOUND_AGAIN)
+    text = rng.say(SAME_PICTURE_AGAIN)
+    if isinstance(scene, Look):
+        return text
+    text = re.sub(r"\b(picture|image|drawing|painting|sketch)\b", rng.choice(("video", "clip")), text)
+    return re.sub(r"\b(draw|paint|sketch)\b", rng.choice(("make", "film", "show")), text)
+
 
 ONCE_MORE = ways(
     "once more",
