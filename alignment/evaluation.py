@@ -25,6 +25,7 @@ from alignment.decision import (
 from alignment.embedded.dialogues import MODALITY
 from alignment.kept_results import KeptResults
 from alignment.samples import (
+    TOLERANCES,
     Sample,
     Tally,
     all_right,
@@ -34,6 +35,7 @@ from alignment.samples import (
     medium_findings,
     prepare,
     right_media,
+    source_differences,
 )
 from alignment.shared_work import share
 from alignment.system import Folders, System
@@ -47,6 +49,7 @@ HELD_OUT_SHARE = 4  # one held-out sample for so many seen ones
 CALIBRATION_SHARE = 2  # one dialogue to calibrate the decision on for so many measured ones
 CEILINGS = ("text-to-image", "text-to-video", "text-to-audio")
 SPLITS = ("seen", "held_out")
+UNITS = {"hue": "degrees", "centre": "pixels", "fundamental": "semitones"}
 ASKING_KEYS = ("n", "wrong", "asked", "caught")
 Wordings = Literal["reserved", "training"]
 
@@ -173,6 +176,7 @@ def table(result: Mapping[str, Any]) -> str:
         lines += ["", asking_table(asking)]
     if chains := {name: row for name, row in result["directions"].items() if "drift" in row}:
         lines += ["", drift_table(chains)]
+    lines += [apart_table(row["apart"]) for row in rows if row.get("apart")]
     if looked := [row["second_look"] for row in rows if "second_look" in row]:
         seen, again = (sum(one[key] for one in looked) for key in ("looked", "retries"))
         lines += ["", f"The system looked at {seen} media once more, and had {again} made again."]
@@ -235,6 +239,17 @@ def asking_table(asking: Mapping[str, Mapping[str, Any]]) -> str:
             f"| {name}: asked | | {' | '.join(asked)} |",
             f"| of the wrong | {row['wrong']} of {row['n']} | {' | '.join(caught)} |",
         ]
+    return "\n".join(lines)
+
+
+def apart_table(apart: Mapping[str, Mapping[str, float]]) -> str:
+    """Return how far media of beyond-words are from what was shown."""
+    lines = ["", "| beyond words: apart from what was shown | median | 90th percentile | right up to |"]
+    lines.append("|---|---|---|---|")
+    for name, found in apart.items():
+        lines.append(
+            f"| {name}, {UNITS[name]} | {found['median']:.2f} | {found['p90']:.2f} | {TOLERANCES[name]:g} |"
+        )
     return "\n".join(lines)
 
 
@@ -314,6 +329,8 @@ def _besides(system: System, wish: Wish, done: Sequence[Sample]) -> dict[str, An
     result: dict[str, Any] = {}
     if wish.name in CEILINGS:
         result["ceiling"] = ceiling(system, done, wish.seed)
+    if wish.name == "beyond-words":
+        result["apart"] = source_differences(done)
     if wish.name == "decision":
         rng = random.Random(f"calibration-{wish.seed}")
         scenes = FreshScenes(rng)

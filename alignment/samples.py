@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from alignment.embedded.dialogues import MODALITY
 from alignment.system import LinkName, Spoken, System
 from alignment.toybox.exercise import Exercise, Turn
@@ -26,8 +28,8 @@ from llm.signals import Signal
 from llm.template import Dialogue, MediaTokens, Message, SignalPart
 from llm.template import Part as DialoguePart
 
-HUE_TOLERANCE_DEGREES, CENTRE_TOLERANCE_PX, TUNING_TOLERANCE_SEMITONES = 12.0, 3.0, 1.0
-MEASURED = ("hue", "centre", "fundamental")
+TOLERANCES: Mapping[str, float] = {"hue": 4.0, "centre": 1.0, "fundamental": 0.25}
+"""In degrees, pixels and semitones: less than what two media of one caption are apart, half of the time."""
 
 
 @dataclass
@@ -227,30 +229,49 @@ def right_media(sample: Sample) -> bool:
 
 def medium_findings(sample: Sample, scene: Scene, names: Sequence[str], made: bytes) -> dict[str, Finding]:
     """Judge one file of a sample; an empty file is wrong in everything."""
-    named = [name for name in names if name not in MEASURED]
-    measured = [name for name in names if name in MEASURED]
+    named = [name for name in names if name not in TOLERANCES]
+    measured = [name for name in names if name in TOLERANCES]
     result = compare(sample.judged(made) if made else {}, scene, named)
     if measured:
-        near = _near(sample.media[scene], read_media(made), measured) if made else {}
-        result |= {name: Finding(near.get(name, False)) for name in measured}
+        apart = differences(sample.media[scene], read_media(made)) if made else {}
+        result |= {name: Finding(apart.get(name, math.inf) <= TOLERANCES[name]) for name in measured}
     return result
 
 
-def _near(source: Medium, made: Medium, names: Sequence[str]) -> dict[str, bool]:
-    """Compare continuous measurements of a medium with those of its source."""
+def differences(source: Medium, made: Medium) -> dict[str, float]:
+    """Return how far a medium is from its source in what no caption says.
+
+    Of sounds that is the ``fundamental`` in semitones, of pictures the ``centre`` of what is drawn in pixels,
+    and its ``hue`` in degrees, which is the same for all that has hardly any colour. Nothing is said of media
+    of two kinds, or where nothing is to be seen.
+    """
     if isinstance(source, Audio) and isinstance(made, Audio):
-        return {"fundamental": semitones_between(source, made) <= TUNING_TOLERANCE_SEMITONES}
+        return {"fundamental": semitones_between(source, made)}
     if not (isinstance(source, Image) and isinstance(made, Image)):
-        return dict.fromkeys(names, False)
+        return {}
     was, now = (measure_look(fitted(picture.pixels)) for picture in (source, made))
     if was is None or now is None:
-        return dict.fromkeys(names, False)
+        return {}
     turn = abs(was.hue_degrees - now.hue_degrees) % 360
     colourless = max(was.body_rgb) - min(was.body_rgb) < 30
     distance = max(abs(a - b) for a, b in zip(was.centre_px, now.centre_px, strict=True))
+    return {"hue": 0.0 if colourless else min(turn, 360 - turn), "centre": distance}
+
+
+def source_differences(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
+    """Return the median and the worst tenth of all differences from sources, by name.
+
+    For samples that ask for one medium like the one that is shown; those that have none are left out.
+    """
+    found: dict[str, list[float]] = defaultdict(list)
+    for sample in samples:
+        if sample.made and right_media(sample):
+            (scene,) = sample.exercise.scenes
+            for name, value in differences(sample.media[scene], read_media(sample.made[0])).items():
+                found[name].append(value)
     return {
-        "hue": colourless or min(turn, 360 - turn) <= HUE_TOLERANCE_DEGREES,
-        "centre": distance <= CENTRE_TOLERANCE_PX,
+        name: {"median": round(float(np.median(values)), 3), "p90": round(float(np.quantile(values, 0.9)), 3)}
+        for name, values in found.items()
     }
 
 

@@ -104,6 +104,25 @@ def test_a_signal_becomes_a_medium_through_a_projection_of_the_right_shape(
     assert not np.array_equal(shown, other), "the condition has no effect"
 
 
+def test_a_gate_above_zero_asks_for_a_copy(name: str, decoder: WholePipeline, tmp_path: Path) -> None:
+    config = OutputProjectionConfig.for_decoder(
+        decoder.condition_specs, LLM_WIDTH, hidden_width=8, ffn_width=8, copy_gate=True
+    )
+    projection = OutputProjection(config)
+    torch.nn.init.ones_(projection.copy_gate.weight)
+    torch.nn.init.zeros_(projection.copy_gate.bias)
+    projection.save_pretrained(tmp_path)
+    link = SignalLink(tmp_path, decoder.condition_specs)
+    states = np.ones((4, LLM_WIDTH), np.float32)
+
+    asked, not_asked = (
+        link.condition(SpokenSignal(decoder.modality, "a bell", sign * states, states)) for sign in (1, -1)
+    )
+
+    assert asked.copied
+    assert not not_asked.copied
+
+
 def test_a_caption_makes_what_the_pipeline_itself_makes_of_the_words(
     name: str, decoder: WholePipeline
 ) -> None:

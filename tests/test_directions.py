@@ -7,9 +7,9 @@ import pytest
 from alignment.toybox import changes, talk, wordings
 from alignment.toybox.directions import DIRECTIONS, make
 from alignment.toybox.exercise import Exercise, FreshScenes
-from alignment.toybox.grammar import caption, read_text
-from alignment.toybox.phrases import PHRASE_BOOK, TYPED_SHARE, Phrases, Speaker, spelled_out, ways
-from alignment.toybox.requests import wanted_look
+from alignment.toybox.grammar import PLURALS, THING_WORDS, caption, read_text
+from alignment.toybox.phrases import NAMES, PHRASE_BOOK, TYPED_SHARE, Phrases, Speaker, spelled_out, ways
+from alignment.toybox.requests import wanted_list, wanted_look
 from alignment.toybox.world import Clip, Look, Sound, attributes
 
 
@@ -48,6 +48,42 @@ def test_big_things_sound_low_and_as_often_as_they_are_many() -> None:
         (sound,) = exercise.scenes
         assert isinstance(sound, Sound)
         assert (sound.thing, sound.pitch, sound.count) == (look.thing, pitch[look.size], look.count)
+
+
+def test_a_copy_is_wanted_of_the_newest_medium_of_its_kind_where_the_very_same_is_asked_for() -> None:
+    conversations = some("conversation", 400)
+    copied = [exercise for exercise in (*some("beyond-words"), *conversations) if exercise.copied]
+    for exercise in copied:
+        (scene,) = exercise.scenes
+        parts = [part for turn in exercise.turns for part in turn.parts if type(part) is type(scene)]
+        assert parts[-1] == scene
+    assert all(exercise.copied for exercise in some("beyond-words"))
+    assert 0 < sum(exercise.copied for exercise in conversations) < len(conversations) // 5
+    assert not any(exercise.copied for exercise in some("text+image-to-image"))
+
+
+def test_several_media_may_be_listed_after_one_verb() -> None:
+    rng, scenes = Speaker(5), FreshScenes(random.Random(5))
+
+    for draws in ([scenes.look] * 3, [scenes.look, scenes.sound], [scenes.clip, scenes.clip]):
+        made, text = wanted_list(rng, draws)
+
+        assert [type(scene) for scene in made] == [type(draw()) for draw in draws]
+        assert not text.startswith(" ")
+        assert "  " not in text
+        for scene in made:
+            assert any(word in text for word in _names_of(scene.thing)), text
+
+
+def _names_of(thing: str) -> set[str]:
+    listed = json.loads(NAMES.read_text())
+    return {
+        thing,
+        *THING_WORDS[thing],
+        *(PLURALS[word] for word in THING_WORDS[thing]),
+        *listed["thing"][thing],
+        *listed["things"][thing],
+    }
 
 
 def test_an_edit_changes_exactly_what_is_named() -> None:

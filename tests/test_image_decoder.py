@@ -325,6 +325,23 @@ def test_an_edit_gets_the_pixels_of_its_original_where_they_agree(decoder: Image
     assert refused.manifest == anew.manifest
 
 
+def test_a_condition_that_asks_for_a_copy_gets_its_original_if_anything_of_it_is_to_be_kept(
+    decoder: ImageDecoder,
+) -> None:
+    asked = replace(decoder.encode_caption(CAPTION), copied=True)
+    settings = DecodeSettings(seed=4, steps=2)
+    anew = decoder.decode(asked, settings)
+    noise = np.random.default_rng(0).integers(0, 256, anew.medium.pixels.shape, dtype=np.uint8)
+
+    copied = decoder.decode(asked, settings, original=Image(noise))
+    unwanted = decoder.decode(asked, replace(settings, keep_untouched=False), original=Image(noise))
+
+    np.testing.assert_array_equal(copied.medium.pixels, noise)
+    assert copied.manifest["copied"] is True
+    np.testing.assert_array_equal(unwanted.medium.pixels, anew.medium.pixels)
+    assert not {"copied"} & (unwanted.manifest.keys() | anew.manifest.keys())
+
+
 def test_an_original_is_fitted_to_what_the_decoder_makes(decoder: ImageDecoder) -> None:
     condition, original = decoder.encode_caption(CAPTION), Image(np.zeros((30, 50, 3), np.uint8))
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,23 @@ def test_states_and_embeddings_are_added_before_anything_else() -> None:
 
     torch.testing.assert_close(projection(hidden, embeddings), together)
     assert (projection(hidden, -embeddings) - together).abs().max() > 1e-4
+
+
+def test_a_copy_gate_reads_the_states_and_is_kept_in_the_folder(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    gated = OutputProjection(replace(TINY, copy_gate=True))
+    torch.nn.init.normal_(gated.copy_gate.weight)
+    gated.save_pretrained(tmp_path / "gated")
+    tiny().save_pretrained(tmp_path / "plain")
+    hidden = torch.randn(3, 4, 12)
+
+    logits = OutputProjection.from_pretrained(tmp_path / "gated").copy_logits(hidden)
+
+    expected = (hidden.mean(1) * gated.copy_gate.weight[0]).sum(-1) + gated.copy_gate.bias
+    torch.testing.assert_close(logits, expected)
+    plain = OutputProjection.from_pretrained(tmp_path / "plain")
+    assert "copy_gate" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert bool((plain.copy_logits(hidden) < 0).all())
 
 
 def test_it_equals_the_published_formula() -> None:

@@ -21,12 +21,12 @@ TRAINED = {
 }
 
 
-def aligned() -> Aligned:
+def aligned(*, copy_gate: bool = False) -> Aligned:
     llm = tiny_model()
     llm.add_lora(LoraOptions(rank=2, alpha=2))
     config = OutputProjectionConfig(
         llm_width=WIDTH, out_width=6, num_queries=3, hidden_width=8, ffn_width=8, num_encoder_layers=1,
-        num_decoder_layers=1,
+        num_decoder_layers=1, copy_gate=copy_gate,
     )  # fmt: skip
     return Aligned(llm, {modality: OutputProjection(config) for modality in MEDIA})
 
@@ -82,3 +82,37 @@ def test_the_caption_distance_is_zero_at_the_target_and_one_at_the_origin() -> N
 def test_stage_one_needs_no_decoder_and_stage_two_no_medium() -> None:
     assert set(STAGES["encoder-side"].directions) == {"image-to-text", "video-to-text", "audio-to-text"}
     assert set(STAGES["decoder-side"].directions) == {"text-to-image", "text-to-video", "text-to-audio"}
+
+
+def test_the_third_stage_teaches_when_a_copy_is_wanted(tmp_path: Path) -> None:
+    """Of two requests for a picture, one is for the very picture that is shown."""
+    torch.manual_seed(0)
+    model = aligned(copy_gate=True)
+    shown = MediaTokens(Modality.IMAGE, torch.randn(4, 12), torch.randn(12))
+
+    def asked(step: int) -> list[Dialogue]:
+        return [
+            [
+                Message("user", [shown, text]),
+                Message("assistant", ["a bell", SignalPart(Modality.IMAGE, copied)]),
+            ]
+            for text, copied in (("what is it?", True), ("a big red", False))
+        ]
+
+    config = FitConfig(num_steps=150, learning_rate=0.03, warmup_steps=1)
+    run_stage(STAGES["instruction"], model, asked, TARGETS, tmp_path, config)
+
+    batch = model.llm.collate(asked(0))
+    states = model.llm.signal_states(model.llm(batch), batch)[Modality.IMAGE]
+    projection = model.projections[str(Modality.IMAGE)]
+    assert states.copied == [True, False]
+    logits = projection.copy_logits(states.hidden)  # type: ignore[operator]
+    assert logits[0] > 0 > logits[1]
+
+
+def test_where_no_copy_gate_is_there_is_nothing_to_teach_it() -> None:
+    names = aligned().losses(dialogues(0), STAGES["instruction"], TARGETS)
+    gated = aligned(copy_gate=True).losses(dialogues(0), STAGES["instruction"], TARGETS)
+    assert gated.keys() - names.keys() == {"copying"}
+    early = aligned(copy_gate=True).losses(dialogues(0), STAGES["decoder-side"], TARGETS)
+    assert "copying" not in early

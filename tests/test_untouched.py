@@ -4,7 +4,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 from decoders.untouched import keep_untouched, with_kept
-from encoders.media import Image, Video
+from encoders.media import Audio, Image, Video
 
 Pixels = NDArray[np.uint8]
 SKY, WHITE, RED, BLUE = (146, 202, 244), (252, 252, 252), (218, 34, 40), (40, 98, 226)
@@ -133,6 +133,19 @@ def test_each_frame_of_a_video_is_compared_with_its_own() -> None:
     assert isinstance(kept, Video)
     np.testing.assert_array_equal(kept.frames, edited)  # nothing stands where it no longer is
     assert kept.fps == 8.0
+
+
+def test_a_copy_is_the_original_whatever_was_made() -> None:
+    picture, video = Image(drawn(SKY)), Video(np.stack([drawn(SKY)] * 3), 4.0)
+    sound = Audio(np.linspace(-1, 1, 50, dtype=np.float32), 8000)
+
+    copied = with_kept(Video(np.stack([drawn(WHITE)] * 3), 8.0), video, copied=True)
+
+    assert with_kept(Image(drawn(WHITE)), picture, copied=True) is picture
+    assert with_kept(Audio(np.zeros(90, np.float32), 16000), sound, copied=True) is sound
+    assert isinstance(copied, Video)
+    np.testing.assert_array_equal(copied.frames, video.frames)
+    assert copied.fps == 8.0, "originals are fitted in frames, not in pace"
 
 
 def test_a_picture_without_an_original_is_itself() -> None:

@@ -148,9 +148,13 @@ def _beyond_words(rng: Speaker, scenes: Scenes) -> Exercise:
         scene: Scene = scenes.clip()
     else:
         scene = scenes.sound() if rng.random() < 0.4 else scenes.look(count=1)
-    names = ("thing", "fundamental") if isinstance(scene, Sound) else ("thing", "hue", "centre")
+    exact: Mapping[type, tuple[str, ...]] = {
+        Look: ("thing", "hue", "centre"),
+        Clip: judged(scene),
+        Sound: ("thing", "fundamental"),
+    }
     text = said(wordings.same_again(scene, rng), rng)
-    return replace(single(shown(rng, text, scene), scene, names), copied=True)
+    return replace(single(shown(rng, text, scene), scene, exact[type(scene)]), copied=True)
 
 
 def _image_audio_to_video(rng: Speaker, scenes: Scenes) -> Exercise:
