@@ -1,8 +1,8 @@
 """``patchbay eval links``: does the learned link earn its keep?
 
 Every reply is decoded over each link that there is, from noise, the same words and the same seeds; as the
-preset does it, which may start from what was shown; and with the decoder's own text encoder reading the true
-caption: the decoder's ceiling.
+preset does it, which may keep something of what was shown; over captions keeping as much as the preset does;
+and with the decoder's own text encoder reading the true caption: the decoder's ceiling.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def main_links(folders: Folders, samples: int, seed: int, jobs: int = 1, seeds: 
 
     Returns:
         ``directions``: for each split ``n``, the share of right samples as the preset makes them
-        (``chosen``), over each one in ``links``, and the ``ceiling``; ``chosen`` names the preset's link for
-        each modality.
+        (``chosen``), over each one in ``links``, over captions where as much is kept as by the preset
+        (``caption_keeping``), and the ``ceiling``; ``chosen`` names the preset's link for each modality.
 
     """
     started = time.monotonic()
@@ -81,9 +81,9 @@ def table(result: Mapping[str, Any]) -> str:
     """Return the result as a Markdown table."""
     others = list(next(iter(result["directions"].values()))["seen"]["links"])
     lines = [
-        f"| direction | samples | chosen | {' | '.join(others)} | ceiling | link's loss "
+        f"| direction | samples | chosen | {' | '.join(others)} | caption, keeping | ceiling | link's loss "
         "| chosen over caption |",
-        f"|---|---|---|{'---|' * len(others)}---|---|---|",
+        f"|---|---|---|{'---|' * len(others)}---|---|---|---|",
     ]
     for name, row in result["directions"].items():
         for split, title in (("seen", "seen"), ("held_out", "held out")):
@@ -92,6 +92,7 @@ def table(result: Mapping[str, Any]) -> str:
             loss, gain = found["ceiling"] - found["chosen"], found["chosen"] - found["links"]["caption"]
             lines.append(
                 f"| {name} | {title}, {found['n']} | {found['chosen']:.1%} | {cells} "
+                f"| {found['caption_keeping']:.1%} "
                 f"| {found['ceiling']:.1%} | {100 * loss:+.1f} | {100 * gain:+.1f} |"
             )
     chosen = ", ".join(f"{modality} {link}" for modality, link in result["chosen"].items())
@@ -119,9 +120,15 @@ def _measure(system: System, chosen: Mapping[Any, LinkName], wish: Wish) -> dict
         for link in links
     }
     own = _right_over(system, samples, chosen, wish.seed, from_noise=False)
+    if wish.name in CEILINGS:  # nothing is shown, and nothing kept
+        keeping = right["caption"]
+    else:
+        captions: dict[Any, LinkName] = dict.fromkeys(system.links, "caption")
+        keeping = _right_over(system, samples, captions, wish.seed, from_noise=False)
     return {
         "n": len(samples),
         "chosen": sum(own) / len(own),
+        "caption_keeping": sum(keeping) / len(keeping),
         "links": {link: sum(flags) / len(flags) for link, flags in right.items()},
         "ceiling": ceiling(system, samples, wish.seed),
     }
@@ -146,6 +153,7 @@ def _mean_of(found: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "n": total,
         "chosen": mean(lambda f: f["chosen"]),
+        "caption_keeping": mean(lambda f: f["caption_keeping"]),
         "links": {link: mean(lambda f, link=link: f["links"][link]) for link in found[0]["links"]},  # type: ignore[misc]
         "ceiling": mean(lambda f: f["ceiling"]),
     }

@@ -81,6 +81,7 @@ def test_links_and_phrasings_are_measured_on_any_preset(tiny_preset: Path, capsy
     for row in links["directions"].values():
         assert row["seen"]["links"].keys() == {"signal", "caption"}
         assert row["seen"]["chosen"] == row["seen"]["links"]["signal"]
+        assert row["seen"]["caption_keeping"] == row["seen"]["links"]["caption"]
     phrasings = measured(capsys, "phrasings", "--preset", str(tiny_preset))
     assert phrasings["directions"].keys() == {"text-to-image", "text-to-video", "text-to-audio"}
     assert 0 <= phrasings["directions"]["text-to-image"]["asked at once"]["spread"] <= 0.5
