@@ -74,10 +74,10 @@ STAGES: Mapping[str, Stage] = {
         trains_projections=True,
         directions={
             "text-to-image": 1.5, "text-to-video": 2, "text-to-audio": 1.5,
-            "image-to-text": 5, "video-to-text": 5, "audio-to-text": 4,
+            "image-to-text": 5, "video-to-text": 5, "audio-to-text": 5,
             "image-to-audio": 2.5, "audio-to-image": 2, "image-to-video": 2, "video-to-image": 3,
             "video-to-audio": 3, "audio-to-video": 2, "image+audio-to-video": 2,
-            "text+image-to-image": 5, "text+audio-to-audio": 4, "text+video-to-video": 4,
+            "text+image-to-image": 6, "text+audio-to-audio": 4, "text+video-to-video": 5,
             "text-to-many": 7, "conversation": 7, "new-subject": 3, "talk": 10, "decision": 6,
             "beyond-words": 4,
         },

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import pytest
 
-from alignment.toybox import changes, talk, wordings
+from alignment.toybox import changes, requests, talk, wordings
 from alignment.toybox.directions import DIRECTIONS, make
 from alignment.toybox.exercise import Exercise, FreshScenes
 from alignment.toybox.grammar import PLURALS, THING_WORDS, caption, read_text
 from alignment.toybox.phrases import NAMES, PHRASE_BOOK, TYPED_SHARE, Phrases, Speaker, spelled_out, ways
-from alignment.toybox.requests import wanted_list, wanted_look
+from alignment.toybox.requests import wanted_clip, wanted_list, wanted_look, wanted_sound
 from alignment.toybox.world import Clip, Look, Sound, attributes
 
 
@@ -102,7 +102,7 @@ def test_an_unknown_direction_is_named_with_the_known_ones() -> None:
 
 def every_kind_of_phrase() -> list[Phrases]:
     kinds = [value for value in (vars(wordings) | vars(talk)).values() if isinstance(value, Phrases)]
-    for table in (wordings.WISHES, changes.CHANGES, talk.QUESTIONS):
+    for table in (wordings.WISHES, wordings.SOUND_VERBS, changes.CHANGES, talk.QUESTIONS):
         kinds += table.values()
     return [*kinds, *(questions for questions, _ in talk.TALK)]
 
@@ -133,6 +133,87 @@ def test_bigger_and_louder_ask_for_the_next_value() -> None:
                 assert order.index(getattr(goal, name)) - order.index(getattr(scene, name)) == step, said
                 met.add(word)
     assert met == set(steps)
+
+
+VERBS = {
+    "faster": ("tempo", "fast"),
+    "slower": ("tempo", "slow"),
+    "bigger": ("size", 1),
+    "smaller": ("size", -1),
+    "louder": ("loudness", 1),
+    "quieter": ("loudness", -1),
+    "higher": ("pitch", 1),
+    "lower": ("pitch", -1),
+    "once": ("count", 1),
+    "middle": ("place", "middle"),
+    **{ground: ("ground", ground) for ground in ("white", "sky", "night")},
+    **{motion: ("motion", motion) for motion in ("still", "left", "right", "up", "down")},
+}
+
+
+@pytest.mark.parametrize("reserved", [False, True])
+def test_a_verb_of_its_own_asks_for_what_it_says(reserved: bool) -> None:
+    speaker = Speaker(4)
+    speaker.reserved = reserved
+    scenes = FreshScenes(speaker)
+    keys: dict[str, set[str]] = {}
+    for verb in VERBS:
+        phrases = changes.CHANGES[f"verb: {verb}"]
+        for phrase in phrases.reserved if reserved else phrases.typed:
+            keys.setdefault(phrase, set()).add(verb)
+    met = set()
+    for _ in range(6000):
+        scene = speaker.choice((scenes.look, scenes.clip, scenes.sound))()
+        goal, said = changes.ask_for_change(scene, speaker)
+        wanted = [VERBS[verb] for verb in keys.get(said, ())]
+        if not wanted:
+            continue
+        (changed,) = {name for name in attributes(scene) if attributes(scene)[name] != attributes(goal)[name]}
+        value = getattr(goal, changed)
+        order = changes.STEP_WORDS[changed][0] if changed in changes.STEP_WORDS else (value,)
+        step = order.index(value) - order.index(getattr(scene, changed)) if len(order) > 1 else 0
+        assert (changed, step or value) in wanted, said
+        met |= keys[said]
+    assert met == set(VERBS)
+
+
+def test_what_moves_may_be_wished_for_without_a_word_for_video(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "MOVING_SHARE", 1.0)
+    monkeypatch.setattr(wordings, "MOVING_WISH", Phrases((), ("behold",), ("lo",)))
+    speaker, still = Speaker(6), set()
+    for _ in range(600):
+        scene, text = wanted_clip(speaker, FreshScenes(speaker))
+        assert isinstance(scene, Clip)
+        if not text.startswith("behold "):
+            still.add(scene.motion)
+            continue
+        assert scene.motion != "still", text
+    assert "still" in still
+
+
+def test_a_sound_may_be_asked_for_with_the_verb_that_goes_with_its_thing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(requests, "SOUND_VERB_SHARE", 1.0)
+    speaker = Speaker(7)
+    for _ in range(300):
+        scene, text = wanted_sound(speaker, FreshScenes(speaker))
+        verbs = wordings.SOUND_VERBS[scene.thing].training
+        assert text.startswith(tuple(f"{verb} " for verb in verbs)), text
+
+
+def test_words_that_add_nothing_stand_around_requests_and_not_around_talk() -> None:
+    speaker = Speaker(8)
+    before, after = wordings.FILLER_BEFORE.typed, wordings.FILLER_AFTER.typed
+
+    def share(filled: float) -> float:
+        texts = [requests.said("draw a bell", speaker, filled) for _ in range(1000)]
+        return sum(text.startswith(before) or text.endswith(after) for text in texts) / len(texts)
+
+    assert share(1.0) > 0.8  # typos hit the others
+    by_chance = share(0.0)  # endings that are polite may be the same words
+    assert by_chance < 0.1
+    assert share(requests.FILLER_SHARE) - by_chance == pytest.approx(requests.FILLER_SHARE, abs=0.05)
 
 
 def test_patterns_spell_out_all_their_ways() -> None:

@@ -35,8 +35,9 @@ SHARES = {
     "new-subject": 4.0,
     "talk": 3.0,
     "decision": 4.0,
-    "text+image-to-image": 2.0,
-    "text+video-to-video": 2.0,
+    "text+image-to-image": 3.0,
+    "text+audio-to-audio": 1.5,
+    "text+video-to-video": 3.0,
     "beyond-words": 3.0,
 }
 """How often a direction is met where that is not once: the more there is to keep apart, the more often."""

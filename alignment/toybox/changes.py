@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 from alignment.toybox.grammar import (
     COLOUR_WORDS,
@@ -34,6 +35,9 @@ from alignment.toybox.world import (
     changed,
 )
 
+VERB_SHARE = 0.25
+"""How often a change is asked for by a verb of its own ("speed it up"), where there is one."""
+
 _SAME = "(the same one|the same thing|this one|this very one|it again) (but|only|just)"
 _LET_IT = "(i want it|i would like it|let it be|it should be|could it be|i want it to be|please let it be)"
 _MAY_IT = (
@@ -43,6 +47,20 @@ _MAY_IT = (
 )
 
 _A_BIT, _A_BIT_OR_NOT = " (||a bit |a little |much |even )", "(||a bit |a little |much |even )"
+
+_VERBS: Mapping[tuple[type, str, str | int | None], str] = {
+    (Look, "place", "middle"): "verb: middle",
+    (Sound, "count", 1): "verb: once",
+    **{(kind, "ground", to): f"verb: {to}" for kind in (Look, Clip) for to in ("white", "sky", "night")},
+    **{(Clip, "motion", to): f"verb: {to}" for to in MOTIONS},
+    **{(kind, "tempo", to): f"verb: {to}er" for kind in (Clip, Sound) for to in TEMPOS},
+}
+_STEP_VERBS: Mapping[str, tuple[str, str]] = {
+    "size": ("verb: smaller", "verb: bigger"),
+    "pitch": ("verb: lower", "verb: higher"),
+    "loudness": ("verb: quieter", "verb: louder"),
+}
+"""Changes that have verbs of their own, to a value or by one step, and their keys in the phrase book."""
 
 CHANGES: Mapping[str, Phrases] = {
     "colour": ways(
@@ -178,6 +196,7 @@ CHANGES: Mapping[str, Phrases] = {
         "(remove|take away|erase|delete|drop|leave out) one( of them|)(, please|)",
         "(now |and |)(one fewer|one less|one of them less)(, please|)",
     ),
+    **{verb: ways(verb) for verb in {*_VERBS.values(), *chain(*_STEP_VERBS.values())}},
 }  # fmt: skip
 """How to ask for another value of an attribute; ``times`` is the count of a sound, ``bigger`` and ``louder``
 are for the next value of what is seen and heard, ``one more`` and ``one fewer`` are of a picture.
@@ -227,10 +246,31 @@ def ask_for_change(scene: Scene, rng: Speaker) -> tuple[Scene, str]:
         if name == "place" and isinstance(scene, Look) and scene.count > 1:
             continue
         result = changed(scene, **values)
-        if result is not None and result != scene:
-            there = re.sub("^(at|in|on) ", "to ", word)
-            text = rng.say(CHANGES[wording]).format(word=word, there=there)
-            return result, re.sub(r"\ba (?=[aeiou])", "an ", text)
+        if result is None or result == scene:
+            continue
+        if rng.random() < VERB_SHARE:
+            wording = _verb(scene, name, values[name], rng) or wording
+        there = re.sub("^(at|in|on) ", "to ", word)
+        text = rng.say(CHANGES[wording]).format(word=word, there=there)
+        return result, re.sub(r"\ba (?=[aeiou])", "an ", text)
+
+
+def _verb(scene: Scene, name: str, value: str | int | None, rng: Speaker) -> str | None:
+    """Return the key of the verbs that say a change by themselves, if there are any."""
+    step = _step(scene, name, value, rng)
+    if step:
+        return _STEP_VERBS[name][step > 0]
+    return _VERBS.get((type(scene), name, value))
+
+
+def _step(scene: Scene, name: str, value: str | int | None, rng: Speaker) -> int:
+    """Return -1 or 1 for the value before or after that of the scene, where values have an order; else 0."""
+    if name not in STEP_WORDS:
+        return 0
+    order = STEP_WORDS[name][0]
+    apart = order.index(str(value)) - order.index(getattr(scene, name))
+    last = value in (order[0], order[-1])  # a person may mean more than one step by "bigger"
+    return apart if abs(apart) == 1 and (last or not rng.reserved) else 0
 
 
 def _other_value(scene: Scene, name: str, rng: Speaker) -> tuple[dict[str, str | int | None], str, str]:
@@ -249,13 +289,10 @@ def _other_value(scene: Scene, name: str, rng: Speaker) -> tuple[dict[str, str |
         return {"tempo": tempo}, "tempo", "slower" if tempo == "slow" else "faster"
     allowed, words = _NAMED[name]
     value = rng.choice(allowed)
-    if name in STEP_WORDS and rng.random() < _STEP_SHARE:
-        order, less, more = STEP_WORDS[name]
-        apart = order.index(value) - order.index(getattr(scene, name))
-        last = value in (order[0], order[-1])  # a person may mean more than one step by "bigger"
-        if abs(apart) == 1 and (last or not rng.reserved):
-            wording = "louder" if isinstance(scene, Sound) else "bigger"
-            return {name: value}, wording, rng.choice(less if apart < 0 else more)
+    if rng.random() < _STEP_SHARE and (step := _step(scene, name, value, rng)):
+        less, more = STEP_WORDS[name][1:]
+        wording = "louder" if isinstance(scene, Sound) else "bigger"
+        return {name: value}, wording, rng.choice(less if step < 0 else more)
     if name == "ground" and rng.random() < _BACKGROUND_SHARE:
         return {name: value}, "background", rng.choice(BACKGROUNDS[value])
     return {name: value}, name, rng.name(name, value, words[value])

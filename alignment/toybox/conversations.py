@@ -165,7 +165,7 @@ def words_only(rng: Speaker, scenes: Scenes) -> Exercise:
 
 def _small_talk(rng: Speaker) -> tuple[str, str]:
     questions, answer = rng.choice(talk.TALK)
-    return said(rng.say(questions), rng), answer
+    return said(rng.say(questions), rng, filled=0), answer
 
 
 def _talk_so_far(rng: Speaker, scenes: Scenes, at_least: int) -> list[Turn]:

@@ -84,7 +84,7 @@ class Speaker(random.Random):
         """Choose one phrase."""
         if self.reserved:
             return self.choice(phrases.reserved)
-        if phrases.typed and self.random() < TYPED_SHARE:
+        if phrases.typed and (not phrases.spelled or self.random() < TYPED_SHARE):
             return self.choice(phrases.typed)
         return self.choice(phrases.spelled)
 

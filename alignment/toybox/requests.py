@@ -13,6 +13,12 @@ from alignment.toybox.world import PITCH_OF_SIZE, Clip, Look, Scene, Sound, chan
 
 BARE_SHARE = 0.08
 """Of the requests for pictures, how many say what is to be seen, and nothing else."""
+MOVING_SHARE, SOUND_VERB_SHARE = 0.12, 0.12
+"""Of the requests for videos and sounds, how many say so by how things move, or by a verb of the thing."""
+FILLER_SHARE, TYPO_SHARE = 0.1, 0.15
+"""Of what training says, how much has words around it that add nothing, or typos."""
+_RESERVED_SHARE = 0.3
+"""How much of these shares there is in what is reserved for tests."""
 
 
 def typical_look(thing: str, size: str = "medium", count: int = 1) -> Look:
@@ -46,10 +52,18 @@ def sound_of(scene: Look | Clip) -> tuple[Sound, tuple[str, ...]]:
     return typical_sound(scene.thing, scene.size, count, tempo), names
 
 
-def said(request: str, rng: Speaker) -> str:
-    """Return a request as it is typed: politely or not, and with typos now and then."""
-    if rng.random() < (0.04 if rng.reserved else 0.15):
+def said(request: str, rng: Speaker, filled: float = FILLER_SHARE) -> str:
+    """Return a request as it is typed: politely or not, with typos and with words that add nothing."""
+    share = _RESERVED_SHARE if rng.reserved else 1.0
+    is_filled = rng.random() < share * filled
+    if is_filled and (request.endswith("?") or rng.random() < 0.5):
+        request = rng.say(wordings.FILLER_BEFORE) + request
+    elif is_filled:
+        request += rng.say(wordings.FILLER_AFTER)
+    if rng.random() < share * TYPO_SHARE:
         request = with_typos(request, rng)
+    if is_filled:
+        return request
     if request.endswith("?"):
         return request if rng.random() < 0.7 else request[:-1]
     return request + rng.say(wordings.POLITE_ENDINGS)
@@ -126,13 +140,18 @@ def wanted_look(rng: Speaker, scenes: Scenes, *, first: bool = True) -> tuple[Sc
 def wanted_clip(rng: Speaker, scenes: Scenes) -> tuple[Scene, str]:
     """Return a video and a request for it."""
     scene, omit = _wanted(rng, scenes.clip, _MAY_BE_UNSAID[Clip])
-    return scene, f"{asking(scene, rng)} {described(scene, rng, omit)}"
+    moving = isinstance(scene, Clip) and scene.motion != "still" and "motion" not in omit
+    wish = moving and rng.random() < MOVING_SHARE
+    opening = rng.say(wordings.MOVING_WISH) if wish else asking(scene, rng)
+    return scene, f"{opening} {described(scene, rng, omit)}"
 
 
 def wanted_sound(rng: Speaker, scenes: Scenes) -> tuple[Scene, str]:
     """Return a sound and a request for it."""
     scene, omit = _wanted(rng, scenes.sound, _MAY_BE_UNSAID[Sound])
-    return scene, f"{asking(scene, rng)} {described(scene, rng, omit)}"
+    verb = rng.random() < SOUND_VERB_SHARE
+    opening = rng.say(wordings.SOUND_VERBS[scene.thing]) if verb else asking(scene, rng)
+    return scene, f"{opening} {described(scene, rng, omit)}"
 
 
 def wanted_list(rng: Speaker, draws: Sequence[Callable[[], Scene]]) -> tuple[list[Scene], str]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from alignment.toybox.phrases import Phrases, Speaker, ways
-from alignment.toybox.world import Clip, Look, Scene, Sound
+from alignment.toybox.world import THINGS, Clip, Look, Scene, Sound
 
 OPENINGS = ways(
     "openings",
@@ -58,6 +58,12 @@ WISHES: Mapping[type, Phrases] = {
     ),
 }
 """Requests that are no imperatives."""
+MOVING_WISH = ways("moving wish")
+"""Requests for something that moves which do not say that it is a video."""
+SOUND_VERBS: Mapping[str, Phrases] = {thing: ways(f"sound verb: {thing}") for thing in THINGS}
+"""Requests for the sound of a thing, with the verb that goes with it."""
+FILLER_BEFORE, FILLER_AFTER = ways("filler before"), ways("filler after")
+"""What stands before and after a request and adds nothing to it."""
 POLITE_ENDINGS = ways(
     "polite endings",
     "(||||||| please| for me| now| today| for my friend| for them| if you can)(||||.|!)",
