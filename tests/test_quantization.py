@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from encoders.media import Modality
 from llm.adapters import is_adapter_name
 from llm.engine import Engine
 from llm.generate import GenerationOptions, generate
@@ -125,13 +126,12 @@ PROMPTS = (
     "draw a big red bell",
     "hello",
     "a slow video of a small blue bird moving up, and its sound",
-    "let me hear a small drum",
+    "let me hear a high drum",
 )
+ASKED = ([Modality.IMAGE], [], [Modality.VIDEO, Modality.AUDIO], [Modality.AUDIO])
 
 
 async def replies(box: LocalLanguageModel) -> list[Any]:
-    from encoders.media import Modality
-
     options = SpeechOptions(
         allowed=frozenset({Modality.IMAGE, Modality.VIDEO, Modality.AUDIO}),
         max_signals=4,
@@ -157,7 +157,7 @@ async def test_the_embedded_model_answers_the_same_in_8_and_in_4_bits() -> None:
     whole = LocalLanguageModel(preset)
     whole.load()
     expected = await replies(whole)
-    assert [len(parts) for parts in expected] == [2, 1, 3, 2]  # words, and the media in them
+    assert [[modality for modality, _ in media] for _, *media in expected] == list(ASKED)
 
     for kind, share in (("int8", 0.33), ("nf4", 0.22)):
         fitted = changed(preset, {"language_model.quantization": kind})
