@@ -438,7 +438,7 @@ OTHERS: tuple[tuple[tuple[str, str], ...], ...] = (
         ("which color did you use", "it is yellow"),
     ),
 )
-"""The same by a writer who knew neither the phrases of training nor any failure."""
+"""The same by a writer who had not seen the phrase book, but what is above and the grammar of talk."""
 TYPED = {"known failures": (CONVERSATIONS, 71), "others": (OTHERS, 96)}
 """Conversations, and how many of their 85 and 119 turns have the right reply at least; 73 and 98 had it."""
 COPIED = (
