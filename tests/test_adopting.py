@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
+from alignment.embedded.language import LAYERS, SIGNALS, build_base, grown
 from alignment.training import TrainOptions, run
+from llm.tokenizer import ConversationTokenizer
 
 SHIPPED = Path(__file__).resolve().parent.parent / "deploy" / "weights" / "toybox"
 
@@ -68,3 +71,35 @@ def test_a_step_of_an_adopted_run_trains_on(adopted: Path) -> None:
 def test_a_run_that_has_begun_is_left_alone(adopted: Path) -> None:
     with pytest.raises(FileExistsError, match=r"holds .*instruction.* already\. Choose another folder"):
         run("adopt", SHIPPED, TrainOptions(runs=adopted.parent))
+
+
+def base_with(layers: int, folder: Path) -> LlamaForCausalLM:
+    tokenizer = ConversationTokenizer.load(SHIPPED / "llm" / "base", SIGNALS)
+    config = build_base(tokenizer).causal_lm.config
+    config.num_hidden_layers = layers
+    torch.manual_seed(layers)
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def test_a_smaller_base_grows_layers_that_change_nothing_before_they_are_trained(tmp_path: Path) -> None:
+    smaller = base_with(LAYERS - 2, tmp_path)
+    tokens = torch.arange(12).reshape(1, 12) + 40
+
+    model = grown(tmp_path, ConversationTokenizer.load(SHIPPED / "llm" / "base", SIGNALS))
+    larger = model.causal_lm.eval()
+
+    assert len(larger.model.layers) == LAYERS
+    with torch.no_grad():
+        torch.testing.assert_close(larger(tokens).logits, smaller(tokens).logits)
+    larger(tokens, labels=tokens).loss.backward()
+    new = larger.model.layers[-1]
+    assert new.mlp.down_proj.weight.grad.abs().max() > 0
+    assert new.self_attn.o_proj.weight.grad.abs().max() > 0
+
+
+def test_a_larger_base_than_ours_is_refused(tmp_path: Path) -> None:
+    base_with(LAYERS + 1, tmp_path)
+    with pytest.raises(ValueError, match=rf"9 weights beside those of a base with {LAYERS} layers"):
+        grown(tmp_path, ConversationTokenizer.load(SHIPPED / "llm" / "base", SIGNALS))

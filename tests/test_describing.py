@@ -1,10 +1,11 @@
 import json
 import random
+import re
 from itertools import combinations
 
 import pytest
 
-from alignment.toybox import world
+from alignment.toybox import describing, world
 from alignment.toybox.conversations import conversation
 from alignment.toybox.describing import described, thing_name
 from alignment.toybox.directions import make
@@ -55,6 +56,21 @@ def test_what_is_omitted_is_not_said_by_any_name() -> None:
         said = described(clip, speaker, ("colour", "ground", "motion", "tempo"))
         assert "red" not in said
         assert not any(name in said for name in (*names["ground"]["night"], *names["motion"]["up"]))
+
+
+def test_the_size_of_what_sounds_says_how_high_it_is_and_its_colour_says_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(describing, "SEEN_SHARE", 1.0)
+    names = json.loads(NAMES.read_text(encoding="utf-8"))
+    speaker = Speaker(3)
+    for pitch, size in (("high", "small"), ("low", "big")):
+        sound = Sound("bell", pitch, 1, "slow", "loud")
+        said = [described(sound, speaker, ("count", "tempo", "loudness")) for _ in range(100)]
+        sized = [text for text in said if any(f"{name} " in text for name in names["size"][size])]
+        assert len(sized) > 50  # the others are plain, in the words of the grammar
+        assert not any(re.search(rf"\b{pitch}\b", text) for text in sized)
+        assert not any(other in text.split() for text in said for other in ("small", "big") if other != size)
 
 
 def test_a_thing_is_named_in_the_right_number() -> None:

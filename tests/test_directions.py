@@ -1,10 +1,11 @@
 import json
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 
-from alignment.toybox import changes, requests, talk, wordings
+from alignment.toybox import changes, directions, requests, talk, wordings
 from alignment.toybox.directions import DIRECTIONS, make
 from alignment.toybox.exercise import Exercise, FreshScenes
 from alignment.toybox.grammar import PLURALS, THING_WORDS, caption, read_text
@@ -84,6 +85,22 @@ def _names_of(thing: str) -> set[str]:
         *listed["thing"][thing],
         *listed["things"][thing],
     }
+
+
+def test_something_and_its_sound_may_stand_beside_another_wish(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directions, "ANOTHER_SHARE", 1.0)
+    rng = Speaker(11)
+    places = set()
+    for _ in range(200):
+        exercise = directions._and_its_sound(rng, FreshScenes(rng))
+        assert len(exercise.scenes) == len(exercise.judged) == 3
+        at = next(
+            place
+            for place, (shown, sound) in enumerate(pairwise(exercise.scenes))
+            if not isinstance(shown, Sound) and isinstance(sound, Sound) and shown.thing == sound.thing
+        )
+        places.add(at)
+    assert places == {0, 1}
 
 
 def test_an_edit_changes_exactly_what_is_named() -> None:

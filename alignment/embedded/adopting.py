@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from alignment.embedded.captions import Kind
 from alignment.embedded.export import MODALITIES
+from alignment.embedded.language import grown
 from alignment.fitting import begin_from
 from alignment.stages import STAGES, Aligned
 from decoders.patch_autoencoder import PatchAutoencoderKL
@@ -88,7 +89,7 @@ def _adopt_decoder(kind: Kind, pipeline: Path, folder: Path) -> None:
 def _adopt_language(base: Path, signals: SignalVocabulary, folder: Path) -> None:
     tokenizer = ConversationTokenizer.load(base, signals)
     tokenizer.save(folder / "tokenizer")
-    model = LanguageModel(checkpoint.load_base(base, torch.float32), tokenizer, {})
+    model = grown(base, tokenizer)
     model.save_pretrained(folder / "llm")
     model.train_only({"base"})
     begin_from(folder, _trainable(model))

@@ -215,10 +215,10 @@ def _in_disguise(
     alike: dict[tuple[object, ...], list[int]] = {}
     for i, scene in enumerate(listed):
         alike.setdefault(_left(scene, kind), []).append(i)
-    rng, noise = random.Random(f"disguised-{kind}"), torch.Generator().manual_seed(0)
 
     def features(batch: Tensor) -> Tensor:
         places = batch.tolist()
+        rng, noise = random.Random(f"disguised-{kind}-{places[0]}"), torch.Generator().manual_seed(places[0])
         prepared = encoder.prepare([read(rows[i]) for i in places])
         if kind == "sound":
             partners = [rng.choice(alike[_left(listed[i], kind)]) for i in places]

@@ -11,8 +11,9 @@ import json
 import random
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from alignment.fitting import FitConfig, fit, half_precision, prefer_plain_attention, training_device
@@ -20,6 +21,7 @@ from alignment.toybox.directions import DIRECTIONS, make
 from alignment.toybox.exercise import Exercise, FreshScenes
 from alignment.toybox.grammar import caption
 from alignment.toybox.world import Clip, Look, Scene
+from llm import checkpoint
 from llm.model import LanguageModel, mean_loss
 from llm.signals import SignalVocabulary
 from llm.template import Dialogue, Message
@@ -27,7 +29,7 @@ from llm.tokenizer import ConversationTokenizer, train_tokenizer
 
 SIGNALS = SignalVocabulary(image=16, video=16, audio=16)
 """The lengths that ``patchbay train link-designs`` found best."""
-WIDTH = 192
+WIDTH, LAYERS = 192, 9
 BATCH = 32
 SHARES = {
     "text-to-many": 6.0,
@@ -97,13 +99,37 @@ def _learnt_tokenizer() -> ConversationTokenizer:
 
 
 def build_base(tokenizer: ConversationTokenizer) -> LanguageModel:
-    """Return the untrained base."""
+    """Return the untrained base. Each of its layers passes on what it gets, until it is trained."""
     config = LlamaConfig(
-        vocab_size=tokenizer.base_vocabulary, hidden_size=WIDTH, intermediate_size=512, num_hidden_layers=7,
-        num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=512, tie_word_embeddings=True,
+        vocab_size=tokenizer.base_vocabulary, hidden_size=WIDTH, intermediate_size=512,
+        num_hidden_layers=LAYERS, num_attention_heads=6, num_key_value_heads=6,
+        max_position_embeddings=512, tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id,
     )  # fmt: skip
-    return LanguageModel(LlamaForCausalLM(config), tokenizer, {})
+    llama = LlamaForCausalLM(config)
+    for layer in llama.model.layers:
+        nn.init.zeros_(layer.self_attn.o_proj.weight)
+        nn.init.zeros_(layer.mlp.down_proj.weight)
+    return LanguageModel(llama, tokenizer, {})
+
+
+def grown(base: Path, tokenizer: ConversationTokenizer) -> LanguageModel:
+    """Return a base with the weights in a folder; layers that it has beside those change nothing yet.
+
+    Raises:
+        ValueError: the folder has weights for which there is no place.
+
+    """
+    model = build_base(tokenizer)
+    found = model.causal_lm.load_state_dict(
+        checkpoint.load_base(base, torch.float32).state_dict(), strict=False
+    )
+    if found.unexpected_keys:
+        raise ValueError(
+            f"{base} has {len(found.unexpected_keys)} weights beside those of a base with {LAYERS} layers, "
+            f"the first of them {found.unexpected_keys[0]}. Adopt a base with as many layers or fewer."
+        )
+    return model
 
 
 def train_base(folder: Path, config: FitConfig) -> LanguageModel:

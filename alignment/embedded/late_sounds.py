@@ -70,7 +70,7 @@ def late_sounds(
     listed = pools.scenes("sound", len(mels))
     chosen = _chosen(listed, len(mels) * 6 // 10 if number is None else number)
     path = cache / f"latents-late-{len(chosen)}.npy"
-    rows = np.stack([delayed(mels[i], listed[i], by) for i, by in chosen]) if not path.exists() else mels
+    rows = np.stack([delayed(mels[i], listed[i], by) for i, by in chosen])
     latents = pools.encoded(path, rows, encode, 16)
     directions = F.normalize(
         torch.randn(len(MARKS), width, generator=torch.Generator().manual_seed(1)), dim=-1

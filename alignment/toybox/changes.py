@@ -35,7 +35,7 @@ from alignment.toybox.world import (
     changed,
 )
 
-VERB_SHARE = 0.25
+VERB_SHARE, VERB_SHARE_IN_TRAINING = 0.25, 0.4
 """How often a change is asked for by a verb of its own ("speed it up"), where there is one."""
 
 _SAME = "(the same one|the same thing|this one|this very one|it again) (but|only|just)"
@@ -210,7 +210,8 @@ _CHANGED: Mapping[type, tuple[str, ...]] = {
 _CHANGED_IN_TRAINING: Mapping[type, tuple[str, ...]] = {
     **_CHANGED,
     Look: (*_CHANGED[Look], "count"),
-    Clip: (*_CHANGED[Clip], "size"),
+    Clip: (*_CHANGED[Clip], "size", "tempo"),
+    Sound: (*_CHANGED[Sound], "tempo", "loudness"),
 }
 _NAMED: Mapping[str, tuple[tuple[str, ...], Mapping[str, Sequence[str]]]] = {
     "colour": (COLOURS, COLOUR_WORDS),
@@ -248,7 +249,7 @@ def ask_for_change(scene: Scene, rng: Speaker) -> tuple[Scene, str]:
         result = changed(scene, **values)
         if result is None or result == scene:
             continue
-        if rng.random() < VERB_SHARE:
+        if rng.random() < (VERB_SHARE if rng.reserved else VERB_SHARE_IN_TRAINING):
             wording = _verb(scene, name, values[name], rng) or wording
         there = re.sub("^(at|in|on) ", "to ", word)
         text = rng.say(CHANGES[wording]).format(word=word, there=there)

@@ -24,10 +24,12 @@ from alignment.toybox.grammar import (
     describe,
 )
 from alignment.toybox.phrases import Speaker
-from alignment.toybox.world import Clip, Look, Scene, Sound
+from alignment.toybox.world import COLOURS, SIZE_OF_PITCH, Clip, Look, Scene, Sound
 
 PLAIN_SHARE = 0.35
 """Of the descriptions of training, those in the wordings of the grammar; tests have no others."""
+SEEN_SHARE = 0.1
+"""Of the sounds that training asks for, how many are of a thing with a size, or with a colour."""
 _STYLES, _STYLE_WEIGHTS = ("phrase", "noun first", "list", "clause"), (0.6, 0.15, 0.13, 0.12)
 
 
@@ -108,7 +110,14 @@ def _movement(scene: Clip, rng: Speaker, omit: Collection[str]) -> str:
 
 def _sound(scene: Sound, rng: Speaker, omit: Collection[str], style: str) -> str:
     noun = thing_name(scene.thing, rng)
-    pitch = [] if "pitch" in omit else [rng.name("pitch", scene.pitch, PITCH_WORDS[scene.pitch])]
+    if rng.random() < SEEN_SHARE:  # a colour is not heard
+        noun = f"{rng.choice(COLOUR_WORDS[rng.choice(COLOURS)])} {noun}"
+    pitch = []
+    if "pitch" not in omit and rng.random() < SEEN_SHARE:
+        size = SIZE_OF_PITCH[scene.pitch]
+        noun = f"{rng.name('size', size, SIZE_WORDS[size])} {noun}"
+    elif "pitch" not in omit:
+        pitch = [rng.name("pitch", scene.pitch, PITCH_WORDS[scene.pitch])]
     loudness = []
     if "loudness" not in omit:
         loudness.append(rng.name("loudness", scene.loudness, LOUDNESS_WORDS[scene.loudness]))

@@ -37,6 +37,8 @@ SAME_VIDEO_SHARE = 0.15
 """Of the requests for the very same once more, those for a video; in training alone."""
 LISTED_SHARE = 0.35
 """Of the requests for several media, those that list them after one verb; in training alone."""
+ANOTHER_SHARE = 0.3
+"""Of the requests for something and its sound, those with another wish; in training alone."""
 
 
 def make(direction: str, rng: random.Random, scenes: Scenes, *, reserved_wordings: bool = False) -> Exercise:
@@ -216,9 +218,18 @@ def _and_its_sound(rng: Speaker, scenes: Scenes) -> Exercise:
         sound, names = sound_of(scene)
         if sound.held_out is scene.held_out or scene.held_out:
             break
-    answer = (caption(scene), scene, caption(sound), sound)
-    asked = said(request + rng.say(wordings.AND_ITS_SOUND), rng)
-    return Exercise("", (Turn("user", (asked,)),), answer, (judged(scene), names))
+    made: list[Scene] = [scene, sound]
+    names_of = [judged(scene), names]
+    request += rng.say(wordings.AND_ITS_SOUND)
+    if not rng.reserved and rng.random() < ANOTHER_SHARE:
+        kind = rng.choice((wanted_look, wanted_clip, wanted_sound))
+        other, wish = wanted_look(rng, scenes, first=False) if kind is wanted_look else kind(rng, scenes)
+        at, requests = rng.choice(((0, [wish, request]), (2, [request, wish])))
+        made.insert(at, other)
+        names_of.insert(at, judged(other))
+        request = rng.say(wordings.JOINTS).join(requests)
+    answer = tuple(part for one in made for part in (caption(one), one))
+    return Exercise("", (Turn("user", (said(request, rng),)),), answer, tuple(names_of))
 
 
 def _decision(rng: Speaker, scenes: Scenes) -> Exercise:
