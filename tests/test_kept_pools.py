@@ -22,7 +22,8 @@ def test_what_a_model_made_of_a_pool_is_kept_until_the_model_or_the_pool_changes
     path = tmp_path / "features.npy"
 
     for factor, number, batches in [
-        (2.0, 40, [16, 16, 8]), (2.0, 40, [16]), (2.002, 40, [16]), (3.0, 40, [16, 16, 8]), (3.0, 20, [16, 4]),
+        (2.0, 40, [16, 16, 8]), (2.0, 40, [16]), (2.002, 40, [16]),
+        (3.0, 40, [16, 16, 8]), (3.0, 20, [16, 4]),
     ]:  # fmt: skip
         calls.clear()
         found = pools.encoded(path, rows[:number], made_with(factor), 16)
