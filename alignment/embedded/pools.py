@@ -150,7 +150,7 @@ def encoded(
 
     def batch_at(start: int) -> NDArray[np.float16]:
         batch = torch.from_numpy(np.array(rows[start : start + batch_size]))
-        return encode(batch).numpy().astype(np.float16)  # type: ignore[no-any-return]
+        return encode(batch).numpy().astype(np.float16)
 
     with torch.inference_mode():
         first = batch_at(0)
