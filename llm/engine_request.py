@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -13,7 +13,7 @@ from llm.model import LanguageModel
 from llm.reply import GenerationEvent, GenerationOptions, Reply
 from llm.request_lora import RequestLora
 from llm.scoring import GivenReply, Scored
-from llm.template import Dialogue, MediaSlot, Row
+from llm.template import Dialogue, MediaSlot, Message, Row
 
 StepEvent = GenerationEvent | Scored | Exception
 
@@ -51,9 +51,16 @@ class Request:
         lora: RequestLora | None,
         user: str,
     ) -> Self:
-        """Ask for a reply of ``model`` in ``context`` positions; errors are as of :meth:`Engine.prepare`."""
+        """Ask for a reply of ``model`` in ``context`` positions; errors are as of :meth:`Engine.prepare`.
+
+        Where somebody typed nothing but the names of tokens, such as ``[IMG0]``, the model may choose no
+        medium: it reads them as letters, and letters that are no word may remind it of one.
+        """
         row = model.encode(dialogue, open_reply=True)
-        reply = Reply(model.tokenizer, options or GenerationOptions(), row.ids, context)
+        options = options or GenerationOptions()
+        if dialogue and _spells_tokens_alone(model, dialogue[-1]):
+            options = replace(options, allowed=frozenset(options.required))
+        reply = Reply(model.tokenizer, options, row.ids, context)
         return cls(row, reply, _keys(model, row, lora), list(row.ids), lora, user)
 
     @classmethod
@@ -64,6 +71,11 @@ class Request:
         fed = row.ids[:-1]  # nothing follows the last
         reply = Reply(model.tokenizer, GenerationOptions(), fed, context)
         return cls(row, reply, _keys(model, row, None), fed, user=user, given=given)
+
+
+def _spells_tokens_alone(model: LanguageModel, message: Message) -> bool:
+    texts = [part for part in message.parts if isinstance(part, str)]
+    return len(texts) == len(message.parts) and model.tokenizer.spells_tokens_alone(" ".join(texts))
 
 
 def _keys(model: LanguageModel, row: Row, lora: RequestLora | None) -> list[int]:

@@ -138,6 +138,13 @@ class ConversationTokenizer:
         cut = self._cut(text)
         return self.encode_text(text[:cut]) + self.encode_text(text[cut:])
 
+    def spells_tokens_alone(self, text: str) -> bool:
+        """Return whether ``text`` spells out :attr:`live_ids`, in either case, and says nothing else."""
+        left = text.lower()
+        for name in reversed(self._live_texts):
+            left = left.replace(name.lower(), " ")
+        return bool(text.strip()) and not left.strip()
+
     def _cut(self, text: str) -> int:
         """Return where to cut so that one live string in ``text`` falls apart."""
         for name in self._live_texts:

